@@ -231,7 +231,7 @@ class _Layout:
     def __init__(self, x: Tensor, dim: int, groups: int) -> None:
         self.shape = x.shape
         if x.is_contiguous():
-            self.strides = None
+            self.strides = x.stride()
             self.order = list(range(x.dim()))
         else:
             self.strides = torch.empty_like(x, device="meta").stride()
@@ -250,7 +250,7 @@ class _Layout:
         return t.permute(self.order).contiguous().view(self.grouped)
 
     def restore(self, t: Tensor) -> Tensor:
-        return t.view(self.shape) if self.strides is None else t.as_strided(self.shape, self.strides)
+        return t.as_strided(self.shape, self.strides)
 
 
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int) -> tuple[int, int]:
@@ -283,8 +283,9 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
     if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
         raise TypeError(f"channel_dim must be an int; got {type(channel_dim).__name__}")
     if not -x.dim() <= channel_dim < x.dim():
-        raise ValueError(f"channel_dim must lie in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}; "
-                         f"got {channel_dim}")
+        raise ValueError(
+            f"channel_dim must lie in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}; got {channel_dim}"
+        )
     dim = channel_dim % x.dim()
     if x.shape[dim] % groups:
         raise ValueError(

@@ -79,9 +79,7 @@ def rational_backward(
         dx, terms_a, terms_b = _ratio_backward(g, z, a, b, form)
     else:
         infinite = z.isinf()
-        dx, terms_a, terms_b = _ratio_backward(
-            torch.where(infinite, 0.0, g), torch.where(infinite, 0.0, z), a, b, form
-        )
+        dx, terms_a, terms_b = _ratio_backward(torch.where(infinite, 0.0, g), torch.where(infinite, 0.0, z), a, b, form)
         _, slope, grows = _limits(z, a, b)
         dx = torch.where(infinite, torch.where(grows, slope * g, 0.0), dx)
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
@@ -97,10 +95,10 @@ def _arithmetic(x: Tensor, order: int) -> torch.dtype:
         return torch.float64
     if x.numel() == 0:
         return torch.float32
-    limit = 2.0 ** (_SAFE_BITS // max(order, 1))
     low, high = torch.aminmax(x.detach())
-    # Written so that NaN, which hides the extremes, counts as out of range.
-    return torch.float32 if bool((low >= -limit) & (high <= limit)) else torch.float64
+    # NaN hides the extremes; it fails the comparison, and so counts as out of range.
+    fits = torch.maximum(-low, high).item() <= 2.0 ** (_SAFE_BITS // max(order, 1))
+    return torch.float32 if fits else torch.float64
 
 
 def _is_readable(x: Tensor) -> bool:

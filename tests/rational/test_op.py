@@ -1,0 +1,580 @@
+"""The door: one grid that every backend passes, and everything that PyTorch can do with a function."""
+
+import itertools
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import grkan
+from grkan.rational import op
+from grkan.rational.reference import FORMS, rational
+
+# What the grid runs on. A kernel joins by its name: "native" is skipped where there is none.
+BACKENDS = ["auto", "reference"]
+DEVICE = "cpu"
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+    torch.float16: {"rtol": 2**-10, "atol": 2**-10},
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with grkan.set_backend(request.param):
+        yield request.param
+
+
+def coefficients(groups, order, share="none", dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows_a = 1 if share == "numerator" else groups
+    rows_b = 1 if share == "denominator" else groups
+    a = torch.randn(rows_a, order[0] + 1, generator=generator, dtype=torch.float64)
+    b = torch.randn(rows_b, order[1], generator=generator, dtype=torch.float64)
+    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+
+
+def expected(x, a, b, form, channel_dim, weight):
+    """F and its gradients in float64, by autograd of the definition; the oracle of the grid."""
+    x, a, b = (t.detach().double().requires_grad_() for t in (x, a, b))
+    groups = max(a.shape[0], b.shape[0])
+    # chunk by chunk, so that it owes nothing to the layout code
+    chunks = x.movedim(channel_dim, -1).chunk(groups, -1) if x.shape[channel_dim] else [x.movedim(channel_dim, -1)]
+    outputs = []
+    for k, chunk in enumerate(chunks):
+        row_a, row_b = (t[k if t.shape[0] > 1 else 0][None] for t in (a, b))
+        outputs.append(rational(chunk.unsqueeze(-2), row_a, row_b, form).squeeze(-2))
+    y = torch.cat(outputs, -1).movedim(-1, channel_dim)
+    gradients = torch.autograd.grad(y, (x, a, b), weight.double(), allow_unused=True, materialize_grads=True)
+    return y, *gradients
+
+
+def assert_agrees(x, a, b, form="abs_of_sum", channel_dim=-1, weight=None):
+    """Values and gradients of the door against float64; x is a leaf or a view, and stays what it is."""
+    x = x.detach().requires_grad_()
+    y = grkan.group_rational(x, a, b, form=form, channel_dim=channel_dim)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    if x.numel():  # the strides of nothing mean nothing
+        assert y.stride() == torch.empty_like(x).stride()
+    weight = torch.randn_like(y) if weight is None else weight
+    gradients = torch.autograd.grad(y, (x, a, b), weight, allow_unused=True, materialize_grads=True)
+    wanted_y, wanted_dx, wanted_da, wanted_db = expected(x, a, b, form, channel_dim, weight)
+    tolerance = TOLERANCE[x.dtype]
+    torch.testing.assert_close(y.double(), wanted_y, **tolerance, equal_nan=True)
+    torch.testing.assert_close(gradients[0].double(), wanted_dx, **tolerance)
+    for actual, wanted, source in zip(gradients[1:], (wanted_da, wanted_db), (a, b), strict=True):
+        assert (actual.shape, actual.dtype) == (source.shape, source.dtype)
+        # A sum of N terms: its rounding error grows with the terms, so compare relative to the largest sum.
+        scale = max(1.0, wanted.abs().max().item() if wanted.numel() else 1.0)
+        torch.testing.assert_close(actual.double() / scale, wanted / scale, **TOLERANCE[min_dtype(x, source)])
+
+
+def min_dtype(*tensors):
+    return min((t.dtype for t in tensors), key=lambda d: torch.finfo(d).bits * 100 - torch.finfo(d).eps)
+
+
+# The grid.
+
+SIZES = [(1, 1, 1), (3, 1, 8), (5, 8, 1), (2, 3, 7), (197, 8, 24), (3, 2, 1023)]  # rows, groups, width
+ORDERS = [(5, 4), (7, 6), (0, 0), (3, 2), (4, 5), (1, 0), (0, 2), (9, 8)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("share", ["none", "numerator", "denominator"])
+def test_grid_sizes(backend, size, form, dtype, share):
+    rows, groups, width = size
+    torch.manual_seed(1)
+    assert_agrees(torch.randn(rows, groups * width, dtype=dtype), *coefficients(groups, (5, 4), share), form)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_grid_orders(backend, order, form, dtype):
+    torch.manual_seed(2)
+    assert_agrees(torch.randn(6, 12, dtype=dtype), *coefficients(4, order), form)
+
+
+def layouts():
+    """Name -> (x, channel_dim): 1-D to 5-D, every place of the channels, every way to lie in memory."""
+    torch.manual_seed(3)
+    return {
+        "1-D": (torch.randn(12), -1),
+        "2-D": (torch.randn(5, 12), 1),
+        "3-D": (torch.randn(2, 5, 12), -1),
+        "4-D channels first": (torch.randn(2, 12, 3, 5), 1),
+        "4-D channels first, negative": (torch.randn(2, 12, 3, 5), -3),
+        "4-D channels_last": (torch.randn(2, 12, 3, 5).to(memory_format=torch.channels_last), 1),
+        "4-D channels_last, channels at the end": (torch.randn(2, 5, 3, 12).to(memory_format=torch.channels_last), -1),
+        "5-D channels first": (torch.randn(2, 12, 3, 2, 5), 1),
+        "5-D channels_last_3d": (torch.randn(2, 12, 3, 2, 5).to(memory_format=torch.channels_last_3d), 1),
+        "channels at 0": (torch.randn(12, 5), 0),
+        "transposed": (torch.randn(2, 12, 5).transpose(1, 2), -1),
+        "transposed, channels inside": (torch.randn(2, 5, 12).transpose(1, 2), 1),
+        "sliced rows": (torch.randn(10, 12)[::2], -1),
+        "sliced channels": (torch.randn(5, 24)[:, ::2], -1),
+        "offset": (torch.randn(5, 14)[:, 1:13], -1),
+        "expanded rows": (torch.randn(1, 12).expand(5, 12), -1),
+        "expanded channels": (torch.randn(5, 1).expand(5, 12), -1),
+        "size-1 dimensions": (torch.randn(1, 12, 1, 1).to(memory_format=torch.channels_last), 1),
+        "column of a matrix": (torch.randn(12, 4)[:, 1], 0),
+        "empty batch": (torch.randn(0, 12), -1),
+        "empty in the middle": (torch.randn(2, 0, 12), -1),
+        "empty, channels first": (torch.randn(0, 12, 3, 3), 1),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", layouts())
+def test_grid_layouts(backend, name, form):
+    x, channel_dim = layouts()[name]
+    assert_agrees(x, *coefficients(4, (5, 4)), form, channel_dim)
+
+
+@pytest.mark.parametrize("name", ["3-D", "4-D channels first", "4-D channels_last", "transposed"])
+def test_expanded_and_strided_gradients(backend, name):
+    """`y.sum().backward()` sends a gradient of stride 0; it must not be read as if it were contiguous."""
+    x, channel_dim = layouts()[name]
+    a, b = coefficients(4, (5, 4))
+    assert_agrees(x, a, b, channel_dim=channel_dim, weight=torch.ones(()).expand(x.shape))
+    assert_agrees(
+        x, a, b, channel_dim=channel_dim, weight=torch.randn(x.shape[::-1]).permute(*reversed(range(x.dim())))
+    )
+    leaf = x.detach().requires_grad_()
+    grkan.group_rational(leaf, a, b, channel_dim=channel_dim).sum().backward()
+    torch.testing.assert_close(
+        leaf.grad.double(), expected(x, a, b, "abs_of_sum", channel_dim, torch.ones(x.shape))[1], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_no_channels(backend):
+    y = grkan.group_rational(torch.randn(3, 0), *coefficients(4, (5, 4)))
+    assert y.shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("coefficient_dtype", TOLERANCE, ids=str)
+def test_coefficients_of_any_dtype(backend, dtype, coefficient_dtype):
+    """Their gradients have their dtype; arithmetic follows x."""
+    torch.manual_seed(4)
+    assert_agrees(torch.randn(3, 8, dtype=dtype), *coefficients(4, (5, 4), dtype=coefficient_dtype))
+
+
+def test_half_types_compute_in_float32(backend):
+    """In float16 arithmetic x^5 overflows at 10, and a sum of 10,000 ones stops at 2048."""
+    a, b = coefficients(1, (5, 4))
+    x = torch.full((10_000, 1), 30.0, dtype=torch.float16)
+    y = grkan.group_rational(x, a, b)
+    (da,) = torch.autograd.grad(y.sum(), a)
+    wanted = expected(x, a, b, "abs_of_sum", -1, torch.ones_like(x))
+    torch.testing.assert_close(y.double(), wanted[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(da.double(), wanted[2], rtol=1e-3, atol=0)
+
+
+def test_range_and_limits_through_the_door(backend):
+    """The definition's care for the range reaches the user; its own test compares with exact arithmetic."""
+    a = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    b = torch.zeros(1, 4, requires_grad=True)
+    x = torch.tensor([[1e-30, -3e38, 3e38, torch.inf, -torch.inf, torch.nan]], requires_grad=True)
+    y = grkan.group_rational(x, a, b)
+    torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+    (dx,) = torch.autograd.grad(y[:, :-1].sum(), x)
+    assert dx[0, :5].tolist() == [1.0] * 5
+
+
+# Autograd, torch.func, forward mode.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [(5, 4), (0, 0), (2, 3)], ids=str)
+def test_gradcheck_and_gradgradcheck(backend, form, order):
+    torch.manual_seed(5)
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *coefficients(3, order, dtype=torch.float64))
+    if order[1] == 0:
+        inputs = inputs[:2]
+
+    def f(x, a, b=torch.empty(3, 0, dtype=torch.float64)):  # noqa: B008
+        return grkan.group_rational(x, a, b, form=form)
+
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_gradcheck_of_other_layouts(backend, channel_dim):
+    torch.manual_seed(5)
+    x = torch.randn(2, 4, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    inputs = (x, *coefficients(2, (3, 2), "numerator", dtype=torch.float64))
+
+    def f(*args):
+        return grkan.group_rational(*args, channel_dim=channel_dim)
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_third_derivative(backend):
+    x = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    a, b = (t.detach() for t in coefficients(1, (5, 4), dtype=torch.float64))
+
+    def derivatives(f):
+        values, y = [], f(x)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            values.append(y.item())
+        return values
+
+    wanted = derivatives(lambda x: rational(x[None], a, b, "abs_of_sum"))
+    assert derivatives(lambda x: grkan.group_rational(x, a, b)) == pytest.approx(wanted, rel=1e-10)
+
+
+def definition(x, a, b, form):
+    groups = max(a.shape[0], b.shape[0])
+    return rational(x.unflatten(-1, (groups, -1)), a, b, form).flatten(-2)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x, a, b, t: vmap(f, (0, None, None))(x, a, b),
+    "vmap over coefficients": lambda f, x, a, b, t: vmap(f, (None, 0, 0))(x, a + t[:, None, :1], b + t[:, None, :1]),
+    "vmap, channels first": lambda f, x, a, b, t: vmap(f, (1, None, None))(
+        x.T.reshape(x.shape[1], -1).contiguous(), a, b
+    ),
+    "grad": lambda f, x, a, b, t: grad(lambda *args: f(*args).square().sum(), (0, 1, 2))(x, a, b),
+    "per-sample grad": lambda f, x, a, b, t: vmap(grad(lambda a, x: f(x, a, b).sum()), (None, 0))(a, x),
+    "jvp": lambda f, x, a, b, t: jvp(f, (x, a, b), (t, a.cos(), b.cos())),
+    "vjp": lambda f, x, a, b, t: vjp(f, x, a, b)[1](t),
+    "jacrev": lambda f, x, a, b, t: jacrev(f, (0, 1, 2))(x, a, b),
+    "jacfwd": lambda f, x, a, b, t: jacfwd(f, (0, 1, 2))(x, a, b),
+    "hessian": lambda f, x, a, b, t: hessian(lambda *args: f(*args).sum(), (0, 1, 2))(x, a, b),
+    "jacfwd of grad": lambda f, x, a, b, t: jacfwd(grad(lambda x: f(x, a, b).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_torch_func_equals_the_definition(backend, name, form):
+    torch.manual_seed(6)
+    x, t = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    a, b = (c.detach() for c in coefficients(4, (5, 4), dtype=torch.float64))
+    transform = TRANSFORMS[name]
+    actual = transform(lambda x, a, b: grkan.group_rational(x, a, b, form=form), x, a, b, t)
+    wanted = transform(lambda x, a, b: definition(x, a, b, form), x, a, b, t)
+    torch.testing.assert_close(actual, wanted)
+
+
+def test_forward_mode_equals_the_definition(backend):
+    torch.manual_seed(6)
+    x, t = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    a, b = (c.detach() for c in coefficients(4, (5, 4), dtype=torch.float64))
+    tangents = []
+    for f in (grkan.group_rational, lambda *args: definition(*args, "abs_of_sum")):
+        with forward_ad.dual_level():
+            duals = (forward_ad.make_dual(x, t), forward_ad.make_dual(a, a.cos()), forward_ad.make_dual(b, b.cos()))
+            tangents.append(forward_ad.unpack_dual(f(*duals)).tangent)
+    assert tangents[1].abs().min() > 0
+    torch.testing.assert_close(*tangents)
+
+
+def test_derivatives_of_a_backward_that_began_outside(backend):
+    """The forward ran as an operator; its backward is then batched, or differentiated in forward mode."""
+    torch.manual_seed(7)
+    x = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    a, b = (c.detach() for c in coefficients(4, (5, 4), dtype=torch.float64))
+
+    def f(x):
+        return grkan.group_rational(x, a, b)
+
+    wanted = jacrev(lambda x: definition(x, a, b, "abs_of_sum"))(x.detach())
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), wanted)
+    y = f(x)
+    with forward_ad.dual_level():
+        direction = torch.randn(8, dtype=torch.float64)
+        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(dx).tangent, direction @ wanted)
+
+
+def test_functional_call_and_ensemble(backend):
+    """One model, many coefficients: the torch.func recipe for ensembles."""
+    layer = torch.nn.ParameterDict(dict(zip(("a", "b"), coefficients(4, (5, 4)), strict=True)))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = layer
+
+        def forward(self, x):
+            return grkan.group_rational(x, self.c["a"], self.c["b"])
+
+    model, x = Model(), torch.randn(3, 8)
+    stacked = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in model.named_parameters()}
+    y = vmap(lambda p: functional_call(model, p, (x,)))(stacked)
+    torch.testing.assert_close(y[0], model(x))
+
+
+# torch.compile, export, the operator's own registration.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["3-D", "4-D channels first", "4-D channels_last", "transposed", "expanded rows"])
+def test_compile_fullgraph(backend, name, form):
+    torch.compiler.reset()
+    x, channel_dim = layouts()[name]
+    a, b = coefficients(4, (5, 4))
+
+    def f(x):
+        return grkan.group_rational(x, a, b, form=form, channel_dim=channel_dim) * 2
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    torch.testing.assert_close(compiled(leaf), f(leaf))
+    actual = torch.autograd.grad(compiled(leaf).square().sum(), (leaf, a, b))
+    wanted = torch.autograd.grad(f(leaf).square().sum(), (leaf, a, b))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_inductor_without_recompiling_for_a_batch_size(backend):
+    torch.compiler.reset()
+    a, b = coefficients(4, (5, 4))
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def f(x):
+        return grkan.group_rational(torch.sin(x), a, b).square()
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 2, 9):
+            x = torch.randn(rows, 12, requires_grad=True)
+            wanted = grkan.group_rational(torch.sin(x), a, b).square()
+            torch.testing.assert_close(f(x), wanted)
+            (dx,) = torch.autograd.grad(f(x).sum(), x)
+            torch.testing.assert_close(dx, torch.autograd.grad(wanted.sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "jacrev", "jacfwd"])
+def test_compile_of_torch_func(backend, name):
+    torch.compiler.reset()
+    torch.manual_seed(6)
+    x, t = torch.randn(3, 8), torch.randn(3, 8)
+    a, b = (c.detach() for c in coefficients(4, (5, 4)))
+
+    def f(x):
+        return TRANSFORMS[name](grkan.group_rational, x, a, b, t)
+
+    actual = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(actual, f(x), rtol=1e-4, atol=1e-4)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(c.detach()) for c in coefficients(4, (5, 4)))
+
+    def forward(self, x):
+        return grkan.group_rational(x, self.a, self.b, channel_dim=1)
+
+
+def test_export(backend):
+    layer, x = Layer(), torch.randn(2, 8, 3)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert ("grkan.group_rational.default" in calls) == (backend != "reference")
+    x = torch.randn(5, 8, 3)
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_opcheck(name):
+    x, channel_dim = layouts()[name]
+    x = x.detach().requires_grad_()
+    arguments = (x, *coefficients(4, (5, 4)), "abs_of_sum", channel_dim % x.dim())
+    torch.library.opcheck(torch.ops.grkan.group_rational.default, arguments)
+    grad_argument = torch.randn_like(x.detach())
+    detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    torch.library.opcheck(torch.ops.grkan.group_rational_backward.default, (grad_argument, *detached))
+
+
+def test_meta_device(backend):
+    a, b = (c.detach().to("meta").requires_grad_() for c in coefficients(4, (5, 4)))
+    x = torch.empty(2, 8, 3, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = grkan.group_rational(x, a, b, channel_dim=1)
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert a.grad.shape == a.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
+    """F keeps the dtype of its input; rational_linear is autocast like F.linear."""
+    a, b = coefficients(4, (5, 4))
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    plain = grkan.group_rational(x, a, b)
+    with torch.autocast("cpu", dtype):
+        assert grkan.group_rational(x, a, b).dtype == torch.float32
+        torch.testing.assert_close(grkan.group_rational(x, a, b), plain)
+        assert grkan.group_rational(x.to(dtype), a, b).dtype == dtype
+        y = grkan.rational_linear(x, a, b, weight)
+        wanted = torch.nn.functional.linear(grkan.group_rational(x.to(dtype), a, b), weight)
+        assert grkan.rational_linear(x.double(), a, b, weight.double()).dtype == torch.float64
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0)
+    y.sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype, a.grad.dtype) == (torch.float32,) * 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rational_linear(backend, bias):
+    torch.manual_seed(8)
+    a, b = coefficients(4, (5, 4), dtype=torch.float64)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [x, a, b, weight] + ([torch.randn(5, dtype=torch.float64, requires_grad=True)] if bias else [])
+    y = grkan.rational_linear(*inputs)
+    wanted = torch.nn.functional.linear(grkan.group_rational(x, a, b), *inputs[3:])
+    torch.testing.assert_close(y, wanted)
+    assert torch.autograd.gradcheck(grkan.rational_linear, inputs)
+    assert torch.autograd.gradgradcheck(grkan.rational_linear, inputs)
+
+
+def test_the_operator_keeps_x_alone():
+    """What autograd stores for the backward: x and the coefficients, nothing that grows with x besides."""
+    a, b = coefficients(4, (5, 4))
+    x = torch.randn(16, 8, requires_grad=True)
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+        grkan.group_rational(x, a, b)
+    assert sorted(t.data_ptr() for t in stored) == sorted(t.data_ptr() for t in (x, a, b))
+
+
+def test_the_same_bits_each_time(backend):
+    torch.manual_seed(9)
+    x, (a, b) = torch.randn(64, 197, 16), coefficients(8, (5, 4))
+    runs = [torch.autograd.grad(grkan.group_rational(x, a, b).square().sum(), (a, b)) for _ in range(3)]
+    for da, db in runs[1:]:
+        assert torch.equal(da, runs[0][0])
+        assert torch.equal(db, runs[0][1])
+
+
+def test_b_learns_from_the_identity_start(backend):
+    a = torch.tensor([[0.0, 1, 0, 0, 0, 0]] * 4, requires_grad=True)
+    for zero in (0.0, -0.0):
+        b = torch.full((4, 4), zero, requires_grad=True)
+        torch.manual_seed(10)
+        grkan.group_rational(torch.randn(64, 8), a, b).square().sum().backward()
+        assert (b.grad != 0).all()
+
+
+# Errors.
+
+X, A, B = torch.randn(3, 8), torch.randn(4, 6), torch.randn(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], A, B), TypeError, "x must be a Tensor; got list"),
+        ((X.long(), A, B), TypeError, "x must be float16, bfloat16, float32 or float64; got int64"),
+        ((X.cfloat(), A, B), TypeError, "x must be .*; got complex64"),
+        ((X.to(torch.float8_e4m3fn), A, B), TypeError, "x must be .*; got float8_e4m3fn"),
+        ((torch.tensor(1.0), A, B), ValueError, "x must have at least one dimension"),
+        ((X, A.long(), B), TypeError, "numerator must have a floating dtype; got int64"),
+        ((X, A, B.cfloat()), TypeError, "denominator must have a floating dtype; got complex64"),
+        ((X, None, B), TypeError, "numerator must be a Tensor; got NoneType"),
+        ((X, A[0], B), ValueError, r"numerator must have shape .*; got \(6,\)"),
+        ((X, A[:, :0], B), ValueError, r"numerator must have shape .*; got \(4, 0\)"),
+        ((X, A[:0], B), ValueError, r"numerator must have shape .*; got \(0, 6\)"),
+        ((X, A, B[0]), ValueError, r"denominator must have shape .*; got \(4,\)"),
+        ((X, A, B[:0]), ValueError, r"denominator must have shape .*; got \(0, 4\)"),
+        ((X, A, B[:2]), ValueError, "same number of rows.*; got 4 and 2"),
+        ((X[:, :7], A, B), ValueError, r"divisible by the number of groups, 4 .*; got 7 channels in dimension -1"),
+        ((X, A.to("meta"), B), ValueError, "numerator must be on the device of x, cpu; got meta"),
+        ((X.to("meta"), A.to("meta"), B), ValueError, "denominator must be on the device of x, meta; got cpu"),
+    ],
+)
+def test_bad_tensors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        grkan.group_rational(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"form": "version_b"}, ValueError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 'version_b'"),
+        ({"form": None}, ValueError, "form must be"),
+        ({"channel_dim": 2}, ValueError, r"channel_dim must lie in \[-2, 1\] .*; got 2"),
+        ({"channel_dim": -3}, ValueError, r"channel_dim must lie in \[-2, 1\] .*; got -3"),
+        ({"channel_dim": 1.0}, TypeError, "channel_dim must be an int; got float"),
+        ({"channel_dim": 0}, ValueError, "got 3 channels in dimension 0"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        grkan.group_rational(X, A, B, **options)
+
+
+def test_set_backend():
+    assert op._backend == "auto"
+    with grkan.set_backend("reference"):
+        assert op._backend == "reference"
+        with grkan.set_backend("auto"):
+            assert op._backend == "auto"
+        assert op._backend == "reference"
+    assert op._backend == "auto"
+    grkan.set_backend("reference")
+    assert op._backend == "reference"
+    grkan.set_backend("auto")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'native'; got 'fast'"):
+        grkan.set_backend("fast")
+    assert op._backend == "auto"
+
+
+def test_native_backend_fails_loudly_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    with pytest.raises(RuntimeError, match="backend 'native' is not available"):
+        grkan.set_backend("native")
+    assert op._backend == "auto"
+    # A kernel for one device does not serve another.
+    monkeypatch.setattr(op, "KERNELS", {"cuda": op.REFERENCE})
+    with grkan.set_backend("native"), pytest.raises(RuntimeError, match=r"no kernel for x on device cpu.*\['cuda'\]"):
+        grkan.group_rational(X, A, B)
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_a_kernel_sees_the_canonical_layout(name, monkeypatch):
+    """[rows, groups, width], contiguous; dense memory is used as it lies, without a copy."""
+    x, channel_dim = layouts()[name]
+    seen = []
+
+    def record(function):
+        def wrapper(*tensors_and_form):
+            seen.extend(t for t in tensors_and_form[:-3])
+            return function(*tensors_and_form)
+
+        return wrapper
+
+    monkeypatch.setitem(op.KERNELS, "cpu", op.Kernel(*map(record, (rational, op.REFERENCE.backward))))
+    with grkan.set_backend("native"):
+        assert_agrees(x, *coefficients(4, (5, 4)), channel_dim=channel_dim)
+    assert len(seen) == 3  # x; grad and x
+    for t in seen:
+        assert t.is_contiguous()
+        assert t.dim() == 3
+        assert t.shape[1] == 4
+    dense = torch.empty_like(x).stride() == x.stride()
+    if dense and x.numel():
+        assert seen[0].data_ptr() == x.data_ptr()
+
+
+def test_every_pair_of_shared_rows():
+    """(G, G), (1, G), (G, 1) and (1, 1), which is one group."""
+    x = torch.randn(3, 8)
+    for rows_a, rows_b in itertools.product((1, 4), repeat=2):
+        a, b = torch.randn(rows_a, 6), torch.randn(rows_b, 4)
+        assert_agrees(x, a.requires_grad_(), b.requires_grad_())
