@@ -1,10 +1,11 @@
 """The door to the rational function: checks, layout, dispatch and autograd.
 
-`group_rational` is a Python function in front of the operator `grkan::group_rational`. The operator keeps x alone for its
-backward, is opaque to torch.compile and export, and is where kernels come in. It cannot serve everything: an operator with
-`torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns a zero tangent; an
-`autograd.Function` with vmap and jvp rules would break `torch.compile(fullgraph=True)`. So the door runs the plain PyTorch
-of `reference.py` wherever derivatives are taken by a transform, and the operator everywhere else (`_composite_needed`).
+`group_rational` is a Python function in front of the operator `grkan::group_rational`. The operator keeps x alone for
+its backward, is opaque to torch.compile and export, and is where kernels come in. It cannot serve everything: an
+operator with `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns a
+zero tangent; an `autograd.Function` with vmap and jvp rules would break `torch.compile(fullgraph=True)`. So the door
+runs the plain PyTorch of `reference.py` wherever derivatives are taken by a transform (`_composite_needed`), and the
+operator everywhere else.
 
 A kernel sees one layout, [rows, groups, width] and contiguous, in which the scalars of a group lie side by side.
 """
@@ -29,8 +30,8 @@ _BACKENDS = ("auto", "reference", "native")
 class Kernel:
     """F and its gradients on one device type.
 
-    forward(x, numerator, denominator, form) and backward(grad, x, numerator, denominator, form) as `reference.rational` and
-    `reference.rational_backward`, on contiguous [rows, groups, width] tensors.
+    forward(x, numerator, denominator, form) and backward(grad, x, numerator, denominator, form) as `reference.rational`
+    and `reference.rational_backward`, on contiguous [rows, groups, width] tensors.
     """
 
     forward: Callable[..., Tensor]
@@ -45,8 +46,10 @@ KERNELS: dict[str, Kernel] = {}
 _backend = "auto"
 
 
-class set_backend:  # noqa: N801 (named like torch.set_grad_enabled, which it behaves like)
+class set_backend:
     """Choose what computes the rational function, from here on or for a `with` block; process-wide.
+
+    Named and used like `torch.set_grad_enabled`.
 
     Args:
         name: "auto", the native kernel where there is one and the reference elsewhere; "reference", plain PyTorch
@@ -85,8 +88,8 @@ def group_rational(
     Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n for "sum_of_abs". Channels [k C/G, (k + 1) C/G) are group k.
 
     Args:
-        x: any shape of at least one dimension, any strides; float16, bfloat16, float32 or float64. Arithmetic is float64
-            for float64 and float32 otherwise, and takes care of every finite x; F(+-inf) is the limit; NaN stays NaN.
+        x: any shape of at least one dimension, any strides; float16, bfloat16, float32 or float64. Arithmetic is
+            float64 for float64 and float32 otherwise, and right for every finite x; F(+-inf) is the limit, NaN is NaN.
         numerator: (G, m + 1), a_0 first; or (1, m + 1), shared by all groups.
         denominator: (G, n), b_1 first, n >= 0; or (1, n), shared by all groups. G is the larger number of rows.
             Coefficients may have any floating dtype; their gradients have theirs.
@@ -119,7 +122,9 @@ def rational_linear(
     *,
     form: str = "abs_of_sum",
 ) -> Tensor:
-    """A rational function in front of a linear layer: `F.linear(group_rational(x, numerator, denominator), weight, bias)`.
+    """A rational function in front of a linear layer.
+
+    Equivalent to `F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)`.
 
     Args:
         x: (..., in_features).
@@ -224,8 +229,8 @@ torch.library.register_autograd("grkan::group_rational", _autograd, setup_contex
 class _Layout:
     """The way between a tensor like x and the contiguous [rows, groups, width] that a kernel reads.
 
-    The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format is
-    used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
+    The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format
+    is used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
     """
 
     def __init__(self, x: Tensor, dim: int, groups: int) -> None:

@@ -6,16 +6,17 @@ Every group g of channels has coefficients a (numerator) and b (denominator), an
 
 with one of two denominators that have no root (Molina et al., "Padé Activation Units", arXiv 1907.06732):
 
-    abs_of_sum    Q(x) = 1 + |A(x)|,   A(x) = b_1 x + ... + b_n x^n             (version B; KAT, arXiv 2409.10594, Eq. 12)
-    sum_of_abs    Q(x) = 1 + A(|x|),   A(t) = |b_1| t + ... + |b_n| t^n         (version A; the released KAT kernels)
+    abs_of_sum    Q(x) = 1 + |A(x)|,   A(x) = b_1 x + ... + b_n x^n         (version B; KAT, arXiv 2409.10594, Eq. 12)
+    sum_of_abs    Q(x) = 1 + A(|x|),   A(t) = |b_1| t + ... + |b_n| t^n     (version A; the released KAT kernels)
 
 This file is what every kernel is compared with. Three conventions complete the formula:
 
 * sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, which is what the gradient of
   `torch.abs` takes, b would never receive a gradient.
-* No finite x overflows where F does not. A power of x can leave float32 although F(x) is harmless, so a tensor that holds
-  such an x is computed in float64, by the same Horner scheme. That is enough for all of float32 up to order 7, and for
-  float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is multiplied twice; Q^2 is never formed.
+* No finite x overflows where F does not. A power of x can leave float32 although F(x) is harmless, so a tensor that
+  holds such an x is computed in float64, by the same Horner scheme. That is enough for all of float32 up to order 7,
+  and for float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is multiplied twice; Q^2 is
+  never formed.
 * NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; the coefficients get no gradient from there.
 
 Both functions take x as [..., groups, width]: the scalars of a group lie along the last dimension.
@@ -40,7 +41,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
         form: "abs_of_sum" or "sum_of_abs".
 
     Returns:
-        Shape and dtype of x. Arithmetic is float32 for half types and float32, float64 for float64 and where powers need it.
+        Shape and dtype of x. Arithmetic is float64 for float64 and where powers of x need it, and float32 otherwise.
     """
     dtype = _arithmetic(x, max(numerator.shape[-1] - 1, denominator.shape[-1]))
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
@@ -70,7 +71,7 @@ def rational_backward(
         x, numerator, denominator, form: as for `rational`.
 
     Returns:
-        The gradients of x, numerator and denominator, each with the shape and dtype of its tensor. They are differentiable.
+        The gradients of x, numerator and denominator, each with the shape and dtype of its tensor; differentiable.
     """
     dtype = _arithmetic(x, max(numerator.shape[-1] - 1, denominator.shape[-1]))
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
@@ -188,7 +189,7 @@ def _times_powers(first: Tensor, x: Tensor, count: int) -> list[Tensor]:
 
 
 def _gather(terms: list[Tensor], coefficients: Tensor) -> Tensor:
-    """Sum [..., G, W] summands to the shape and dtype of their coefficients: over all but the groups, or over everything."""
+    """Sum [..., G, W] summands to the shape and dtype of their coefficients; a shared row takes all of them."""
     if not terms:
         return torch.zeros_like(coefficients)
     summed = [*range(terms[0].dim() - 2), -1] + ([-2] if coefficients.shape[0] == 1 else [])
@@ -199,7 +200,7 @@ def _gather(terms: list[Tensor], coefficients: Tensor) -> Tensor:
 def _limits(x: Tensor, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """How F behaves as x goes to infinity on its own side, from the highest non-zero coefficients of P and Q.
 
-    F(x) tends to (p / |q|) x^i / |x|^j for the highest non-zero p = a_i and q = b_j, or q = 1 and j = 0 if all b are zero.
+    F(x) tends to (p / |q|) x^i / |x|^j for the highest non-zero p = a_i and q = b_j; q = 1 and j = 0 if all b are zero.
 
     Returns:
         limit, the limit of F where it does not grow; slope, the limit of F' where it grows; grows = i > j.
