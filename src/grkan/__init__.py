@@ -1,6 +1,80 @@
-"""grkan: the Kolmogorov-Arnold Transformer as a library."""
+"""grkan: the Kolmogorov-Arnold Transformer (arXiv 2409.10594) as a library.
+
+One idea runs through it: a group-wise rational function in front of a linear layer. This module holds the public names.
+Importing it needs torch alone. If timm can be imported, the KAT models are registered with it; names that need another
+package load when they are first used, and say which extra brings what is missing.
+"""
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
-__all__ = ["__version__", "group_rational", "rational_linear", "set_backend"]
+if TYPE_CHECKING:
+    from .models.files import load_model, save_model
+    from .models.operations import count_operations
+    from .rational.fit import RationalFit, fit
+
+# name -> the module that has it, and the extra that brings what this module imports
+_LAZY = {
+    "RationalFit": ("grkan.rational.fit", "fit"),
+    "count_operations": ("grkan.models.operations", "models"),
+    "fit": ("grkan.rational.fit", "fit"),
+    "load_model": ("grkan.models.files", "models"),
+    "save_model": ("grkan.models.files", "models"),
+}
+
+__all__ = [
+    "GRKAN",
+    "GroupRational",
+    "RationalFit",
+    "RationalLinear",
+    "__version__",
+    "count_operations",
+    "fit",
+    "group_rational",
+    "load_model",
+    "no_weight_decay",
+    "rational_linear",
+    "save_model",
+    "set_backend",
+    "variance_gain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'grkan' has no attribute {name!r}")
+    module, extra = _LAZY[name]
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "grkan":
+            raise
+        raise ImportError(f'grkan.{name} needs {error.name}; install it by: pip install "grkan[{extra}]"') from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_models() -> None:
+    """Register the KAT models with timm, if it is there; a timm that cannot be imported must not break grkan."""
+    try:
+        importlib.import_module("timm")
+        importlib.import_module("grkan.models.kat")
+    except Exception as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "timm"):
+            warnings.warn(
+                f"the KAT models are not registered, because timm cannot be used: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+_register_models()

@@ -1,0 +1,287 @@
+"""Model files: weights and what is needed to use them, in one safetensors file.
+
+The metadata is one JSON document under the key "grkan"; `read_metadata` lists its fields. Nothing is unpickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..nn import GroupRational
+
+FORMAT_VERSION = 1
+_KEY = "grkan"
+
+# Arguments of timm.create_model that say where weights come from or go to, not what the model is. A file that could set
+# them could make a loader fetch or unpickle something.
+_NOT_ARCHITECTURE = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+    "device",
+    "dtype",
+)
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model to one safetensors file, from which `load_model` makes it again.
+
+    The file appears whole or not at all: it is written under another name in the same folder, synchronised and renamed.
+
+    Args:
+        model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
+            arguments are known; the weights of any other can be loaded into a module that is there already. Tied
+            weights stay tied, dtypes stay what they are.
+        path: the file; replaced if it exists. Its folder must exist.
+        classes: the names of the outputs; None: those of the file that the model was loaded from, if any.
+        preprocessing: how images become inputs, as JSON; None: that of the file that the model was loaded from, else
+            what timm says of the model (input_size, interpolation, mean, std, crop_pct, crop_mode).
+        arguments: the keyword arguments of `timm.create_model` that made the model; None: what grkan's models, and in
+            recent versions timm, keep of them, with what `reset_classifier` and `set_input_size` have changed since.
+
+    Raises:
+        ImportError: safetensors is missing.
+        FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
+        TypeError: an argument, or preprocessing, is not JSON.
+        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device).
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path must name a file; {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder; there is no {path.parent}")
+    if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+        raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+    metadata = _metadata(model, classes, preprocessing, arguments)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Read a model that `save_model` wrote.
+
+    Args:
+        path: the file.
+        model: a module to load the weights into, which stays unchanged if that fails; None: one is built, on the CPU,
+            with the dtypes of the file. Needed where the file does not name a model of timm's registry.
+
+    Returns:
+        The model in eval mode. Its attribute `grkan_metadata` is what `read_metadata` gives.
+
+    Raises:
+        ImportError: safetensors, or timm for a model of its registry, is missing.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is none of grkan's, damaged or of a newer version; the model cannot be built; or file and
+            model differ in names, shapes, or the form of a rational function. The message says which.
+    """
+    path = Path(path)
+    metadata, state = _read(path, tensors=True)
+    built = model is None
+    if model is None:
+        model = _build(metadata, path)
+    _compare(model, metadata, state, path)
+    if built:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state)
+    model.grkan_metadata = metadata  # type: ignore[assignment]
+    return model.eval()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of `save_model` says about its model, without the weights.
+
+    Returns:
+        format_version: int; grkan_version: str.
+        model: the name in timm's registry, or None; arguments: the keyword arguments for `timm.create_model`.
+        classes: list of str, or None; preprocessing: dict, or None.
+        forms: the form of every rational function, by the name of its module.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as for `load_model`.
+    """
+    return _read(Path(path), tensors=False)[0]
+
+
+def _safetensors() -> Any:
+    try:
+        import_module("safetensors.torch")
+        return import_module("safetensors")
+    except ModuleNotFoundError as error:
+        raise ImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
+
+
+def _metadata(
+    model: nn.Module,
+    classes: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    arguments: Mapping[str, Any] | None,
+) -> str:
+    """The JSON document about a model."""
+    previous: Any = getattr(model, "grkan_metadata", {})
+    name = None
+    if hasattr(model, "pretrained_cfg"):  # built by timm
+        name = model.pretrained_cfg["architecture"]  # type: ignore[index]
+        arguments = _arguments(model) if arguments is None else arguments
+        preprocessing = preprocessing or previous.get("preprocessing") or _preprocessing(model, arguments)
+    if classes is None:
+        classes = previous.get("classes")
+    if classes is not None:
+        classes = [str(c) for c in classes]
+        outputs = getattr(model, "num_classes", len(classes))
+        if outputs != len(classes):
+            raise ValueError(f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}")
+    arguments = {key: value for key, value in (arguments or {}).items() if key not in _NOT_ARCHITECTURE}
+    for key, value in {**arguments, "preprocessing": preprocessing}.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise TypeError(
+                f"{key} must be JSON to be written to a file (numbers, strings, lists); got {value!r}; "
+                "save_model(..., arguments=...) replaces what a model remembers"
+            ) from None
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "grkan_version": __version__,
+        "model": name,
+        "arguments": arguments,
+        "classes": classes,
+        "preprocessing": preprocessing,
+        "forms": _forms(model),
+    }
+    return json.dumps(fields)
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    """What a model of timm's registry was made with, brought up to date."""
+    from timm import models
+
+    if hasattr(model, "grkan_arguments"):
+        arguments = dict(model.grkan_arguments)
+    elif hasattr(models, "get_model_args"):
+        arguments = models.get_model_args(model)
+    else:
+        arguments = {}
+    if isinstance(getattr(model, "num_classes", None), int):
+        arguments["num_classes"] = model.num_classes
+    if isinstance(model, models.VisionTransformer):
+        # Where the last norm is depends on the pooling at the start, and stays there when the pooling changes.
+        arguments |= {"global_pool": model.global_pool, "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
+        if model.patch_embed.img_size is not None:
+            arguments["img_size"] = model.patch_embed.img_size
+    return arguments
+
+
+def _preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm says of the architecture, for the size and the channels of this model."""
+    from timm.data import resolve_model_data_config
+    from timm.layers import to_2tuple
+
+    known: dict[str, Any] = resolve_model_data_config(model)
+    channels = arguments.get("in_chans", known["input_size"][0])
+    known["input_size"] = (channels, *to_2tuple(arguments.get("img_size", known["input_size"][1:])))
+    for key in ("mean", "std"):
+        if len(known[key]) != channels:
+            known[key] = (sum(known[key]) / len(known[key]),) * channels
+    return known
+
+
+def _forms(model: nn.Module) -> dict[str, str]:
+    return {name: module.form for name, module in model.named_modules() if isinstance(module, GroupRational)}
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    safetensors = _safetensors()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a model file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no model file {path}")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            entries = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+    try:
+        metadata = json.loads(entries[_KEY])
+        version, *_ = (metadata[field] for field in ("format_version", "model", "arguments", "forms"))
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {version}, this version of grkan reads up to {FORMAT_VERSION}: upgrade grkan"
+            )
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} was not written by grkan.save_model: it lacks its metadata") from None
+    # Of tied weights safetensors keeps one, and notes the others' names with its name.
+    state |= {name: state[kept] for name, kept in entries.items() if kept in state and name != _KEY}
+    return metadata, state
+
+
+def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
+    """The module that the metadata describe, on the CPU, with any weights."""
+    name = metadata["model"]
+    if name is None:
+        raise ValueError(f"{path} does not say how to build its model; pass one: load_model(path, model=...)")
+    from . import kat  # noqa: F401  registers the models
+
+    timm = import_module("timm")
+    if not timm.is_model(name):
+        raise ValueError(f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)")
+    arguments = {key: value for key, value in metadata["arguments"].items() if key not in _NOT_ARCHITECTURE}
+    # How the weights started is of no use here, and the mimetic start takes a minute.
+    wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
+    try:
+        with torch.device("cpu"):
+            model = timm.create_model(name, **wanted)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
+    model.grkan_arguments = arguments
+    return model
+
+
+def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
+    """Raise if the weights do not belong to the model."""
+    expected = model.state_dict()
+    problems = [
+        *(f"{name} is missing" for name in expected if name not in state),
+        *(f"{name} is unknown" for name in state if name not in expected),
+        *(
+            f"{name} has shape {tuple(t.shape)} instead of {tuple(expected[name].shape)}"
+            for name, t in state.items()
+            if name in expected and t.shape != expected[name].shape
+        ),
+        *(
+            f"{name} has the form {metadata['forms'][name]!r} instead of {form!r}"
+            for name, form in _forms(model).items()
+            if metadata["forms"].get(name, form) != form
+        ),
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")

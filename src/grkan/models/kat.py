@@ -1,0 +1,259 @@
+"""Kolmogorov-Arnold Transformers in timm's registry, and Vision Transformers to compare the small ones with.
+
+Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`.
+"""
+
+from functools import partial
+from typing import Any
+
+try:
+    from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    from timm.layers import Attention, Mlp
+    from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models.vision_transformer import checkpoint_filter_fn
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "timm":
+        raise
+    raise ImportError('grkan.models needs timm; install it with: pip install "grkan[models]"') from error
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import GRKAN, no_weight_decay, variance_gain
+from ..nn.init import check_weight_init, init_linear_
+
+__all__ = ["KAT"]  # register_model adds the entrypoints
+
+
+class KAT(VisionTransformer):
+    """timm's VisionTransformer with `GRKAN` as its MLP (arXiv 2409.10594).
+
+    Args:
+        *args, **kwargs: as for timm's VisionTransformer. `weight_init` keeps its meaning for everything but the MLPs,
+            which initialise themselves; `fix_init` scales their fc2 down afterwards, as in timm.
+        num_groups, order, act_init, form, share_numerator: of the rational functions, as for `GRKAN`.
+        mlp_init: "variance_preserving", or "trunc_normal" for the standard deviation 0.02 of the released code.
+        attn_init: None for what `weight_init` says, or "mimetic", see `MimeticAttention`.
+
+    Raises:
+        TypeError, ValueError, ImportError: as for `GRKAN`.
+
+    Shape:
+        (N, in_chans, H, W) to (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_groups: int = 8,
+        order: tuple[int, int] = (5, 4),
+        act_init: tuple[Any, Any] = ("identity", "swish"),
+        form: str = "abs_of_sum",
+        share_numerator: bool = False,
+        mlp_init: str = "variance_preserving",
+        attn_init: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["mlp_layer"] = partial(
+            kwargs.get("mlp_layer", GRKAN),
+            num_groups=num_groups,
+            order=order,
+            act_init=act_init,
+            form=form,
+            share_numerator=share_numerator,
+            weight_init=check_weight_init("mlp_init", mlp_init),
+        )
+        if attn_init == "mimetic":
+            if "attn_layer" in kwargs:
+                raise ValueError(f"attn_init 'mimetic' has its own attn_layer; got {kwargs['attn_layer']!r}")
+            kwargs["attn_layer"] = MimeticAttention
+        elif attn_init is not None:
+            raise ValueError(f"attn_init must be None or 'mimetic'; got {attn_init!r}")
+        super().__init__(*args, **kwargs)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: timm's, and all rational coefficients."""
+        return set(super().no_weight_decay()) | no_weight_decay(self)
+
+
+class MimeticAttention(Attention):
+    """timm's Attention with the mimetic initialisation (Trockman and Kolter, arXiv 2305.09828).
+
+    In every head W_Q W_K^T is the best approximation of its rank to 0.7 Z + 0.7 I, and over all heads
+    W_V W_proj = 0.4 Z - 0.4 I, where Z ~ N(0, 1/d) is drawn anew. Biases are 0.
+
+    The draws are factorised by a singular value decomposition: a model of width 768 takes about a minute.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the weights again."""
+        with torch.no_grad():
+            # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
+            query, key, value = self.qkv.weight.chunk(3)
+            for q, k in zip(query.split(self.head_dim), key.split(self.head_dim), strict=True):
+                left, right = _factors(q, 0.7, 0.7)
+                q.copy_(left.T)
+                k.copy_(right.T)
+            left, right = _factors(value, 0.4, -0.4)
+            value.copy_(left.T)
+            self.proj.weight.copy_(right)
+            for layer in (self.qkv, self.proj):
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+    def reset_parameters(self) -> None:
+        """The same as `init_weights`."""
+        self.init_weights()
+
+
+def _factors(like: Tensor, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+    """L, R of (d, r): L R^T is the best approximation of rank r to noise Z + identity I; `like` has shape (r, d)."""
+    rank, width = like.shape
+    if like.is_meta:
+        return like.T, like.T
+    # Half types have no decomposition.
+    like = like.new_empty(width, width, dtype=torch.promote_types(like.dtype, torch.float32))
+    target = noise / width**0.5 * torch.randn_like(like) + identity * torch.eye(
+        width, dtype=like.dtype, device=like.device
+    )
+    u, s, vt = torch.linalg.svd(target)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, vt[:rank].T * root
+
+
+class _InitialisedMlp(Mlp):
+    """timm's Mlp with the start of `GRKAN`, so that a comparison of the two is fair."""
+
+    def __init__(self, *args: Any, weight_init: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_init = check_weight_init("mlp_init", weight_init)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init_linear_(self.fc1, 1.0, self.weight_init)
+        normed = not isinstance(self.norm, nn.Identity)
+        init_linear_(self.fc2, 1.0 if normed else variance_gain(self.act), self.weight_init)
+
+    def reset_parameters(self) -> None:
+        self.init_weights()
+
+
+def _create(model_cls: Any, architecture: str, pretrained: bool, given: dict[str, Any], **fixed: Any) -> Any:
+    """Build a model, and let it remember how: `grkan.save_model` needs no more than the model."""
+    kwargs = {**fixed, **given}
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    model = build_model_with_cfg(
+        model_cls,
+        architecture,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )
+    model.grkan_arguments = given
+    return model
+
+
+def _vit(mlp_init: str | None = None, **kwargs: Any) -> VisionTransformer:
+    """A VisionTransformer of timm's; mlp_init None leaves the MLP to `weight_init`."""
+    if mlp_init is not None:
+        kwargs["mlp_layer"] = partial(_InitialisedMlp, weight_init=check_weight_init("mlp_init", mlp_init))
+    return VisionTransformer(**kwargs)
+
+
+def _cfg(channels: int, size: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (channels, size, size),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_INCEPTION_MEAN[:channels],
+        "std": IMAGENET_INCEPTION_STD[:channels],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **kwargs,
+    }
+
+
+_micro_cfg = partial(_cfg, num_classes=10, crop_pct=1.0)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "kat_tiny_patch16_224": _cfg(3, 224),
+        "kat_small_patch16_224": _cfg(3, 224),
+        "kat_base_patch16_224": _cfg(3, 224),
+        "kat_micro_patch2_8": _micro_cfg(1, 8),
+        "kat_micro_patch4_28": _micro_cfg(1, 28),
+        "kat_micro_patch4_32": _micro_cfg(3, 32),
+        "vit_micro_patch2_8": _micro_cfg(1, 8),
+        "vit_micro_patch4_28": _micro_cfg(1, 28),
+        "vit_micro_patch4_32": _micro_cfg(3, 32),
+    }
+)
+
+_MICRO: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+
+
+@register_model
+def kat_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """KAT-T: width 192, 12 blocks, 3 heads."""
+    size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create(KAT, "kat_tiny_patch16_224", pretrained, kwargs, **size)
+
+
+@register_model
+def kat_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """KAT-S: width 384, 12 blocks, 6 heads."""
+    size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create(KAT, "kat_small_patch16_224", pretrained, kwargs, **size)
+
+
+@register_model
+def kat_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """KAT-B: width 768, 12 blocks, 12 heads."""
+    size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create(KAT, "kat_base_patch16_224", pretrained, kwargs, **size)
+
+
+@register_model
+def kat_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """A KAT for two cores: width 96, 4 blocks, 3 heads; 8x8 gray images, such as scikit-learn's digits."""
+    return _create(KAT, "kat_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
+
+
+@register_model
+def kat_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """A KAT for two cores: width 96, 4 blocks, 3 heads; 28x28 gray images, such as Fashion-MNIST."""
+    return _create(KAT, "kat_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
+
+
+@register_model
+def kat_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> KAT:
+    """A KAT for two cores: width 96, 4 blocks, 3 heads; 32x32 RGB images, such as CIFAR-10."""
+    return _create(KAT, "kat_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
+
+
+@register_model
+def vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The Vision Transformer of the size of `kat_micro_patch2_8`; takes mlp_init, too."""
+    return _create(_vit, "vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
+
+
+@register_model
+def vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The Vision Transformer of the size of `kat_micro_patch4_28`; takes mlp_init, too."""
+    return _create(_vit, "vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
+
+
+@register_model
+def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The Vision Transformer of the size of `kat_micro_patch4_32`; takes mlp_init, too."""
+    return _create(_vit, "vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)

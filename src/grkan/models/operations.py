@@ -1,0 +1,74 @@
+"""How many operations a model takes for one image."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..nn import GroupRational, RationalLinear
+
+
+def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> dict[str, int]:
+    """Count parameters and operations of a model for one input, without computing anything: it runs on the meta device.
+
+    Args:
+        model: any module that takes one float tensor; it is left as it is.
+        input_size: the shape of the input without its batch dimension; (channels, height, width) for images.
+
+    Returns:
+        parameters: the number of scalars in `model.parameters()`.
+        paper_operations: as counted in arXiv 2409.10594: the multiply-adds of linear and convolution layers without
+            the products of attention, plus 5 for each scalar that passes a LayerNorm, plus 2m + 2n + 3 for each that
+            passes a rational function of order (m, n). Other activations count nothing.
+        multiply_adds: those of all matrix products and convolutions, q k^T and the product with v among them, and
+            nothing else; what other tools call MACs, half of what `torch.utils.flop_counter` counts.
+
+    Raises:
+        ValueError: the model does not take an input of that size; the message has the reason.
+    """
+    # deepcopy takes what is in the memo for the copy: so the weights are not copied, and a large model costs no memory.
+    memo = {id(t): _on_meta(t) for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo).to("meta", torch.float32).eval()
+    paper = 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal paper
+        if isinstance(module, GroupRational):
+            paper += inputs[0].numel() * _per_scalar(module)
+        elif isinstance(module, RationalLinear):  # its function is a part of it, and never called as a module
+            paper += inputs[0].numel() * _per_scalar(module.act)
+        if isinstance(module, nn.Linear):
+            paper += output.numel() * module.in_features
+        elif isinstance(module, _ConvNd):
+            paper += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.LayerNorm):
+            paper += inputs[0].numel() * 5
+
+    # A GRKAN runs its functions and linear layers as modules, where they can be counted, as soon as they have hooks.
+    for module in twin.modules():
+        if isinstance(module, (GroupRational, nn.Linear, _ConvNd, nn.LayerNorm)):
+            module.register_forward_hook(add)
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            twin(torch.empty(1, *input_size, dtype=torch.float32, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"the model does not take an input of input_size {tuple(input_size)}: {error}") from error
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "paper_operations": paper,
+        "multiply_adds": counter.get_total_flops() // 2,
+    }
+
+
+def _per_scalar(act: GroupRational) -> int:
+    m, n = act.order
+    return 2 * m + 2 * n + 3
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    meta = torch.empty_like(t, device="meta")
+    return nn.Parameter(meta, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else meta

@@ -1,0 +1,146 @@
+"""GR-KAN: the layer that takes the place of a transformer's MLP."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rational.op import rational_linear
+from .init import check_weight_init, init_linear_
+from .rational import GroupRational, check_groups, initial_gain, positive
+
+
+class GRKAN(nn.Module):
+    """Two rational functions, each in front of a linear layer (arXiv 2409.10594, section 4).
+
+    act1 -> fc1 -> act2 -> drop1 -> norm -> fc2 -> drop2, which are the names of the children. The arguments up to
+    `use_conv` are those of timm's `Mlp`, so the class goes wherever timm takes an `mlp_layer`. It initialises itself,
+    and does so again in `init_weights`, which timm's recursive initialisation calls after overwriting fc1 and fc2.
+
+    Args:
+        in_features: channels of the input, a multiple of num_groups.
+        hidden_features: channels between the linear layers, a multiple of num_groups; None: in_features.
+        out_features: channels of the output; None: in_features.
+        act_layer: accepted and ignored: the functions are rational.
+        norm_layer: called as norm_layer(hidden_features, device=..., dtype=...); None: no norm.
+        bias: of fc1 and fc2; one for both, or a pair.
+        drop: dropout rates of drop1 and drop2; one for both, or a pair.
+        use_conv: 1x1 convolutions on (N, C, H, W) instead of linear layers on (..., C).
+        num_groups, order, form, share_numerator: of both rational functions, as for `GroupRational`.
+        act_init: the `init` of act1 and of act2.
+        device, dtype: of the parameters; the coefficients are float32 or wider.
+        weight_init: "variance_preserving" draws the weights of fc1 and fc2 from N(0, alpha / fan_in) with the gain
+            alpha of the function in front (1 behind a norm); "trunc_normal" with the standard deviation 0.02.
+
+    Raises:
+        TypeError, ValueError, ImportError: as for `GroupRational`.
+
+    Shape:
+        (..., in_features) to (..., out_features); with use_conv (N, in_features, H, W) to (N, out_features, H, W).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Any = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        bias: bool | Sequence[bool] = True,
+        drop: float | Sequence[float] = 0.0,
+        use_conv: bool = False,
+        num_groups: int = 8,
+        order: tuple[int, int] = (5, 4),
+        act_init: Sequence[Any] = ("identity", "swish"),
+        form: str = "abs_of_sum",
+        share_numerator: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_init: str = "variance_preserving",
+    ) -> None:
+        super().__init__()
+        out_features = positive("out_features", out_features or in_features)
+        hidden_features = hidden_features or in_features
+        check_groups("in_features", in_features, num_groups)
+        check_groups("hidden_features", hidden_features, num_groups)
+        bias1, bias2 = _pair("bias", bias)
+        drop1, drop2 = _pair("drop", drop)
+        if isinstance(act_init, str) or not isinstance(act_init, Sequence) or len(act_init) != 2:
+            raise ValueError(f"act_init must be a pair, the init of act1 and that of act2; got {act_init!r}")
+        self.weight_init = check_weight_init("weight_init", weight_init)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        channel_dim = 1 if use_conv else -1
+
+        def act(init: Any) -> GroupRational:
+            return GroupRational(num_groups, init, order, form, share_numerator, channel_dim, **placed)
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear | nn.Conv2d:
+            return (
+                nn.Conv2d(inputs, outputs, 1, bias=bias, **placed)
+                if use_conv
+                else nn.Linear(inputs, outputs, bias, **placed)
+            )
+
+        self.act1 = act(act_init[0])
+        self.fc1 = linear(in_features, hidden_features, bias1)
+        self.act2 = act(act_init[1])
+        self.drop1 = nn.Dropout(drop1)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden_features, **placed)
+        self.fc2 = linear(hidden_features, out_features, bias2)
+        self.drop2 = nn.Dropout(drop2)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise everything under the layer: coefficients, linear layers and norm."""
+        for module in (self.act1, self.act2, *self.norm.modules()):
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        normed = not isinstance(self.norm, nn.Identity)
+        for act, fc, preserved in ((self.act1, self.fc1, False), (self.act2, self.fc2, normed)):
+            gain = 1.0 if preserved or self.weight_init != "variance_preserving" else initial_gain(act)
+            init_linear_(fc, gain, self.weight_init)
+
+    def reset_parameters(self) -> None:
+        """The same as `init_weights`."""
+        self.init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in the description of the class."""
+        x = _rational_then_linear(self.act1, self.fc1, x)
+        if _does_nothing(self.drop1) and _does_nothing(self.norm):
+            x = _rational_then_linear(self.act2, self.fc2, x)
+        else:
+            x = self.fc2(self.norm(self.drop1(self.act2(x))))
+        return self.drop2(x)
+
+
+def _rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
+    """linear(act(x)), in one operation where nobody could tell the difference."""
+    if _is_plain(act, GroupRational) and _is_plain(linear, nn.Linear):
+        return rational_linear(x, act.numerator, act.denominator, linear.weight, linear.bias, form=act.form)
+    return linear(act(x))
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs `kind.forward` and nothing else.
+
+    Not so for a subclass or a replacement (adapters, quantisation, parametrisations), with a hook (pruning, feature
+    extraction), or with a forward of its own (Accelerate's offloading).
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
+
+
+def _does_nothing(module: Any) -> bool:
+    if _is_plain(module, nn.Dropout):
+        return module.p == 0 or not module.training
+    return _is_plain(module, nn.Identity)
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be one value or a pair; got {value!r}")
+    return pair

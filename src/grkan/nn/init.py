@@ -1,0 +1,117 @@
+"""The variance-preserving start."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rational import reference, table
+from ..rational.reference import FORMS
+
+WEIGHT_INITS = ("variance_preserving", "trunc_normal")
+
+# The normal density is 2e-32 at 12. Panels of width 1/32 keep what a kink inside one costs below 1e-6.
+_REACH, _PANELS_PER_UNIT, _NODES = 12, 32, 8
+
+
+def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
+    """The gain alpha = 1 / E[F(z)^2] for z standard normal (arXiv 2409.10594, Eq. 20 and Table 3).
+
+    A weight w ~ N(0, alpha / d) behind F keeps the mean square of a standard normal input of width d.
+
+    Args:
+        function_or_numerator: a name of `grkan.fit`, for that function itself and not for a fit to it; a callable on
+            numpy arrays; a module on tensors; a `RationalFit` or a `GroupRational`; or the numerator of coefficients,
+            (m + 1,) or (G or 1, m + 1), with a_0 first.
+        denominator: (n,) or (G or 1, n), with b_1 first; for a numerator, and for nothing else.
+        form: "abs_of_sum" or "sum_of_abs"; of coefficients. A `RationalFit` has its own.
+
+    Returns:
+        The gain, from a Gauss-Legendre quadrature in float64. For several groups 1 / (mean over the groups of E[F^2]).
+
+    Raises:
+        TypeError: none of these things; a numerator without a denominator.
+        ValueError: an unknown name or form; shapes that do not fit; a function that is zero, or not finite.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
+    f = function_or_numerator
+    z, density = _quadrature()
+    with torch.no_grad():
+        if denominator is not None:
+            values = _evaluate(f, denominator, form, z)
+        elif isinstance(f, str):
+            values = table.exact(f)(z)
+        elif is_fit(f):
+            values = _evaluate(f.numerator, f.denominator, f.form, z)
+        elif isinstance(f, nn.Module):
+            values = f(z)
+        elif callable(f):
+            values = torch.as_tensor(f(z.numpy()), dtype=torch.float64, device="cpu")
+        else:
+            raise TypeError(
+                "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "
+                f"got {type(f).__name__} and no denominator"
+            )
+    if values.shape[-1:] != z.shape:
+        raise ValueError(f"the function must return an array of the shape of its argument; got {tuple(values.shape)}")
+    power = (values.square() @ density).mean().item()
+    if not 0 < power < float("inf"):
+        raise ValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
+    return 1.0 / power
+
+
+def is_fit(value: Any) -> bool:
+    """Whether value is a `RationalFit`, or has what makes one: to import the class would need SciPy."""
+    return all(hasattr(value, name) for name in ("numerator", "denominator", "form"))
+
+
+def init_linear_(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str = "variance_preserving") -> None:
+    """Draw the weight of a linear layer, and set its bias to zero.
+
+    Args:
+        layer: a linear layer, or a convolution.
+        gain: alpha; "variance_preserving" draws from N(0, alpha / fan_in).
+        scheme: "variance_preserving", or "trunc_normal": standard deviation 0.02 whatever the gain, which is what the
+            initialisation of the released code comes to.
+    """
+    if scheme == "trunc_normal":
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+    else:
+        nn.init.normal_(layer.weight, std=(gain / layer.weight[0].numel()) ** 0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def check_weight_init(name: str, value: str) -> str:
+    """Return value if it is one of `WEIGHT_INITS`; `name` is what the user calls it."""
+    if value not in WEIGHT_INITS:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, WEIGHT_INITS))}; got {value!r}")
+    return value
+
+
+def _quadrature() -> tuple[Tensor, Tensor]:
+    """Nodes z, and weights times the normal density, on panels of which zero is an edge: most functions bend there."""
+    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    # The nodes of a Gauss rule are the eigenvalues of a tridiagonal matrix (Golub and Welsch 1969).
+    k = torch.arange(1, _NODES, **like)
+    off_diagonal = torch.diag(k / (4 * k * k - 1).sqrt(), 1)
+    nodes, vectors = torch.linalg.eigh(off_diagonal + off_diagonal.T)
+    weights = 2 * vectors[0].square()
+    half = 0.5 / _PANELS_PER_UNIT
+    centres = half * (2 * torch.arange(-_REACH * _PANELS_PER_UNIT, _REACH * _PANELS_PER_UNIT, **like) + 1)
+    z = (centres[:, None] + half * nodes).flatten()
+    density = torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5
+    return z, density * half * weights.repeat(len(centres))
+
+
+def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:
+    """F of every group at z: [G, len(z)]."""
+    a, b = (torch.atleast_2d(torch.as_tensor(c).detach().to("cpu", torch.float64)) for c in (numerator, denominator))
+    groups = max(len(a), len(b))
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] == 0 or min(len(a), len(b)) not in (1, groups):
+        raise ValueError(
+            "numerator must have shape (m + 1,) or (groups or 1, m + 1), and denominator (n,) or (groups or 1, n); "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    return reference.rational(z.expand(groups, -1), a, b, form)

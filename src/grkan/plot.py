@@ -1,0 +1,243 @@
+"""Learned functions, training curves and fits as pictures. Every function returns a matplotlib Figure."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise ImportError('grkan.plot needs matplotlib; install it with: pip install "grkan[plot]"') from error
+
+import torch
+from torch import Tensor, nn
+
+from .nn import GroupRational, RationalLinear
+from .rational import reference
+
+_POINTS = 401
+_DEFAULT_RANGE = (-4.0, 4.0)
+# A few inputs far out would squeeze everything else.
+_RANGE_QUANTILES = (0.001, 0.999)
+_BINS = 80
+# Enough for a histogram; a layer of a large model sees a million scalars an image.
+_MAX_SCALARS = 200_000
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, which the colour-blind tell apart."""
+
+
+def rationals(model: nn.Module) -> dict[str, GroupRational]:
+    """The rational functions of a model by name, in the order in which they were made."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupRational)}
+
+
+def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    """What reaches every rational function when a model runs.
+
+    Args:
+        model: is run in eval mode and without gradients; its modes are restored.
+        batches: its inputs, on its device.
+
+    Returns:
+        By the name of the rational function, the scalars of all groups: float32, 1-D, at most 200,000 of each batch.
+    """
+    found: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, RationalLinear):  # which uses the coefficients of its child without calling it
+            name = f"{name}.act" if name else "act"
+        if isinstance(module, (GroupRational, RationalLinear)):
+
+            def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                x = inputs[0].detach().float().flatten()
+                step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it meets all channels of the usual widths
+                found.setdefault(name, []).append(x[::step].cpu())
+
+            hooks.append(module.register_forward_pre_hook(record))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+
+def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = None) -> Figure:
+    """Every learned function of a model, group by group, against the one that it started from.
+
+    Args:
+        model: with `GroupRational` modules; each gets a panel.
+        inputs: what `record_inputs` returned: each panel then covers the range of its inputs and shows their histogram.
+
+    Raises:
+        ValueError: the model has no rational functions.
+    """
+    modules = rationals(model)
+    if not modules:
+        raise ValueError(f"model must have rational functions to plot; {type(model).__name__} has none")
+    columns = min(4, len(modules))
+    rows = -(-len(modules) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.4, 2.6 * rows + 1.1), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(modules) :]:
+        axis.set_visible(False)
+    for axis, (name, module) in zip(axes, modules.items(), strict=False):
+        _plot_module(axis, module, None if inputs is None else inputs.get(name))
+        axis.set_title(name, fontsize=9)
+    figure.supxlabel("x", fontsize=10)
+    figure.supylabel("F(x)", fontsize=10)
+    _legend(figure, max(m.num_groups for m in modules.values()), inputs is not None)
+    return figure
+
+
+def _plot_module(axis: Axes, module: GroupRational, inputs: np.ndarray | None) -> None:
+    low, high = _DEFAULT_RANGE
+    if inputs is not None and inputs.size:
+        finite = inputs[np.isfinite(inputs)]
+        low, high = np.quantile(finite, _RANGE_QUANTILES)
+        if high - low < 1e-6:  # a constant input
+            low, high = low - 1, high + 1
+        density = axis.twinx()
+        density.hist(finite, bins=_BINS, range=(low, high), color="0.87", density=True)
+        density.set_yticks([])
+        for spine in density.spines.values():
+            spine.set_visible(False)
+        axis.set_zorder(density.get_zorder() + 1)
+        axis.patch.set_visible(False)
+    x = np.linspace(low, high, _POINTS)
+    colors = _group_colors(module.num_groups)
+    for group in range(module.num_groups):
+        axis.plot(x, module.to_function(group)(x), color=colors[group], linewidth=1.0, alpha=0.9)
+    numerator, denominator = module.initial_coefficients()
+    grid = torch.from_numpy(x)[None].expand(module.num_groups, -1)
+    initial = reference.rational(grid, numerator, denominator, module.form).numpy()
+    for values in np.unique(initial, axis=0):
+        axis.plot(x, values, color="black", linewidth=1.2, linestyle="--")
+    axis.set_xlim(low, high)
+    axis.tick_params(labelsize=7)
+    axis.grid(color="0.93", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _group_colors(groups: int) -> list[Any]:
+    return [colormaps["viridis"](0.95 * g / max(groups - 1, 1)) for g in range(groups)]
+
+
+def _legend(figure: Figure, groups: int, histogram: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colors = _group_colors(groups)
+    shown = range(groups) if groups <= 8 else (0, groups // 2, groups - 1)
+    handles: list[Any] = [Line2D([], [], color="black", linestyle="--", label="initial")]
+    handles += [Line2D([], [], color=colors[g], label=f"group {g}") for g in shown]
+    if histogram:
+        handles.append(Patch(color="0.87", label="its inputs"))
+    columns = max(2, int(figure.get_figwidth() / 1.3))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Loss and accuracy over the epochs, of one run or of several side by side.
+
+    Args:
+        runs: by the run's name, the lines of its metrics.jsonl.
+
+    Raises:
+        ValueError: no run has finished an epoch.
+    """
+    if not any("top1" in line for lines in runs.values() for line in lines):
+        raise ValueError("runs must hold at least one finished epoch")
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained", dpi=150)
+    losses, accuracies = figure.subplots(1, 2)
+    for i, (name, lines) in enumerate(runs.items()):
+        color = _COLORS[i % len(_COLORS)]
+        epochs = [line for line in lines if "top1" in line]
+        x = [line["epoch"] for line in epochs]
+        marker = "o" if len(epochs) < 3 else None
+        for axis, trained, tested in ((losses, "train_loss", "loss"), (accuracies, "train_top1", "top1")):
+            known = [line for line in epochs if trained in line]
+            axis.plot(
+                [line["epoch"] for line in known],
+                [line[trained] for line in known],
+                color=color,
+                linewidth=1.1,
+                linestyle=":",
+                marker=marker,
+                label=f"{name}, training",
+            )
+            axis.plot(
+                x, [line[tested] for line in epochs], color=color, linewidth=1.5, marker=marker, label=f"{name}, test"
+            )
+    losses.set_ylabel("cross entropy")
+    losses.set_yscale("log")
+    accuracies.set_ylabel("accuracy (%)")
+    best = max(line["top1"] for lines in runs.values() for line in lines if "top1" in line)
+    if best > 90:  # the differences are at the top
+        accuracies.set_ylim(80, 100.4)
+    for axis in (losses, accuracies):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(color="0.92", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = losses.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
+    return figure
+
+
+def plot_fit(
+    fit: Callable[[np.ndarray], np.ndarray],
+    target: Callable[[np.ndarray], np.ndarray],
+    interval: tuple[float, float],
+    name: str,
+) -> Figure:
+    """A fit and its target, a little beyond the interval of the fit too, and its error.
+
+    Args:
+        fit: the rational function, on numpy arrays; a `RationalFit` is one.
+        target: what it stands for, on numpy arrays.
+        interval: where it was fitted; shaded.
+        name: the target's, for the legend.
+    """
+    low, high = interval
+    margin = 0.15 * (high - low)
+    x = np.linspace(low - margin, high + margin, 4 * _POINTS)
+    inside = (x >= low) & (x <= high)
+    fitted, exact = fit(x), target(x)
+    error = fitted - exact
+    figure = Figure(figsize=(6.5, 5.5), layout="constrained", dpi=150)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    top.plot(x, exact, color="0.55", linewidth=3.5, label=name)
+    top.plot(x, fitted, color=_COLORS[1], linewidth=1.3, label="rational fit")
+    top.legend(fontsize=9, frameon=False)
+    top.set_ylabel("F(x)")
+    bottom.plot(x, error, color=_COLORS[0], linewidth=1.2)
+    bottom.axhline(0, color="0.5", linewidth=0.6)
+    bottom.set_ylim(*(1.4 * np.abs(error[inside]).max() * np.array([-1, 1]) + (-1e-12, 1e-12)))
+    bottom.set_ylabel("fit - target")
+    bottom.set_xlabel("x")
+    for axis in (top, bottom):
+        axis.axvspan(low, high, color="0.95", zorder=0)
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the file's ending.
+
+    Raises:
+        ValueError: matplotlib does not know the format.
+        OSError: the file cannot be written.
+    """
+    figure.savefig(path)

@@ -1,0 +1,121 @@
+"""Train several models, or variants of one, with the same budget, and put them side by side.
+
+    python -m grkan.train.compare --data digits --models kat_micro_patch2_8 vit_micro_patch2_8 --output runs/digits
+    python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
+
+The configuration is that of `grkan train`, and may have a mapping `runs` besides: by name, the settings in which a run
+differs from the others. Runs that are finished are not repeated, and an interrupted one goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .. import cli
+from ..plot import plot_curves, save_figure
+from .checkpoint import read_metrics, write_bytes, write_file
+from .config import make_config, read_yaml
+from .loop import resume, train
+from .progress import make_console
+
+
+def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path) -> dict[str, dict[str, Any]]:
+    """Train each run in the folder `output/NAME`; then write `comparison.json` and `curves.png` beside these folders.
+
+    Args:
+        runs: by name, the settings of each, as in `Config`; `output` is not among them.
+        output: the folder of all.
+
+    Returns:
+        By name, the summary of each run, see `train`.
+
+    Raises:
+        ValueError: there is no run, or a folder holds a run with other settings.
+        As `train`.
+    """
+    if not runs:
+        raise ValueError("runs must name at least one; give --models or a configuration with runs")
+    output = Path(output)
+    # All configurations are checked before the first run starts.
+    configs = {name: make_config(settings, {"output": str(output / name)}) for name, settings in runs.items()}
+    summaries = {}
+    for name, config in configs.items():
+        known = output / name / "config.yaml"
+        if known.is_file():
+            _check_same(runs[name], known)
+            summaries[name] = resume(output / name)
+        else:
+            summaries[name] = train(config)
+    write_bytes(output / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
+    figure = plot_curves({name: read_metrics(output / name / "metrics.jsonl") for name in runs})
+    write_file(output / "curves.png", lambda path: save_figure(figure, path))
+    return summaries
+
+
+def _check_same(settings: Mapping[str, Any], known: Path) -> None:
+    recorded = read_yaml(known)
+    wanted = vars(make_config(settings))
+    for key in settings:
+        value = list(wanted[key]) if isinstance(wanted[key], tuple) else wanted[key]
+        if value is not None and recorded.get(key) != value:
+            raise ValueError(
+                f"{known.parent} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
+            )
+
+
+def _table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("run")
+    for column in ("test accuracy", "best epoch", "parameters", "training time"):
+        table.add_column(column, justify="right")
+    for name, summary in summaries.items():
+        table.add_row(
+            name,
+            f"{summary['last_top1']:.2f} %",
+            f"{summary['top1']:.2f} % ({summary['best_epoch']})",
+            f"{summary['parameters']:,}",
+            f"{summary['seconds']:.0f} s",
+        )
+    return table
+
+
+def _main(options: argparse.Namespace) -> None:
+    settings = read_yaml(options.config) if options.config else {}
+    variants = settings.pop("runs", None) or {}
+    if options.models:
+        variants = {name: {"model": name} for name in options.models}
+    if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
+        raise ValueError(f"{options.config}: runs must map names to settings")
+    given = cli.training_settings(options)
+    runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
+    summaries = compare(runs, options.output)
+    console = make_console()
+    console.print(_table(summaries))
+    pictures = [options.output / "curves.png"]
+    pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
+    for path in [options.output / "comparison.json", *pictures]:
+        console.print(str(path), soft_wrap=True)
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later settings override; model_args are merged."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        arguments = {**merged.get("model_args", {}), **layer.get("model_args", {})}
+        merged = {**merged, **layer, "model_args": arguments}
+    return merged
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m grkan.train.compare", description="Train several models alike.")
+    cli.add_training_options(parser)
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.set_defaults(run=_main)
+    sys.exit(cli.run(parser))

@@ -1,0 +1,247 @@
+"""Every setting of a training run: one dataclass, filled from a YAML file and then from the command line.
+
+Where None means "what suits the data set", the value is filled in before training, and the run's config.yaml has it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass
+class Config:
+    """The settings of one run.
+
+    Raises:
+        TypeError: a value of another type than its setting's.
+        ValueError: a value out of range.
+    """
+
+    data: str = "digits"
+    """digits, fashion-mnist, fashion-mnist:FOLDER, or a folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    model: str = "kat_micro_patch2_8"
+    """A name of timm's registry."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ..."""
+    output: str | None = None
+    """The run's folder; None is runs/MODEL-DATA."""
+    init: str | None = None
+    """A model file or a run's folder whose weights are the start; another number of classes gets a new head."""
+    trainable: Literal["all", "coefficients"] = "all"
+    """What learns: everything, or the coefficients of the rational functions alone."""
+    seed: int = 0
+
+    epochs: int = 30
+    batch_size: int = 128
+    """Images per optimiser step, over all processes and accumulated micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Accelerate's mixed precision."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_epochs: float | None = None
+    """Linear warm-up from 0, part of `epochs`; a half-cosine follows. None is a tenth of `epochs`."""
+    weight_decay: float = 0.05
+    """Not applied to biases, norms, position embeddings and rational coefficients."""
+    clip_grad: float | None = None
+    """The largest norm of the gradient of all parameters."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights with this decay, evaluate and save it."""
+
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    """The alpha of mixup."""
+    cutmix: float = 0.0
+    """The alpha of CutMix; with both, each step draws one of them."""
+    shift: int | None = None
+    """Pad by so many pixels and crop, in place of the random resized crop; 0 leaves the image where it is."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """The area of a random resized crop, as parts of the image's."""
+    hflip: float | None = None
+    """The probability of a horizontal flip."""
+    color_jitter: float | None = None
+    """Brightness, contrast and saturation change by up to this factor; `auto_augment` takes its place."""
+    auto_augment: str | None = None
+    """timm's string, as rand-m9-mstd0.5-inc1."""
+    random_erasing: float = 0.0
+    """The probability of random erasing."""
+
+    workers: int | None = None
+    """Processes that load images; 0 loads them in the training process."""
+    on_corrupt: Literal["skip", "stop"] = "skip"
+    """An unreadable image is named, counted and left out, or it stops the run."""
+    save_every: int = 0
+    """Save the state for `--resume` every so many steps too, not at the end of an epoch alone; 0 does not."""
+    log_every: int = 0
+    """Write a line to metrics.jsonl every so many steps too; 0 does not."""
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _convert(name, getattr(self, name), kind))
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"at least {low:g}" if high == _INFINITY else f"in [{low:g}, {high:g}]"
+                raise ValueError(f"{name} must be {limits}; got {value!r}")
+        if self.lr < self.min_lr:
+            raise ValueError(f"min_lr must not exceed lr, {self.lr:g}; got {self.min_lr:g}")
+        if self.warmup_epochs is None:
+            self.warmup_epochs = self.epochs / 10
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1; got {self.crop_scale}")
+
+
+_INFINITY = float("inf")
+_RANGES = [
+    ("epochs", 1, _INFINITY),
+    ("batch_size", 1, _INFINITY),
+    ("accumulate", 1, _INFINITY),
+    ("lr", 0, _INFINITY),
+    ("min_lr", 0, _INFINITY),
+    ("warmup_epochs", 0, _INFINITY),
+    ("weight_decay", 0, _INFINITY),
+    ("clip_grad", 0, _INFINITY),
+    ("ema_decay", 0, 1),
+    ("smoothing", 0, 1),
+    ("mixup", 0, _INFINITY),
+    ("cutmix", 0, _INFINITY),
+    ("shift", 0, _INFINITY),
+    ("hflip", 0, 1),
+    ("color_jitter", 0, _INFINITY),
+    ("random_erasing", 0, 1),
+    ("workers", 0, _INFINITY),
+    ("save_every", 0, _INFINITY),
+    ("log_every", 0, _INFINITY),
+    ("seed", 0, 2**63 - 1),
+]
+
+RESUMABLE = ("workers", "on_corrupt", "save_every", "log_every", "tensorboard")
+"""The settings that a resumed run may change: they do not change the weights that it ends with."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
+    return content
+
+
+def make_config(*layers: Mapping[str, Any]) -> Config:
+    """A configuration from mappings of settings, where a later one overrides; `model_args` are merged key by key.
+
+    Raises:
+        ValueError: an unknown setting, with the nearest names, or a value out of range.
+        TypeError: a value of another type than its setting's.
+    """
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            check_name(key)
+            merges = key == "model_args" and isinstance(value, Mapping)
+            settings[key] = {**settings.get(key, {}), **value} if merges else value
+    return Config(**settings)
+
+
+def check_name(key: Any) -> None:
+    """Raise ValueError if there is no setting of that name."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    if key not in names:
+        raise ValueError(f"unknown setting {key!r}; {nearest(str(key), names)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence about an unknown name: which of the known ones were perhaps meant."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Settings from `key=value` strings, whose values are read as YAML; `model_args.num_groups=4` sets an argument.
+
+    Raises:
+        ValueError: no `=`, a value that is no YAML, or an unknown key.
+    """
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value; got {assignment!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
+        key, dot, argument = key.partition(".")
+        if dot and key != "model_args":
+            raise ValueError(f"--set {assignment}: only model_args has parts")
+        check_name(key)
+        if dot:
+            settings.setdefault(key, {})[argument] = value
+        else:
+            settings[key] = value
+    return settings
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """All settings as plain values that YAML and `torch.save` keep."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+
+
+def to_yaml(config: Config) -> str:
+    """All settings in YAML, in the order in which `Config` declares them."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """The value in the type of its setting. YAML reads 1e-3 as a string, and 1 where 1.0 is meant."""
+    options = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(option for option in options if option is not types.NoneType)
+        options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value is False and "no" in options:  # YAML 1.1 reads a bare `no` so
+            value = "no"
+        if value not in options:
+            raise ValueError(f"{name} must be {' or '.join(options)}; got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(options):
+            raise TypeError(f"{name} must be {len(options)} numbers; got {value!r}")
+        return tuple(_convert(name, v, option) for v, option in zip(value, options, strict=True))
+    if typing.get_origin(kind) is dict:
+        kind = dict
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except ValueError:
+            raise TypeError(f"{name} must be a number; got {value!r}") from None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
+        raise TypeError(f"{name} must be {wanted[kind]}; got {value!r}")
+    if kind is float and value != value:
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    return value

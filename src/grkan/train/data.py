@@ -1,0 +1,408 @@
+"""Images and labels: where they come from, how they become tensors, and in which order a run sees them.
+
+A data set is a list of images with a class each, whatever it was read from. Which image is where in which batch is a
+function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so neither the number of
+processes, nor that of the loading workers, nor an interruption changes anything.
+"""
+
+import gzip
+import math
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from .config import Config, nearest
+from .randomness import derive_seed, seeded
+
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("val", "validation", "test", "testing")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts the four files."""
+
+_FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no images, or damaged ones."""
+
+
+@dataclass
+class ImageData:
+    """Labelled images.
+
+    `images` are files, or an array [N, H, W] of uint8 gray values; `labels` are indices of `classes`.
+    """
+
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        image = self.images[index]
+        return str(image) if isinstance(image, Path) else f"image {index}"
+
+    def open(self, index: int) -> Image.Image:
+        """The image as it is stored, with its pixels read."""
+        image = self.images[index]
+        if isinstance(image, Path):
+            return open_image(image)
+        return Image.fromarray(image)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file with its pixels read.
+
+    Raises:
+        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: the file is no image, or a damaged one.
+    """
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as `--data` names it, with what suits it where the configuration says nothing."""
+
+    load: Callable[[str], ImageData]
+    """From the name of a split, "train" or "test"."""
+    shift: int | None
+    hflip: float
+    color_jitter: float
+    workers: int
+    normalisation: tuple[float, float] | None
+    """Mean and standard deviation of the gray values, in [0, 1]; None leaves the model's."""
+
+
+def find_source(data: str) -> Source:
+    """What `--data` means. Nothing is read before its `load` is called.
+
+    Raises:
+        ValueError: neither a known name nor a folder.
+    """
+    name, _, folder = data.partition(":")
+    if data == "digits":
+        return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=(0.3053, 0.3761))
+    if name == "fashion-mnist":
+        return Source(
+            lambda split: _load_fashion_mnist(Path(folder) if folder else None, split),
+            shift=2,
+            hflip=0.5,
+            color_jitter=0.0,
+            workers=0,
+            normalisation=(0.2860, 0.3530),
+        )
+    if not Path(data).is_dir():
+        raise ValueError(
+            f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
+        )
+    return Source(
+        lambda split: _load_folder(Path(data), split),
+        shift=None,
+        hflip=0.5,
+        color_jitter=0.4,
+        workers=min(8, os.cpu_count() or 1),
+        normalisation=None,
+    )
+
+
+def _load_digits(split: str) -> ImageData:
+    """scikit-learn's 1797 digits of 8x8 pixels; every fifth image of each class, in their order, is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for label in range(10):
+        rank[labels == label] = np.arange((labels == label).sum())
+    chosen = (rank % 5 == 4) if split == "test" else (rank % 5 != 4)
+    return ImageData(pixels[chosen], labels[chosen], tuple("0123456789"))
+
+
+def _load_fashion_mnist(folder: Path | None, split: str) -> ImageData:
+    """60,000 training and 10,000 test images of 28x28 pixels (Xiao et al., arXiv 1708.07747)."""
+    if folder is None:
+        folder = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else _download_fashion_mnist()
+    stem = "train" if split == "train" else "t10k"
+    pixels = _read_idx(folder, f"{stem}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte", 1)
+    if len(pixels) != len(labels):
+        raise ValueError(f"{folder}: {len(pixels)} {split} images, but {len(labels)} labels")
+    if len(labels) and labels.max() > 9:
+        raise ValueError(f"{folder}: labels must lie in 0..9; got {labels.max()}")
+    return ImageData(pixels, labels.astype(np.int64), _FASHION_CLASSES)
+
+
+def _download_fashion_mnist() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grkan"
+    try:
+        return Path(FashionMNIST(str(cache), download=True).raw_folder)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"Fashion-MNIST is not in {DEBIAN_FASHION_MNIST}, and its download failed ({error}); "
+            "install Debian's dataset-fashion-mnist or give the folder of its files: --data fashion-mnist:FOLDER"
+        ) from None
+
+
+def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
+    """An array of bytes from an IDX file, compressed or not: big-endian magic 0x0000080D, D sizes, the values."""
+    path = folder / name
+    if not path.is_file():
+        path = folder / f"{name}.gz"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds neither {name} nor {name}.gz")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError):
+        raise ValueError(f"{path} is damaged") from None
+    header = 4 * (dims + 1)
+    if len(content) < header:
+        raise ValueError(f"{path} is no IDX file of {dims} dimensions")
+    magic, *sizes = struct.unpack(f">{dims + 1}I", content[:header])
+    if magic != 0x0800 + dims:
+        raise ValueError(f"{path} is no IDX file of {dims} dimensions of bytes")
+    if len(content) != header + math.prod(sizes):
+        raise ValueError(f"{path} is damaged: {len(content)} bytes where its header tells {header + math.prod(sizes)}")
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
+
+
+def _load_folder(root: Path, split: str) -> ImageData:
+    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE; for the test, FOLDER may also hold the classes itself."""
+    names = TRAIN_SPLITS if split == "train" else TEST_SPLITS
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        if split == "train" or any((root / name).is_dir() for name in TRAIN_SPLITS):
+            raise ValueError(
+                f"{root} must hold a folder {' or '.join(names)} with a folder for each class; it has none"
+            )
+        folder = root
+    try:
+        classes, index = find_classes(folder)
+        samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: {error}".replace("\n", " ")) from None
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    return ImageData([Path(path) for path, _ in samples], labels, tuple(classes))
+
+
+def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
+    """The same images with labels that are indices of a model's classes.
+
+    Raises:
+        ValueError: the data has a class that the model does not know.
+    """
+    unknown = [name for name in data.classes if name not in classes]
+    if unknown:
+        raise ValueError(f"the model has no class {unknown[0]!r} ({len(unknown)} such); {nearest(unknown[0], classes)}")
+    position = np.array([list(classes).index(name) for name in data.classes], dtype=np.int64)
+    return replace(data, labels=position[data.labels], classes=tuple(classes))
+
+
+def evaluation_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """What turns an image into the model's input, [C, H, W] float32: timm's resize, centre crop and normalisation.
+
+    Args:
+        preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, as timm calls them.
+    """
+    return T.Compose([_Convert(preprocessing), create_transform(**preprocessing)])
+
+
+def training_transform(preprocessing: dict[str, Any], config: Config) -> Callable[[Image.Image], Tensor]:
+    """The same with augmentation, after the configuration."""
+    arguments = {key: preprocessing[key] for key in ("input_size", "mean", "std", "interpolation")}
+    try:
+        first, second, last = create_transform(
+            **arguments,
+            is_training=True,
+            scale=config.crop_scale,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
+    if config.shift is not None:
+        size = preprocessing["input_size"][-2:]
+        first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
+        first = T.Compose(first)
+    return T.Compose([_Convert(preprocessing), first, second, last])
+
+
+class _Convert:
+    """To gray or RGB, after the channels of the model's input."""
+
+    def __init__(self, preprocessing: dict[str, Any]) -> None:
+        self.mode = {1: "L", 3: "RGB"}[preprocessing["input_size"][0]]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.convert(self.mode)
+
+
+@dataclass
+class Batch:
+    """Images [N, C, H, W], their labels [N], and the unreadable ones that were met, name: reason."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: dict[str, str]
+
+    def pin_memory(self) -> "Batch":
+        """For the DataLoader, which does not know this class."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+
+class _Samples(Dataset):
+    """(epoch, index) -> the transformed image or None, its label, and the unreadable images met, name: reason.
+
+    In training the place of an unreadable image is taken by the next one that can be read, so that every batch is full.
+    """
+
+    def __init__(self, data: ImageData, transform: Callable[..., Tensor], seed: int | None) -> None:
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+        epoch, first = key
+        unreadable: dict[str, str] = {}
+        for step in range(1 if self.seed is None else len(self.data)):
+            index = (first + step) % len(self.data)
+            try:
+                image = self.data.open(index)
+            except UNREADABLE as error:
+                unreadable[self.data.name(index)] = " ".join(str(error).split())
+                continue
+            label = int(self.data.labels[index])
+            if self.seed is None:
+                return self.transform(image), label, unreadable
+            with seeded("augmentation", self.seed, epoch, index):
+                return self.transform(image), label, unreadable
+        return None, 0, unreadable
+
+
+def _collate(samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> Batch:
+    readable = [(image, label) for image, label, _ in samples if image is not None]
+    unreadable = {name: reason for _, _, found in samples for name, reason in found.items()}
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    return Batch(images, torch.tensor([label for _, label in readable], dtype=torch.long), unreadable)
+
+
+class TrainingSampler:
+    """The (epoch, index) pairs of one process's micro-batches, from a given epoch and step on.
+
+    Every epoch has an order of its own. Each global batch of it is cut into equal parts, one for each process and
+    micro-batch; what is left at the end is left out. Mixup pairs the i-th image of a batch with the i-th from its end,
+    so a part gets images of the batch's two ends: whoever computes it, the pairs are the same.
+    """
+
+    def __init__(self, size: int, batch_size: int, parts: int, mine: Sequence[int], seed: int) -> None:
+        self.size, self.batch_size, self.parts, self.mine, self.seed = size, batch_size, parts, mine, seed
+        self.epoch = self.first_step = 0
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """Say what the next iteration begins with."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        """The number of micro-batches of an epoch; `//` the number of parts of this process, its steps."""
+        return self.size // self.batch_size * len(self.mine)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        width = self.batch_size // self.parts
+        for step in range(self.first_step, self.size // self.batch_size):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            # first, last, second, last but one, ...
+            pairs = [batch[i // 2] if i % 2 == 0 else batch[-1 - i // 2] for i in range(self.batch_size)]
+            for part in self.mine:
+                own = pairs[part * width : (part + 1) * width]
+                yield [(self.epoch, index) for index in own[0::2] + own[1::2][::-1]]
+
+
+def training_loader(
+    data: ImageData, transform: Callable[..., Tensor], sampler: TrainingSampler, config: Config, pin_memory: bool
+) -> DataLoader:
+    """Micro-batches in the sampler's order; iterating it again keeps the worker processes."""
+    workers = config.workers or 0
+    return DataLoader(
+        _Samples(data, transform, config.seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+    )
+
+
+def evaluation_loader(
+    data: ImageData,
+    transform: Callable[..., Tensor],
+    batch_size: int,
+    workers: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> DataLoader:
+    """All images in their order, unreadable ones left out; of several processes each gets every n-th."""
+    own = [(0, index) for index in range(process, len(data), processes)]
+    return DataLoader(
+        _Samples(data, transform, None),
+        batch_sampler=[own[i : i + batch_size] for i in range(0, len(own), batch_size)],
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=_collate,
+    )
+
+
+class UnreadableImages:
+    """The unreadable images met so far; each is named once, on standard error, or the first one stops the run.
+
+    Args:
+        on_corrupt: "skip" or "stop".
+    """
+
+    def __init__(self, on_corrupt: str = "skip") -> None:
+        self.on_corrupt = on_corrupt
+        self.names: set[str] = set()
+
+    def add(self, batch: Batch) -> None:
+        """Take note of those of a batch.
+
+        Raises:
+            ValueError: there is one, and the run is to stop.
+        """
+        for name, reason in batch.unreadable.items():
+            if self.on_corrupt == "stop":
+                raise ValueError(f"cannot read the image {name} ({reason}); on_corrupt is 'stop'")
+            if name not in self.names:
+                self.names.add(name)
+                print(f"unreadable image left out: {name} ({reason})", file=sys.stderr, flush=True)

@@ -1,0 +1,174 @@
+"""What a trained model gets right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..models.files import load_model, read_metadata
+from ..models.operations import count_operations
+from .config import nearest
+from .data import (
+    UNREADABLE,
+    Batch,
+    UnreadableImages,
+    evaluation_loader,
+    evaluation_transform,
+    find_source,
+    match_classes,
+    open_image,
+)
+
+
+@dataclass
+class Score:
+    """Sums over the images of a test set."""
+
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+
+    def to_dict(self) -> dict[str, float | int]:
+        """top1 in percent, the mean cross entropy, and how many images they are from."""
+        n = max(self.images, 1)
+        return {"top1": 100 * self.correct / n, "loss": self.loss / n, "images": self.images}
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    unreadable: UnreadableImages,
+    after_batch: Callable[[Batch], object] = lambda _: None,
+) -> Score:
+    """Run a model, which is put in eval mode, over a loader's images."""
+    model.eval()
+    total = Score()
+    for batch in loader:
+        unreadable.add(batch)
+        if len(batch.labels):
+            labels = batch.labels.to(device)
+            logits = model(batch.images.to(device)).float()
+            total.loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            total.correct += int((logits.argmax(dim=-1) == labels).sum())
+            total.images += len(labels)
+        after_batch(batch)
+    return total
+
+
+def model_file(path: str | Path) -> Path:
+    """The weights that a path stands for: the file itself, or the best of a run's folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise ValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
+    raise ValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
+
+
+@dataclass
+class TrainedModel:
+    """A model file, ready to be used."""
+
+    model: nn.Module
+    classes: Sequence[str]
+    preprocessing: dict[str, Any]
+    device: torch.device
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """Load a run's best weights or a model file, onto the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such file, or it has no classes or preprocessing, so images cannot be fed to it.
+    """
+    path = model_file(path)
+    metadata = read_metadata(path)
+    if not metadata.get("classes") or not metadata.get("preprocessing"):
+        raise ValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path).to(device)
+    return TrainedModel(model, metadata["classes"], metadata["preprocessing"], device)
+
+
+def test_loader(trained: TrainedModel, data: str, batch_size: int, workers: int | None) -> DataLoader:
+    """The test images of `--data`, preprocessed for the model, with labels that are indices of its classes."""
+    source = find_source(data)
+    images = match_classes(source.load("test"), trained.classes)
+    transform = evaluation_transform(trained.preprocessing)
+    return evaluation_loader(images, transform, batch_size, source.workers if workers is None else workers)
+
+
+def load_weights(path: str | Path) -> nn.Module:
+    """The model of a run's folder or of a model file, whatever it was trained for."""
+    return load_model(model_file(path))
+
+
+def describe(model: str) -> dict[str, dict[str, int]]:
+    """What a model costs, and the Vision Transformer of the same size if it is a KAT that has one.
+
+    Args:
+        model: a name of timm's registry, a run's folder or a model file.
+
+    Returns:
+        By name, what `grkan.count_operations` counts for one image of the size that the model is made for.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if Path(model).exists():
+        path = model_file(model)
+        built, metadata = load_model(path), read_metadata(path)
+        size = (metadata.get("preprocessing") or resolve_data_config({}, model=built))["input_size"]
+        return {str(path): count_operations(built, tuple(size))}
+    check_model_name(model)
+    names = [model]
+    if model.startswith("kat_") and timm.is_model(twin := model.replace("kat_", "vit_", 1)):
+        names.append(twin)
+    counts = {}
+    for name in names:
+        built = timm.create_model(name)
+        counts[name] = count_operations(built, resolve_data_config({}, model=built)["input_size"])
+    return counts
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, if timm's registry has no such model."""
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models())}")
+
+
+@torch.inference_mode()
+def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
+    """The five most probable classes of an image file.
+
+    Returns:
+        path; label, the most probable class; probability, in [0, 1]; top5, a list of [label, probability].
+
+    Raises:
+        ValueError: the image cannot be read.
+    """
+    try:
+        image = open_image(path)
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
+    x = evaluation_transform(trained.preprocessing)(image).unsqueeze(0).to(trained.device)
+    probabilities = trained.model(x).float().softmax(dim=-1)[0].cpu()
+    values, indices = probabilities.topk(min(5, len(probabilities)))
+    top5 = [[trained.classes[i], round(p, 6)] for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+    return {"path": str(path), "label": top5[0][0], "probability": top5[0][1], "top5": top5}

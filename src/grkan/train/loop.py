@@ -1,0 +1,542 @@
+"""The training loop.
+
+Whatever is drawn at random is a function of the seed and of the place in the run (`randomness.py`). So a run that is
+interrupted at any point and resumed from its last state ends, on a CPU, with the same bits as one that was left alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.table import Table
+from timm.data import Mixup, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..models.files import load_model, read_metadata, save_model
+from ..nn import no_weight_decay
+from .checkpoint import MetricsLog, load_state, read_metrics, save_state, write_bytes, write_file
+from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
+from .data import (
+    ImageData,
+    Source,
+    TrainingSampler,
+    UnreadableImages,
+    evaluation_loader,
+    evaluation_transform,
+    find_source,
+    match_classes,
+    training_loader,
+    training_transform,
+)
+from .evaluate import Score, check_model_name, model_file, score
+from .progress import Reporter
+from .randomness import derive_seed, seeded
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a model and leave everything about it in the folder `config.output`.
+
+    Returns:
+        What the run's summary says: output, model, epochs, top1 of the best epoch (percent), best_epoch, last_top1,
+        last_loss, parameters, seconds.
+
+    Raises:
+        ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
+        TrainingError: the loss is not finite.
+        OSError: a file cannot be written.
+    """
+    source = find_source(config.data)
+    return _Run(_resolve(config, source), source, resumed=False).train()
+
+
+def resume(folder: str | Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Go on with an interrupted run from its last state, or from the start if it had not come to one.
+
+    Args:
+        folder: the run's.
+        changes: settings to change, of those that do not change the outcome (`RESUMABLE`).
+
+    Returns, raises:
+        As `train`; ValueError, too, if the folder holds no run or its state is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no run to resume (no config.yaml)")
+    for key in changes or {}:
+        if key not in RESUMABLE:
+            raise ValueError(f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} can")
+    config = make_config(read_yaml(folder / "config.yaml"), changes or {}, {"output": str(folder)})
+    source = find_source(config.data)
+    return _Run(_resolve(config, source), source, resumed=True).train()
+
+
+def _resolve(config: Config, source: Source) -> Config:
+    """The configuration with everything filled in that depends on the data set or on the model to start from."""
+    chosen: dict[str, Any] = {}
+    for name in ("shift", "hflip", "color_jitter", "workers"):
+        if getattr(config, name) is None:
+            chosen[name] = getattr(source, name)
+    if config.init:
+        chosen["model"] = read_metadata(model_file(config.init)).get("architecture") or config.model
+    if config.output is None:
+        name = f"{chosen.get('model', config.model)}-{Path(config.data.replace(':', '-')).name}"
+        chosen["output"] = str(Path("runs") / name)
+    return dataclasses.replace(config, **chosen)
+
+
+def _build_model(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The model at its start, and its preprocessing."""
+    if config.init:
+        path = model_file(config.init)
+        model: Any = load_model(path)
+        if model.num_classes != classes:
+            model.reset_classifier(classes)
+        preprocessing = read_metadata(path).get("preprocessing")
+        if preprocessing:
+            return model, preprocessing
+        return model, dict(resolve_data_config({}, model=model))
+    check_model_name(config.model)
+    arguments = {**config.model_args, "num_classes": classes}
+    try:
+        model = timm.create_model(config.model, **arguments)
+    except TypeError as error:
+        raise ValueError(f"model_args do not fit {config.model}: {error}") from None
+    size = {key: arguments[key] for key in ("img_size", "in_chans") if key in arguments}
+    preprocessing = dict(resolve_data_config({}, model=model))
+    channels, height, width = preprocessing["input_size"]
+    if "img_size" in size:
+        height, width = torch.Size(torch.broadcast_to(torch.tensor(size["img_size"]), (2,)).tolist())
+    preprocessing["input_size"] = (size.get("in_chans", channels), height, width)
+    return model, preprocessing
+
+
+def _fit_preprocessing(preprocessing: dict[str, Any], source: Source) -> dict[str, Any]:
+    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file."""
+    channels, height, width = preprocessing["input_size"]
+    if channels not in (1, 3):
+        raise ValueError(f"images are gray or RGB; the model takes in_chans={channels}")
+    mean, std = preprocessing["mean"], preprocessing["std"]
+    crop = preprocessing["crop_pct"]
+    if source.normalisation is not None:
+        mean, std = ([value] for value in source.normalisation)
+        crop = 1.0  # the object fills the image
+    if len(mean) != channels:
+        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+    return {
+        "input_size": [channels, height, width],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": preprocessing["interpolation"],
+        "crop_pct": crop,
+    }
+
+
+class _Run:
+    """One training run, in one of its processes."""
+
+    def __init__(self, config: Config, source: Source, resumed: bool) -> None:
+        self.config = config
+        self.folder = Path(config.output or "")
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            step_scheduler_with_optimizer=False,
+        )
+        self.main = self.accelerator.is_main_process
+        if self.main and not resumed and (self.folder / "config.yaml").exists():
+            raise ValueError(
+                f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
+            )
+        self.finished = False
+        self.training, self.test = self._load_data(source)
+        torch.manual_seed(derive_seed("model", config.seed))
+        self.model, preprocessing = _build_model(config, len(self.training.classes))
+        self.preprocessing = preprocessing if config.init else _fit_preprocessing(preprocessing, source)
+        self._choose_trainable()
+        self._make_loaders()
+        self._make_optimisation()
+        self.unreadable = UnreadableImages(config.on_corrupt)
+        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.epoch = self.step = 0
+        self.running = _Running()
+        self.seconds = 0.0
+        state_path = self.folder / "state" / "state.pt"
+        state = load_state(state_path) if resumed and state_path.exists() else None
+        if state is not None:
+            self._restore(state, state_path)
+        if self.main:
+            (self.folder / "state").mkdir(parents=True, exist_ok=True)
+            write_bytes(self.folder / "config.yaml", to_yaml(config).encode())
+            self.log = MetricsLog(self.folder / "metrics.jsonl", state["metrics_size"] if state else 0)
+        self.accelerator.wait_for_everyone()
+
+    # What a run is made of
+
+    def _load_data(self, source: Source) -> tuple[ImageData, ImageData]:
+        with self.accelerator.main_process_first():  # it may download
+            training = source.load("train")
+        test = match_classes(source.load("test"), training.classes)
+        if len(training) < self.config.batch_size:
+            raise ValueError(
+                f"batch_size {self.config.batch_size} is more than the {len(training)} training images of "
+                f"{self.config.data}; lower --batch-size"
+            )
+        return training, test
+
+    def _choose_trainable(self) -> None:
+        if self.config.trainable == "all":
+            return
+        coefficients = no_weight_decay(self.model)
+        if not coefficients:
+            raise ValueError(f"trainable: coefficients; {self.config.model} has no rational functions")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in coefficients)
+
+    def _make_loaders(self) -> None:
+        config, processes = self.config, self.accelerator.num_processes
+        parts = processes * config.accumulate
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size {config.batch_size} must be a multiple of processes x accumulate, "
+                f"{processes} x {config.accumulate}"
+            )
+        if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
+            raise ValueError(
+                f"mixup and cutmix pair images: batch_size must be a multiple of 2 x processes x accumulate, "
+                f"{2 * parts}; got {config.batch_size}"
+            )
+        rank = self.accelerator.process_index
+        mine = range(rank * config.accumulate, (rank + 1) * config.accumulate)
+        self.sampler = TrainingSampler(len(self.training), config.batch_size, parts, mine, config.seed)
+        self.steps = len(self.training) // config.batch_size
+        transform = training_transform(self.preprocessing, config)
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.training_loader = training_loader(self.training, transform, self.sampler, config, pin_memory=on_gpu)
+        self.test_loader = evaluation_loader(
+            self.test,
+            evaluation_transform(self.preprocessing),
+            max(config.batch_size // parts, 1),
+            config.workers or 0,
+            rank,
+            processes,
+        )
+
+    def _make_optimisation(self) -> None:
+        config = self.config
+        self.model.to(self.accelerator.device)
+        self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
+        undecayed = no_weight_decay(self.model) | set(getattr(self.model, "no_weight_decay", set)())
+        groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=undecayed)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        total, warmup = config.epochs * self.steps, round((config.warmup_epochs or 0) * self.steps)
+        # A pure function of the step: nothing of it has to be saved.
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(total - warmup, 1),
+            lr_min=config.min_lr,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        classes = len(self.training.classes)
+        self.mixup: Mixup | None = None
+        self.criterion: nn.Module = nn.CrossEntropyLoss()
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+            self.criterion = SoftTargetCrossEntropy()
+        elif config.smoothing:
+            self.criterion = LabelSmoothingCrossEntropy(config.smoothing)
+        self.prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+
+    # The run
+
+    def train(self) -> dict[str, Any]:
+        """From where it stands to its end."""
+        config = self.config
+        total = config.epochs * self.steps
+        done = self.epoch * self.steps + self.step
+        with contextlib.ExitStack() as stack:
+            self.board = self._tensorboard(stack, done)
+            self.reporter = stack.enter_context(Reporter(self.main, total, done))
+            if done == total:
+                self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
+            elif done:
+                self.reporter.line(f"resuming at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}")
+            while self.epoch < config.epochs:
+                self._train_epoch()
+        return self._finish()
+
+    def _train_epoch(self) -> None:
+        config = self.config
+        self.model.train()
+        self.sampler.start_at(self.epoch, self.step)
+        batches = iter(self.training_loader)
+        while self.step < self.steps:
+            began = time.perf_counter()
+            loss = self._optimise(batches)
+            self.step += 1
+            taken = time.perf_counter() - began
+            self.seconds += taken
+            self.running.seconds += taken
+            means = self.running.means()
+            self.reporter.step(
+                f"epoch {self.epoch + 1}/{config.epochs}",
+                means["train_loss"],
+                means.get("train_top1"),
+                means["images_per_second"],
+            )
+            count = self.epoch * self.steps + self.step
+            if config.log_every and count % config.log_every == 0:
+                self._write_metrics({"epoch": self.epoch + 1, "step": count, "lr": self._lr(), "train_loss": loss})
+            if config.save_every and count % config.save_every == 0 and self.step < self.steps:
+                self._save_state()
+        began = time.perf_counter()
+        result = self._evaluate()
+        self.seconds += time.perf_counter() - began
+        self._end_epoch(result)
+
+    def _optimise(self, batches: Any) -> float:
+        """One optimiser step; returns the loss of its global batch."""
+        config, accelerator = self.config, self.accelerator
+        count = self.epoch * self.steps + self.step
+        self.schedule.step_update(count)
+        sums = [0.0, 0.0]  # loss, correct
+        width = config.batch_size // self.sampler.parts
+        for part in self.sampler.mine:
+            batch = next(batches)
+            self.unreadable.add(batch)
+            if len(batch.labels) < width:
+                raise ValueError(f"none of the {len(self.training)} training images of {config.data} can be read")
+            images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+            targets: Tensor = labels
+            if self.mixup is not None:
+                with seeded("mixup", config.seed, count):
+                    images, targets = self.mixup(images, labels)
+            torch.manual_seed(derive_seed("dropout", config.seed, count, part))
+            with accelerator.accumulate(self.prepared):
+                logits = self.prepared(images)
+                loss = self.criterion(logits.float(), targets)
+                accelerator.backward(loss)
+            sums[0] += loss.item() / self.sampler.parts
+            sums[1] += float((logits.argmax(dim=-1) == labels).sum())
+        loss_sum, correct = self._over_processes(sums)
+        if not math.isfinite(loss_sum):
+            kept = self.folder / "last.safetensors"
+            left = f"{kept} is of the last good epoch" if kept.exists() else "no epoch had been finished"
+            raise TrainingError(
+                f"the loss is {loss_sum} at step {count + 1} (epoch {self.epoch + 1}); {left}; "
+                "a lower --lr, a longer warmup_epochs or clip_grad may help"
+            )
+        if config.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step=count + 1)
+        self.running.add(loss_sum * config.batch_size, None if self.mixup else correct, config.batch_size)
+        return loss_sum
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self.accelerator.autocast():
+            own = score(self._evaluated(), self.test_loader, self.accelerator.device, self.unreadable)
+        loss, correct, images = self._over_processes([own.loss, own.correct, own.images])
+        if not images:
+            raise ValueError(f"none of the {len(self.test)} test images of {self.config.data} can be read")
+        return Score(loss, int(correct), int(images)).to_dict()
+
+    def _end_epoch(self, result: dict[str, Any]) -> None:
+        is_best = result["top1"] > self.best["top1"]
+        if is_best:
+            self.best = {"top1": result["top1"], "epoch": self.epoch + 1}
+        count = (self.epoch + 1) * self.steps
+        unreadable = len(set(gather_object(sorted(self.unreadable.names))))
+        metrics = {
+            "epoch": self.epoch + 1,
+            "step": count,
+            "lr": self._lr(),
+            **self.running.means(),
+            "top1": result["top1"],
+            "loss": result["loss"],
+            "unreadable": unreadable,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.main:
+            for name in ["last.safetensors"] + ["best.safetensors"] * is_best:
+                self._save_model(self.folder / name)
+        self._write_metrics(metrics)
+        train_top1 = f" {metrics['train_top1']:.2f} %" if "train_top1" in metrics else ""
+        self.reporter.line(
+            f"epoch {self.epoch + 1}/{self.config.epochs}  train loss {metrics['train_loss']:.4f}{train_top1}  "
+            f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
+            f"{metrics['images_per_second']:.0f} images/s  {self.seconds:.0f} s"
+        )
+        self.epoch, self.step, self.running = self.epoch + 1, 0, _Running()
+        self._save_state()
+
+    def _finish(self) -> dict[str, Any]:
+        """The pictures and the summary."""
+        last = [line for line in read_metrics(self.folder / "metrics.jsonl") if "top1" in line][-1] if self.main else {}
+        summary = {
+            "output": str(self.folder),
+            "model": self.config.model,
+            "epochs": self.config.epochs,
+            "top1": self.best["top1"],
+            "best_epoch": self.best["epoch"],
+            "last_top1": last.get("top1"),
+            "last_loss": last.get("loss"),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "seconds": round(self.seconds, 1),
+        }
+        if self.main:
+            pictures = self._draw()
+            table = Table(title=f"{self.config.model} on {self.config.data}")
+            columns = {
+                "best accuracy": f"{summary['top1']:.2f} % (epoch {summary['best_epoch']})",
+                "last accuracy": f"{summary['last_top1']:.2f} %",
+                "last loss": f"{summary['last_loss']:.4f}",
+                "parameters": f"{summary['parameters']:,}",
+                "seconds": f"{summary['seconds']:.0f}",
+            }
+            for column in columns:
+                table.add_column(column, justify="right")
+            table.add_row(*columns.values())
+            self.reporter.table(table)
+            for path in [self.folder / "best.safetensors", *pictures]:
+                self.reporter.line(str(path))
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _draw(self) -> list[Path]:
+        from .. import plot
+
+        figures = {"curves.png": plot.plot_curves({self.config.model: read_metrics(self.folder / "metrics.jsonl")})}
+        if no_weight_decay(self.model):
+            batch = next(iter(self.test_loader))
+            inputs = plot.record_inputs(self._evaluated(), [batch.images.to(self.accelerator.device)])
+            figures["functions.png"] = plot.plot_functions(self._evaluated(), inputs)
+        for name, figure in figures.items():
+            write_file(self.folder / name, partial(plot.save_figure, figure))
+        return [self.folder / name for name in figures]
+
+    # Small parts
+
+    def _evaluated(self) -> nn.Module:
+        """The weights that are tested and saved."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _over_processes(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total = self.accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum"
+        )
+        return total.tolist()
+
+    def _lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _tensorboard(self, stack: contextlib.ExitStack, done: int) -> Any:
+        if not (self.config.tensorboard and self.main):
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+        stack.callback(board.close)
+        return board
+
+    def _write_metrics(self, metrics: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        self.log.append(metrics)
+        if self.board is not None:
+            for key in metrics.keys() - {"epoch", "step"}:
+                self.board.add_scalar(key, metrics[key], metrics["step"])
+
+    def _save_model(self, path: Path) -> None:
+        save_model(
+            self._evaluated(),
+            path,
+            classes=self.training.classes,
+            preprocessing=self.preprocessing,
+            arguments=None if self.config.init else self.config.model_args,
+        )
+
+    def _save_state(self) -> None:
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "fingerprint": self._fingerprint(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "best": self.best,
+            "running": vars(self.running),
+            "unreadable": sorted(self.unreadable.names),
+            "seconds": self.seconds,
+            "metrics_size": self.log.size(),
+        }
+        save_state(self.folder / "state" / "state.pt", state)
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        if state["fingerprint"] != self._fingerprint():
+            raise ValueError(f"{path} is of another run: its settings are not those of {self.folder / 'config.yaml'}")
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.best, self.seconds = state["epoch"], state["step"], state["best"], state["seconds"]
+        self.running = _Running(**state["running"])
+        self.unreadable.names.update(state["unreadable"])
+
+    def _fingerprint(self) -> str:
+        """The settings that decide the outcome."""
+        fixed = {key: value for key, value in to_dict(self.config).items() if key not in (*RESUMABLE, "output", "data")}
+        return json.dumps({**fixed, "images": len(self.training)}, sort_keys=True)
+
+
+@dataclasses.dataclass
+class _Running:
+    """Sums over the steps of an epoch."""
+
+    loss: float = 0.0
+    correct: float | None = 0.0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: float, correct: float | None, images: int) -> None:
+        """After a step; `correct` is None where the labels are mixed."""
+        self.loss += loss
+        self.correct = None if correct is None or self.correct is None else self.correct + correct
+        self.images += images
+
+    def means(self) -> dict[str, float]:
+        """What metrics.jsonl says of them; the accuracy in percent."""
+        means = {"train_loss": self.loss / self.images}
+        if self.correct is not None:
+            means["train_top1"] = 100 * self.correct / self.images
+        means["images_per_second"] = round(self.images / max(self.seconds, 1e-9), 1)
+        return means

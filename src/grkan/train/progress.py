@@ -1,0 +1,81 @@
+"""What a run tells while it works: a bar on a terminal, a short line an epoch elsewhere; by the main process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+# A pipe has no width of its own; 80 columns would break the paths at the end.
+_WIDTH_WITHOUT_TERMINAL = 200
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console that never breaks the lines of a file or a pipe."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    return console
+
+
+class Reporter:
+    """The progress of a training run.
+
+    Args:
+        speaks: False in all processes but the main one.
+        steps: the optimiser steps of the whole run.
+        done: those that were done before it was resumed.
+    """
+
+    def __init__(self, speaks: bool, steps: int, done: int = 0) -> None:
+        self.speaks = speaks
+        self.console = make_console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (speaks and self.console.is_terminal),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, figures="")
+
+    def __enter__(self) -> "Reporter":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, epoch: str, loss: float, top1: float | None, images_per_second: float) -> None:
+        """After an optimiser step; the figures are those of the epoch so far."""
+        accuracy = "" if top1 is None else f"  accuracy {top1:.2f} %"
+        figures = f"loss {loss:.4f}{accuracy}  {images_per_second:.0f} images/s"
+        self._bar.update(self._task, advance=1, description=epoch, figures=figures)
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self.speaks:
+            self._bar.console.print(text, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """A table that stays."""
+        if self.speaks:
+            self._bar.console.print(table)
+
+
+@contextmanager
+def evaluation_bar(batches: int) -> Iterator[Callable[[object], None]]:
+    """A bar on standard error, where it does not mix with the result; gives what to call after each batch."""
+    console = make_console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("evaluating", total=batches)
+        yield lambda _: bar.advance(task)
