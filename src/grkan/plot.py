@@ -9,7 +9,7 @@ try:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as error:
     raise ImportError('grkan.plot needs matplotlib; install it with: pip install "grkan[plot]"') from error
 
@@ -94,21 +94,23 @@ def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = N
     for axis, (name, module) in zip(axes, modules.items(), strict=False):
         _plot_module(axis, module, None if inputs is None else inputs.get(name))
         axis.set_title(name, fontsize=9)
-    figure.supxlabel("x", fontsize=10)
-    figure.supylabel("F(x)", fontsize=10)
+    for axis in axes[max(len(modules) - columns, 0) : len(modules)]:
+        axis.set_xlabel("x", fontsize=9)
+    for axis in axes[::columns]:
+        axis.set_ylabel("F(x)", fontsize=9)
     _legend(figure, max(m.num_groups for m in modules.values()), inputs is not None)
     return figure
 
 
 def _plot_module(axis: Axes, module: GroupRational, inputs: np.ndarray | None) -> None:
     low, high = _DEFAULT_RANGE
-    if inputs is not None and inputs.size:
-        finite = inputs[np.isfinite(inputs)]
+    finite = np.empty(0) if inputs is None else inputs[np.isfinite(inputs)]
+    if finite.size:
         low, high = np.quantile(finite, _RANGE_QUANTILES)
         if high - low < 1e-6:  # a constant input
             low, high = low - 1, high + 1
         density = axis.twinx()
-        density.hist(finite, bins=_BINS, range=(low, high), color="0.87", density=True)
+        density.hist(finite, bins=_BINS, range=(low, high), color="0.87")
         density.set_yticks([])
         for spine in density.spines.values():
             spine.set_visible(False)
@@ -181,6 +183,13 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             )
     losses.set_ylabel("cross entropy")
     losses.set_yscale("log")
+    values = [
+        line[key] for lines in runs.values() for line in lines if "top1" in line for key in ("train_loss", "loss")
+    ]
+    losses.set_ylim(min(0.8 * min(values), max(values) / 10), 1.3 * max(values))
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_locator(NullLocator())
     accuracies.set_ylabel("accuracy (%)")
     best = max(line["top1"] for lines in runs.values() for line in lines if "top1" in line)
     if best > 90:  # the differences are at the top

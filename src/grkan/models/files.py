@@ -147,10 +147,11 @@ def _metadata(
     """The JSON document about a model."""
     previous: Any = getattr(model, "grkan_metadata", {})
     name = None
-    if hasattr(model, "pretrained_cfg"):  # built by timm
-        name = model.pretrained_cfg["architecture"]  # type: ignore[index]
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if cfg is not None:  # built by timm
+        name = cfg.get("architecture")
         arguments = _arguments(model) if arguments is None else arguments
-        preprocessing = preprocessing or previous.get("preprocessing") or _preprocessing(model, arguments)
+        preprocessing = preprocessing or _preprocessing(model, arguments, previous.get("preprocessing"))
     if classes is None:
         classes = previous.get("classes")
     if classes is not None:
@@ -199,16 +200,20 @@ def _arguments(model: Any) -> dict[str, Any]:
     return arguments
 
 
-def _preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm says of the architecture, for the size and the channels of this model."""
+def _preprocessing(
+    model: nn.Module, arguments: Mapping[str, Any], previous: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the file that the model came from says, or else timm, for the size and the channels of this model."""
     from timm.data import resolve_model_data_config
     from timm.layers import to_2tuple
 
-    known: dict[str, Any] = resolve_model_data_config(model)
+    known = dict(previous or resolve_model_data_config(model))
+    if "input_size" not in known:
+        return known
     channels = arguments.get("in_chans", known["input_size"][0])
     known["input_size"] = (channels, *to_2tuple(arguments.get("img_size", known["input_size"][1:])))
     for key in ("mean", "std"):
-        if len(known[key]) != channels:
+        if key in known and len(known[key]) != channels:
             known[key] = (sum(known[key]) / len(known[key]),) * channels
     return known
 

@@ -8,7 +8,7 @@ from typing import Any
 
 try:
     from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-    from timm.layers import Attention, Mlp
+    from timm.layers import Attention, Mlp, register_notrace_module
     from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
     from timm.models.vision_transformer import checkpoint_filter_fn
 except ModuleNotFoundError as error:
@@ -23,6 +23,10 @@ from ..nn import GRKAN, no_weight_decay, variance_gain
 from ..nn.init import check_weight_init, init_linear_
 
 __all__ = ["KAT"]  # register_model adds the entrypoints
+
+
+# torch.fx, with which timm can take features from a model, cannot look into a function that checks its arguments.
+register_notrace_module(GRKAN)
 
 
 class KAT(VisionTransformer):
@@ -117,10 +121,8 @@ def _factors(like: Tensor, noise: float, identity: float) -> tuple[Tensor, Tenso
     if like.is_meta:
         return like.T, like.T
     # Half types have no decomposition.
-    like = like.new_empty(width, width, dtype=torch.promote_types(like.dtype, torch.float32))
-    target = noise / width**0.5 * torch.randn_like(like) + identity * torch.eye(
-        width, dtype=like.dtype, device=like.device
-    )
+    placed: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    target = noise / width**0.5 * torch.randn(width, width, **placed) + identity * torch.eye(width, **placed)
     u, s, vt = torch.linalg.svd(target)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, vt[:rank].T * root

@@ -10,8 +10,8 @@ from ..rational.reference import FORMS
 
 WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 
-# The normal density is 2e-32 at 12. Panels of width 1/32 keep what a kink inside one costs below 1e-6.
-_REACH, _PANELS_PER_UNIT, _NODES = 12, 32, 8
+# The normal density is 2e-32 at 12. Panels of width 1/64 keep what a kink inside one costs below 1e-6.
+_REACH, _PANELS_PER_UNIT, _NODES = 12, 64, 8
 
 
 def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
@@ -45,9 +45,9 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
         elif is_fit(f):
             values = _evaluate(f.numerator, f.denominator, f.form, z)
         elif isinstance(f, nn.Module):
-            values = f(z)
+            values = f(z.clone())  # it may work in place
         elif callable(f):
-            values = torch.as_tensor(f(z.numpy()), dtype=torch.float64, device="cpu")
+            values = torch.as_tensor(f(z.clone().numpy()), dtype=torch.float64, device="cpu")
         else:
             raise TypeError(
                 "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "
@@ -59,6 +59,14 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
     if not 0 < power < float("inf"):
         raise ValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
     return 1.0 / power
+
+
+def to_float64(name: str, values: Any) -> Tensor:
+    """Coefficients of any kind as a float64 tensor on the CPU."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"{name} must be numbers; got {values!r}") from None
 
 
 def is_fit(value: Any) -> bool:
@@ -107,7 +115,8 @@ def _quadrature() -> tuple[Tensor, Tensor]:
 
 def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:
     """F of every group at z: [G, len(z)]."""
-    a, b = (torch.atleast_2d(torch.as_tensor(c).detach().to("cpu", torch.float64)) for c in (numerator, denominator))
+    a = torch.atleast_2d(to_float64("numerator", numerator))
+    b = torch.atleast_2d(to_float64("denominator", denominator))
     groups = max(len(a), len(b))
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] == 0 or min(len(a), len(b)) not in (1, groups):
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..rational import reference, table
 from ..rational.op import group_rational, rational_linear
 from ..rational.reference import FORMS
-from .init import init_linear_, is_fit, variance_gain
+from .init import init_linear_, is_fit, to_float64, variance_gain
 
 
 class GroupRational(nn.Module):
@@ -251,10 +251,7 @@ def _fit(init: Any, order: tuple[int, int], form: str) -> tuple[Any, Any]:
 
 
 def _rows(name: str, values: Any, columns: int, rows: int) -> list[list[float]]:
-    try:
-        values = torch.as_tensor(values, device="cpu").detach().to(torch.float64)
-    except (RuntimeError, TypeError, ValueError):
-        raise TypeError(f"the {name} of init must be numbers; got {values!r}") from None
+    values = to_float64(f"the {name} of init", values)
     if (
         values.dim() not in (1, 2)
         or values.shape[-1] != columns

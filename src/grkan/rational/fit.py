@@ -1,21 +1,23 @@
 """Coefficients for any target function: minimax on an interval, or weighted least squares on samples.
 
-**Minimax.** Where the sign of A is prescribed, Q is linear in its coefficients, and "is an error of t possible?" is a linear
-feasibility problem, |f Q - P| <= t Q. The differential correction algorithm (Cheney and Loeb 1961; Barrodale, Powell and
-Roberts 1972) solves a sequence of such linear programs and converges to the global optimum, from any start. In the form
-sum_of_abs there is one sign pattern, b >= 0. In abs_of_sum a fit is made for each of a few patterns, and the best is polished
-by sequential linear programming on the function itself, with its extrema as the points: that takes the grid out of the
-result and lets the sign changes of A move.
+**Minimax.** Where the sign of A is prescribed, Q is linear in its coefficients, and whether an error of t can be
+reached is a linear feasibility problem, |f Q - P| <= t Q. The differential correction algorithm (Cheney and Loeb
+1961; Barrodale, Powell and Roberts 1972) solves a few such linear programs and converges to the global optimum from
+any start. In the form sum_of_abs there is one sign pattern, b >= 0. In abs_of_sum two are tried: A has one sign
+everywhere, or it changes sign at zero. The best fits are polished by sequential linear programming on F itself, with
+its extrema among the points: that takes the grid out of the result and lets A change sign where it wants.
 
-**Least squares.** The linearised problem is solved a few times, each time divided by the last Q (Sanathanan and Koerner
-1963), for each pattern. The result, and the table's entry, are the starts of a Levenberg-Marquardt iteration.
+**Least squares.** The linearised problem is solved a few times, each time divided by the last Q (Sanathanan and
+Koerner 1963), for each pattern. The results, and the table's entry, are the starts of a nonlinear least squares
+iteration.
 
-**The table's interval is [-10, 10].** The pre-activations of a transformer lie within a few units of zero, and a few go
-beyond 10. A fit on [-3, 3] is ten times as exact there and useless at 10; on [-10, 10] the largest error is 0.007 for GELU and
-0.002 for SiLU at order (5, 4). No order holds on the whole line: with m = n + 1 both ends have the slope |a_m / b_n|, up to
-sign, so ReLU and its smooth relatives are off by at least half the distance to the interval on one of the sides. An optimum
-on the interval alone can be much worse out there, and even turn back. So a fit for the table also has to stay within
-(distance to the interval) (largest |f| on it) / (its length) of the target, as far as the interval's length beyond each end.
+**The table's interval is [-10, 10]**, for every name. The pre-activations of a transformer lie within a few units of
+zero, and a few go beyond 10. A fit on [-3, 3] is ten times as exact there and useless at 10; on [-10, 10] the largest
+error at order (5, 4) is 0.007 for GELU and 0.002 for SiLU. No order holds on the whole line: with m = n + 1, F has
+the same slope at both ends, up to the sign, so on one of the sides ReLU and its smooth relatives are missed by half
+the distance or more. What is best on the interval alone can be much worse out there, and even turn back. So a fit for
+the table also has to stay within 1.5 (distance to the interval) (largest |f| on it) / (its length) of the target, up
+to one length of the interval beyond each end, where the order allows it.
 
 `python -m grkan.rational.fit` makes `coefficients.json` again.
 """
@@ -23,8 +25,7 @@ on the interval alone can be much worse out there, and even turn back. So a fit 
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -42,7 +43,7 @@ try:
 except ImportError as error:
     raise ImportError('grkan.fit needs NumPy and SciPy; install them with: pip install "grkan[fit]"') from error
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]  # float64 throughout
 Function = Callable[[Array], Array]
 
 
@@ -50,7 +51,7 @@ Function = Callable[[Array], Array]
 class RationalFit:
     """A rational function F = P / Q that stands for a target, and how far it is from it.
 
-    Calling it evaluates F in float64: a float gives a float, an array an array of its shape. It is finite for |x| up to 1e40.
+    Calling it evaluates F in float64: a float gives a float, an array an array of its shape.
     """
 
     numerator: Array
@@ -84,8 +85,8 @@ class RationalFit:
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"{self.form} rational of order {self.order}, off by at most {self.max_error:.3g} (rms {self.rms_error:.3g}) "
-            f"on [{low:g}, {high:g}]\n"
+            f"{self.form} rational of order {self.order}: "
+            f"off by at most {self.max_error:.3g}, rms {self.rms_error:.3g}, on [{low:g}, {high:g}]\n"
             f"numerator   {' '.join(f'{c:.9g}' for c in self.numerator)}\n"
             f"denominator {' '.join(f'{c:.9g}' for c in self.denominator)}"
         )
@@ -102,17 +103,17 @@ def fit(
 ) -> RationalFit:
     """The rational function of an order that is closest to a target; it has no poles, in either form.
 
-    Without samples the largest error on the interval is minimised. With samples it is sum_i weights_i (F(x_i) - f(x_i))^2.
+    Without samples the largest error on the interval is minimised, with samples sum_i weights_i (F(x_i) - f(x_i))^2.
     The same arguments give the same bits.
 
     Args:
-        target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable that maps
-            a 1-D float64 numpy array to one of the same shape.
+        target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
+            that maps a 1-D float64 numpy array to one of the same shape.
         order: (m, n), the degrees of numerator and denominator; either may be 0.
         form: "abs_of_sum" or "sum_of_abs", the denominator's form (see `grkan.group_rational`).
-        interval: (low, high). Without samples: where the error is minimised and measured. None takes the table's interval for a
-            name, and then makes the fit as for the table, held close to the target outside, too, where the order allows;
-            and (-10, 10) for a callable. With samples: where the errors are measured, and nothing else; None takes their range.
+        interval: (low, high). Without samples it is where the error is minimised and measured; None means (-10, 10) for
+            a callable, and for a name the fit that the table holds: on the table's interval, and held near the target
+            beyond it. With samples it is where the errors are measured, and nothing else; None means their range.
         samples: 1-D, the points to fit at, or the centres of a histogram's bins.
         weights: 1-D, one for each sample, not negative and not all zero; None weighs all alike.
 
@@ -120,12 +121,12 @@ def fit(
         A `RationalFit`.
 
     Raises:
-        TypeError: target, order or form is of a wrong type.
-        ValueError: an unknown name or form; an interval, order, samples or weights that make no sense; a target that returns
-            another shape or values that are not finite.
+        TypeError: target, order, interval, samples or weights are of a wrong type.
+        ValueError: an unknown name or form; an interval, order, samples or weights that make no sense; a target that
+            returns another shape or values that are not finite.
     """
     m, n = _checked_order(order)
-    table._check_form(form)
+    table.check_form(form)
     f = _as_function(target)
     if samples is not None:
         x, w = _checked_samples(samples, weights)
@@ -145,11 +146,8 @@ def fit(
     return _measured(f, a, b, form, bounds)
 
 
-# Everything below works on u = x / scale in [-1, 1] and on values divided by their largest, where powers are harmless and
-# the tolerances of the solvers mean the same for every target. p holds the coefficients of P, then those of A.
-
-# Sign changes of A that are tried in the form abs_of_sum, in u. A(0) = 0, so it changes sign at zero or touches zero there.
-_PATTERNS: tuple[tuple[float, ...], ...] = ((), (0.0,), (-0.05, 0.0), (0.0, 0.05), (-0.15, 0.0), (0.0, 0.15))
+# The solvers work on u = x / scale in [-1, 1] and on values divided by their largest, where powers are harmless and
+# tolerances mean the same for every target. p holds the coefficients of P, then those of A.
 
 # The smallest Q(0), relative to the largest coefficient of Q. It bounds b where the best F has Q(0) = 0.
 _SMALLEST_CONSTANT = 1e-6
@@ -162,7 +160,10 @@ _EXACT_ENOUGH = 1e-14
 
 @dataclass(frozen=True)
 class _Problem:
-    """|F(u) - y(u)| is to be small for u in [low, high]; and at the points `outside` at most `allowed`."""
+    """|F(u) - y(u)| is to be small on [low, high], and `allowed`, or hardly more, at the points `outside`.
+
+    The points below the interval come first, then as many above it. Linear programs see those that are `held`.
+    """
 
     y: Function
     low: float
@@ -172,15 +173,20 @@ class _Problem:
     form: str
     outside: Array
     allowed: Array
+    held: Array
 
     def error(self, p: Array, u: Array) -> Array:
-        return _evaluate(p[: self.m + 1], p[self.m + 1 :], self.form, u) - self.y(u)
+        return _values(p, self.m, u, self.form)[0] - self.y(u)
 
     def extrema(self, p: Array) -> tuple[float, Array]:
         return _extrema(lambda u: self.error(p, u), self.low, self.high)
 
     def is_sane(self, p: Array) -> bool:
-        return bool(np.all(np.abs(self.error(p, self.outside)) <= self.allowed * (1 + 1e-6)))
+        """Whether F is near enough outside, with no spike: |A| falls to zero where A changes sign."""
+        inner = _powers(self.outside, self.n)[:, 1:] @ p[self.m + 1 :]
+        below, above = inner.reshape(2, -1)
+        crosses = self.form == "abs_of_sum" and any(np.any(a > 0) and np.any(a < 0) for a in (below, above))
+        return not crosses and bool(np.all(np.abs(self.error(p, self.outside)) <= self.allowed * 1.02))
 
 
 def _minimax(
@@ -192,18 +198,19 @@ def _minimax(
     points = _grid(low / scale, high / scale, 81)
     values = f(points * scale)
     size = float(np.abs(values).max()) or 1.0
-    distance = np.linspace(0.02, 1.0, 16) ** 1.5  # to the interval, in lengths of it
+    distance = np.linspace(0.02, 1.0, 241) ** 1.5  # to the interval, in lengths of it
     outside = np.concatenate([low - distance * (high - low), high + distance * (high - low)]) / scale
-    allowed = np.tile(_GUARD * distance, 2)
+    allowed, held = np.tile(_GUARD * distance, 2), np.tile(np.arange(241) % 10 == 0, 2)
 
-    def scaled(outside: Array, allowed: Array) -> _Problem:
-        return _Problem(lambda u: f(u * scale) / size, low / scale, high / scale, m, n, form, outside, allowed)
+    def problem(count: int) -> _Problem:
+        bounds = low / scale, high / scale
+        guard = outside[:count], allowed[:count], held[:count]
+        return _Problem(lambda u: f(u * scale) / size, *bounds, m, n, form, *guard)
 
-    p = _best(scaled(outside, allowed), points) if guarded else None
+    p = _best(problem(len(outside)), points) if guarded else None
     if p is None:
-        p = _best(scaled(outside[:0], allowed[:0]), points)
-    if p is None:
-        raise RuntimeError(f"no fit of order {(m, n)} was found on the interval {interval}; try a lower order")
+        p = _best(problem(0), points)
+    assert p is not None  # without a guard, the linearised problem is a candidate at least
     return _unscaled(p, m, scale, size)
 
 
@@ -211,39 +218,37 @@ def _best(problem: _Problem, points: Array) -> Array | None:
     """The best polished fit over all sign patterns; None if none is possible."""
     weights = np.full(len(points), 1 / len(points))
     candidates = _linearised(points, problem.y(points), weights, problem.m, problem.n, problem.form)
-    for changes in _patterns(points, problem.n, problem.form):
-        candidate = _differential_correction(problem, points, changes)
+    for crosses in _patterns(points, problem.n, problem.form):
+        candidate = _differential_correction(problem, points, crosses)
         if candidate is not None:
             candidates.append(candidate)
-    ranked = sorted(
-        ((float(np.abs(problem.error(p, points)).max()), i) for i, p in enumerate(candidates) if problem.is_sane(p)),
-    )
-    polished = [_polished(problem, candidates[i], points) for _, i in ranked[:2]]
+    candidates = [p for p in candidates if problem.is_sane(p)]
+    candidates.sort(key=lambda p: float(np.abs(problem.error(p, points)).max()))
+    polished = [_polished(problem, p, points) for p in candidates[:2]]
     return min(polished, key=lambda result: result[0])[1] if polished else None
 
 
-def _differential_correction(problem: _Problem, points: Array, changes: Sequence[float]) -> Array | None:
-    """The best fit on the points for which A changes sign at `changes`, by linear programs; None if there is none.
+def _differential_correction(problem: _Problem, points: Array, crosses: bool) -> Array | None:
+    """The best fit on the points for one sign pattern of A, by linear programs; None if there is none.
 
     Q = q_0 + s A, with q_0 free: dividing by it at the end normalises to q_0 = 1.
     """
     m, n = problem.m, problem.n
-    y, beyond = problem.y(points), problem.y(problem.outside)
-    va, vq = _powers(points, m), _signed_powers(points, n, problem.form, changes)
-    outer_a, outer_q = _powers(problem.outside, m), _signed_powers(problem.outside, n, problem.form, changes)
+    outside, allowed = problem.outside[problem.held], problem.allowed[problem.held]
+    y, beyond = problem.y(points), problem.y(outside)
+    va, vq = _powers(points, m), _signed_powers(points, n, problem.form, crosses)
+    outer_a, outer_q = _powers(outside, m), _signed_powers(outside, n, problem.form, crosses)
     fixed = [  # |F - y| <= allowed outside
-        np.hstack([-outer_a, (beyond - problem.allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
-        np.hstack([outer_a, -(beyond + problem.allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
+        np.hstack([-outer_a, (beyond - allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
+        np.hstack([outer_a, -(beyond + allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
     ]
-    if problem.form == "abs_of_sum":  # s A >= 0
-        for powers_a, powers_q in ((va, vq), (outer_a, outer_q)):
-            keep = -powers_q
+    if problem.form == "abs_of_sum":  # s A >= 0; far outside, too: a zero of A is a spike of F
+        for u in (points, *(factor * outside for factor in (1.0, 2.0, 8.0))):
+            keep = -_signed_powers(u, n, problem.form, crosses) / np.maximum(np.abs(u), 1.0)[:, None] ** n
             keep[:, 0] = 0.0
-            fixed.append(np.hstack([np.zeros_like(powers_a), keep, np.zeros((len(keep), 1))]))
+            fixed.append(np.hstack([np.zeros((len(u), m + 1)), keep, np.zeros((len(u), 1))]))
     lowest = 0.0 if problem.form == "sum_of_abs" else -1.0
     limits = [(None, None)] * (m + 1) + [(_SMALLEST_CONSTANT, 1.0)] + [(lowest, 1.0)] * n + [(None, None)]
-    objective = np.zeros(m + n + 3)
-    objective[-1] = 1.0
 
     best, error, q = None, float(np.abs(y).max()), np.ones_like(points)
     for _ in range(40):
@@ -254,7 +259,8 @@ def _differential_correction(problem: _Problem, points: Array, changes: Sequence
             np.hstack([-va / q[:, None], ((y - error) / q)[:, None] * vq, minus_t]),
             np.hstack([va / q[:, None], (-(y + error) / q)[:, None] * vq, minus_t]),
         ]
-        solution = _solve(objective, np.vstack(rows + fixed), None, limits)
+        matrix = np.vstack(rows + fixed)
+        solution = _solve(matrix, np.zeros(len(matrix)), limits)
         if solution is None:
             break
         a, b = solution[: m + 1], solution[m + 1 : -1]
@@ -270,46 +276,58 @@ def _differential_correction(problem: _Problem, points: Array, changes: Sequence
 
 
 def _polished(problem: _Problem, p: Array, points: Array) -> tuple[float, Array]:
-    """A local minimum of the largest error on the whole interval, near p, by sequential linear programs; and that error.
-
-    The step solves min_d max_i |e(u_i) + J(u_i) d| over the points and all extrema met so far, and is halved until it helps.
-    """
-    m = problem.m
+    """A local minimum near p of the largest error on the whole interval, and its p, by sequential linear programs."""
     error, extrema = problem.extrema(p)
-    for _ in range(30):
+    keep_signs = False
+    for _ in range(50):
         if error < _EXACT_ENOUGH:
             break
         points = np.union1d(points, extrema)
-        residual, jacobian = problem.error(p, points), _jacobian(p, m, points, problem.form)
-        beyond, outer = problem.error(p, problem.outside), _jacobian(p, m, problem.outside, problem.form)
-        # In units of the present error, so that the solver's tolerance is relative to it.
-        column, none = np.full((len(points), 1), -1.0), np.zeros((len(beyond), 1))
-        rows = [np.hstack([jacobian, column]), np.hstack([-jacobian, column])]
-        rows += [np.hstack([outer, none]), np.hstack([-outer, none])]
-        right = np.concatenate(
-            [-residual / error, residual / error, (problem.allowed - beyond) / error, (problem.allowed + beyond) / error]
-        )
-        lowest = [(-value / error if problem.form == "sum_of_abs" else None, None) for value in p[m + 1 :]]
-        objective = np.zeros(len(p) + 1)
-        objective[-1] = 1.0
-        step = _solve(objective, np.vstack(rows), right, [(None, None)] * (m + 1) + lowest + [(None, None)])
-        if step is None or not step[-1] < 1 - 1e-6:
-            break
-        for length in 0.5 ** np.arange(12):
-            moved = p + length * error * step[:-1]
+        step = _step(problem, p, error, points, keep_signs)
+        before = error
+        for length in 0.5 ** np.arange(12) if step is not None else ():
+            moved = p + length * step
             if problem.form == "sum_of_abs":
-                moved[m + 1 :] = np.maximum(moved[m + 1 :], 0.0)
+                moved[problem.m + 1 :] = np.maximum(moved[problem.m + 1 :], 0.0)
             reached, peaks = problem.extrema(moved)
             points = np.union1d(points, peaks)
             if reached < error and problem.is_sane(moved):
+                p, error, extrema = moved, reached, peaks
                 break
+        if error < before * (1 - 1e-6):
+            keep_signs = False
+        elif keep_signs or problem.form == "sum_of_abs":
+            break
         else:
-            break
-        converged = reached > error * (1 - 1e-6)
-        p, error, extrema = moved, reached, peaks
-        if converged:
-            break
+            # Where A touches zero, |A| has a kink that no step across it foresees; the next one stays on this side.
+            keep_signs = True
     return error, p
+
+
+def _step(problem: _Problem, p: Array, error: float, points: Array, keep_signs: bool) -> Array | None:
+    """The d with the smallest largest |e(u) + J(u) d| over the points, with A(u) kept on its side of zero if asked."""
+    m, form = problem.m, problem.form
+    residual, jacobian = problem.error(p, points), _jacobian(p, m, points, form)
+    outside, allowed = problem.outside[problem.held], problem.allowed[problem.held]
+    beyond, outer = problem.error(p, outside), _jacobian(p, m, outside, form)
+    rows = [jacobian, -jacobian, outer, -outer]
+    right = [-residual, residual, allowed - beyond, allowed + beyond]
+    if keep_signs:
+        powers = _powers(points, problem.n)[:, 1:]
+        inner = powers @ p[m + 1 :]
+        rows.append(np.hstack([np.zeros((len(points), m + 1)), np.where(inner < 0, powers.T, -powers.T).T]))
+        right.append(np.abs(inner))
+    bounded = np.zeros(sum(map(len, right)))
+    bounded[: 2 * len(points)] = -1.0  # the rows that are to be <= t
+    matrix = np.hstack([np.vstack(rows), bounded[:, None]])
+    # In units of the present error, so that the solver's tolerance is relative to it.
+    highest = 1 / _SMALLEST_CONSTANT
+    lowest = 0.0 if form == "sum_of_abs" else -highest
+    limits = (
+        [(None, None)] * (m + 1) + [((lowest - b) / error, (highest - b) / error) for b in p[m + 1 :]] + [(None, None)]
+    )
+    solution = _solve(matrix, np.concatenate(right) / error, limits)
+    return None if solution is None else error * solution[:-1]
 
 
 def _least_squares(
@@ -352,10 +370,10 @@ def _least_squares(
 
 
 def _linearised(u: Array, y: Array, weights: Array, m: int, n: int, form: str) -> list[Array]:
-    """Fits by Sanathanan and Koerner: |P - y Q|^2 / (last Q)^2 is minimised, for each pattern; the best of a few rounds."""
+    """Fits by Sanathanan and Koerner: |P - y Q|^2 / (last Q)^2 is minimised; the best round for each pattern."""
     roots, found = np.sqrt(weights), []
-    for changes in _patterns(u, n, form)[:2]:
-        va, vb = _powers(u, m), _signed_powers(u, n, form, changes)[:, 1:]
+    for crosses in _patterns(u, n, form):
+        va, vb = _powers(u, m), _signed_powers(u, n, form, crosses)[:, 1:]
         q, best = np.ones_like(u), (math.inf, np.zeros(m + n + 1))
         for _ in range(6):
             row = (roots / q)[:, None]
@@ -373,7 +391,7 @@ def _linearised(u: Array, y: Array, weights: Array, m: int, n: int, form: str) -
 
 
 def _nonnegative(first: Array, second: Array, right: Array) -> Array:
-    """min |first a + second b - right|^2 with b >= 0: what the free a leave of it is a problem in b alone."""
+    """Minimise |first a + second b - right|^2 for b >= 0; what a cannot reach is a problem in b alone."""
     basis = np.linalg.qr(first)[0]
     b = np.zeros(second.shape[1])
     if second.shape[1]:
@@ -382,61 +400,50 @@ def _nonnegative(first: Array, second: Array, right: Array) -> Array:
     return np.concatenate([a, b])
 
 
-def _patterns(u: Array, n: int, form: str) -> list[tuple[float, ...]]:
-    """The patterns of sign changes of A that differ on the points u."""
-    if form == "sum_of_abs" or n == 0:
-        return [()]
-    different = {}
-    for changes in _PATTERNS:
-        signs = _signs(u, changes)
-        different.setdefault((signs * signs[0]).tobytes(), changes)
-    return list(different.values())
-
-
-def _signs(u: Array, changes: Sequence[float]) -> Array:
-    signs = np.ones_like(u)
-    for change in changes:
-        signs *= np.where(u < change, -1.0, 1.0)
-    return signs
+def _patterns(u: Array, n: int, form: str) -> tuple[bool, ...]:
+    """The sign patterns to try. A(0) = 0: A crosses zero there (True), or touches it and has one sign (False)."""
+    return (False, True) if form == "abs_of_sum" and n and u.min() < 0 < u.max() else (False,)
 
 
 def _powers(u: Array, degree: int) -> Array:
     return np.vander(u, degree + 1, increasing=True)
 
 
-def _signed_powers(u: Array, n: int, form: str, changes: Sequence[float]) -> Array:
+def _signed_powers(u: Array, n: int, form: str, crosses: bool) -> Array:
     """The columns by which Q = q_0 + ... is linear in its coefficients: 1, and the powers with the sign that A has."""
     if form == "sum_of_abs":
         return _powers(np.abs(u), n)
     powers = _powers(u, n)
-    powers[:, 1:] *= _signs(u, changes)[:, None]
+    if crosses:
+        powers[u < 0, 1:] *= -1.0
     return powers
 
 
 def _values(p: Array, m: int, u: Array, form: str) -> tuple[Array, Array]:
-    """F and Q."""
-    t = np.abs(u) if form == "sum_of_abs" else u
-    b = np.abs(p[m + 1 :]) if form == "sum_of_abs" else p[m + 1 :]
-    q = 1.0 + np.abs(_powers(t, len(b))[:, 1:] @ b)
+    """F and Q; in the form sum_of_abs for b >= 0."""
+    b = p[m + 1 :]
+    q = 1.0 + np.abs(_powers(np.abs(u) if form == "sum_of_abs" else u, len(b))[:, 1:] @ b)
     return _powers(u, m) @ p[: m + 1] / q, q
 
 
 def _jacobian(p: Array, m: int, u: Array, form: str) -> Array:
     """dF/dp; in the form sum_of_abs for b >= 0."""
-    b = p[m + 1 :]
-    powers = _powers(np.abs(u) if form == "sum_of_abs" else u, len(b))[:, 1:]
-    inner = powers @ b
+    powers = _powers(np.abs(u) if form == "sum_of_abs" else u, len(p) - m - 1)[:, 1:]
     values, q = _values(p, m, u, form)
-    slope = np.where(inner < 0, 1.0, -1.0) * values / q
+    slope = np.where(powers @ p[m + 1 :] < 0, 1.0, -1.0) * values / q
     return np.hstack([_powers(u, m) / q[:, None], slope[:, None] * powers])
 
 
-def _solve(objective: Array, rows: Array, right: Array | None, limits: list[tuple[float | None, float | None]]) -> Array | None:
-    """min objective @ z, rows @ z <= right, within limits; None where the solver fails."""
+def _solve(rows: Array, right: Array, limits: Sequence[tuple[float | None, float | None]]) -> Array | None:
+    """The z within limits with the smallest last component and rows @ z <= right; None where the solver finds none."""
+    objective = np.zeros(rows.shape[1])
+    objective[-1] = 1.0
     tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-    right = np.zeros(len(rows)) if right is None else right
-    solution = linprog(objective, A_ub=rows, b_ub=right, bounds=limits, method="highs-ds", options=tight).x
-    return None if solution is None else np.asarray(solution)
+    for method in ("highs-ds", "highs-ipm"):  # now and then one of them gives up on a problem that the other solves
+        result = linprog(objective, A_ub=rows, b_ub=right, bounds=limits, method=method, options=tight)
+        if result.success:
+            return np.asarray(result.x)
+    return None
 
 
 def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array]:
@@ -457,7 +464,7 @@ def _evaluate(numerator: Array, denominator: Array, form: str, x: Array) -> Arra
 
 
 def _grid(low: float, high: float, count: int) -> Array:
-    """Points of the interval, closer at its ends (Chebyshev's) and, as activations have their bend there, around zero."""
+    """Points of the interval, closer at its ends (Chebyshev's) and around zero, where activations have their bend."""
     x = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, count))
     around_zero = np.linspace(-1, 1, count // 2 * 2 + 1)
     around_zero = max(abs(low), abs(high)) * np.sinh(8 * around_zero) / math.sinh(8)
@@ -500,18 +507,13 @@ def _measured(f: Function, a: Array, b: Array, form: str, interval: tuple[float,
 def _as_function(target: str | Function) -> Function:
     """The target on 1-D float64 arrays, checked."""
     if isinstance(target, str):
-        tensor_function = table.exact(target)
-
-        def function(x: Array) -> Array:
-            return tensor_function(torch.from_numpy(x)).numpy()
-
-    elif callable(target):
-        function = target
-    else:
+        exact = table.exact(target)
+    elif not callable(target):
         raise TypeError(f"target must be a name or a callable on numpy arrays; got {type(target).__name__}")
 
     def checked(x: Array) -> Array:
-        y = np.asarray(function(x.copy()))
+        # A copy, because the target may write into its argument.
+        y = exact(torch.tensor(x)).numpy() if isinstance(target, str) else np.asarray(target(x.copy()))
         if y.shape != x.shape or y.dtype.kind not in "fiu":
             raise ValueError(
                 f"target must return a real array of the shape of its argument, {x.shape}; "
@@ -539,7 +541,7 @@ def _checked_order(order: tuple[int, int]) -> tuple[int, int]:
 
 def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     try:
-        bounds = tuple(float(bound) for bound in interval)
+        bounds = () if isinstance(interval, str) else tuple(float(bound) for bound in interval)
     except (TypeError, ValueError):
         raise TypeError(f"interval must be two numbers (low, high); got {interval!r}") from None
     if len(bounds) != 2 or not all(map(math.isfinite, bounds)) or not bounds[0] < bounds[1]:
@@ -586,40 +588,37 @@ def _table_entry(target: str | Function, order: tuple[int, int], form: str) -> t
     return np.array(a), np.array(b)
 
 
-def make_table(orders: Sequence[tuple[int, int]] = ((5, 4), (7, 6))) -> list[dict[str, Any]]:
-    """Fit every name in both forms: the content of `coefficients.json`."""
-    entries = []
+def make_table() -> Iterator[dict[str, Any]]:
+    """Fit every name in both forms at the orders (5, 4) and (7, 6): the entries of `coefficients.json`."""
     for name in table.NAMES:
-        for order in orders:
+        if name == "identity":  # exact, and not in the file
+            continue
+        for order in ((5, 4), (7, 6)):
             for form in FORMS:
-                f = _as_function(name)
-                a, b = _minimax(f, table.DEFAULT_INTERVAL, *order, form, guarded=True)
-                made = _measured(f, a, b, form, table.DEFAULT_INTERVAL)
-                entries.append(
-                    {
-                        "name": name,
-                        "form": form,
-                        "order": list(order),
-                        "interval": list(made.interval),
-                        "numerator": made.numerator.tolist(),
-                        "denominator": made.denominator.tolist(),
-                        "max_error": made.max_error,
-                        "rms_error": made.rms_error,
-                    }
-                )
-    return entries
+                f, interval = _as_function(name), table.DEFAULT_INTERVAL
+                made = _measured(f, *_minimax(f, interval, *order, form, guarded=True), form, interval)
+                yield {
+                    "name": name,
+                    "form": form,
+                    "order": list(order),
+                    "interval": list(made.interval),
+                    "numerator": made.numerator.tolist(),
+                    "denominator": made.denominator.tolist(),
+                    "max_error": made.max_error,
+                    "rms_error": made.rms_error,
+                }
 
 
 def _main() -> None:
     path = Path(__file__).with_name("coefficients.json")
-    entries = []
+    lines = []
     for entry in make_table():
-        print(entry["name"], entry["form"], entry["order"], f"{entry['max_error']:.3g}", f"{entry['rms_error']:.3g}")
-        entries.append(json.dumps(entry))
+        lines.append(json.dumps(entry))
+        print("{name:13} {form:11} {order} on {interval}: max {max_error:.3g}, rms {rms_error:.3g}".format_map(entry))
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(entries) + "\n]\n", encoding="utf-8")
+    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     os.replace(temporary, path)
-    print(f"wrote {len(entries)} fits to {path}", file=sys.stderr)
+    print(f"wrote {len(lines)} fits to {path}")
 
 
 if __name__ == "__main__":

@@ -138,9 +138,14 @@ def rational_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for `group_rational`.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in _DTYPES[:3]:
+    if isinstance(x, Tensor) and x.dtype in _DTYPES[:3] and _autocasts(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)
+
+
+def _autocasts(device_type: str) -> bool:
+    # Asking for a device that has no autocast, as meta, raises.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _composite_needed() -> bool:

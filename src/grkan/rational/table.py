@@ -1,9 +1,8 @@
-"""The functions that have a name: what they are exactly, and the coefficients of the rational functions that stand for them.
+"""The functions that have a name: what each is exactly, and the coefficients of the rational that stands for it.
 
-The coefficients were fitted by `python -m grkan.rational.fit`, which writes `coefficients.json`; reading them needs torch
-alone. The table covers every name in both forms at the orders (5, 4) and (7, 6).
-
-How the intervals were chosen is told in `fit.py`, next to the list of what the table holds.
+`coefficients.json` was made by `python -m grkan.rational.fit`; `fit.py` tells how, and why on the interval [-10, 10].
+It covers every name in both forms at the orders (5, 4) and (7, 6), except the identity, which needs no table. Reading
+it needs torch alone.
 """
 
 import difflib
@@ -76,7 +75,7 @@ def canonical_name(name: str) -> str:
 
 
 def exact(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of that name itself, on tensors of any floating dtype: gelu is the one with erf, leaky_relu has slope 0.01.
+    """The function of that name itself, on tensors of any floating dtype; gelu has erf, leaky_relu the slope 0.01.
 
     Raises:
         TypeError, ValueError: as for `canonical_name`.
@@ -103,7 +102,7 @@ def coefficients(name: str, order: tuple[int, int], form: str = "abs_of_sum") ->
     """
     m, n = order
     if canonical_name(name) == "identity" and m >= 1:
-        _check_form(form)
+        check_form(form)
         return [0.0, 1.0] + [0.0] * (m - 1), [0.0] * n
     entry = _entry(name, order, form)
     if entry is None:
@@ -125,11 +124,12 @@ def interval(name: str, order: tuple[int, int], form: str = "abs_of_sum") -> tup
 
 
 def _entry(name: str, order: tuple[int, int], form: str) -> dict[str, Any] | None:
-    _check_form(form)
+    check_form(form)
     return _table().get((canonical_name(name), form, tuple(order)))
 
 
-def _check_form(form: str) -> None:
+def check_form(form: str) -> None:
+    """Raise a ValueError for a form that there is not."""
     if form not in FORMS:
         raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
 

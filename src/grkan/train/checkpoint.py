@@ -58,10 +58,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is damaged, or not a state of this format.
     """
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # zipfile, pickle and PyTorch have an error of their own for each way a file can be broken
         raise ValueError(f"{path} is damaged or no training state; a run of another --output starts afresh") from None
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:

@@ -94,7 +94,7 @@ def _resolve(config: Config, source: Source) -> Config:
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
     if config.init:
-        chosen["model"] = read_metadata(model_file(config.init)).get("architecture") or config.model
+        chosen["model"] = read_metadata(model_file(config.init)).get("model") or config.model
     if config.output is None:
         name = f"{chosen.get('model', config.model)}-{Path(config.data.replace(':', '-')).name}"
         chosen["output"] = str(Path("runs") / name)
@@ -113,7 +113,7 @@ def _build_model(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any
             return model, preprocessing
         return model, dict(resolve_data_config({}, model=model))
     check_model_name(config.model)
-    arguments = {**config.model_args, "num_classes": classes}
+    arguments = _arguments(config, classes)
     try:
         model = timm.create_model(config.model, **arguments)
     except TypeError as error:
@@ -125,6 +125,11 @@ def _build_model(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any
         height, width = torch.Size(torch.broadcast_to(torch.tensor(size["img_size"]), (2,)).tolist())
     preprocessing["input_size"] = (size.get("in_chans", channels), height, width)
     return model, preprocessing
+
+
+def _arguments(config: Config, classes: int) -> dict[str, Any]:
+    """Those of `timm.create_model`."""
+    return {**config.model_args, "num_classes": classes}
 
 
 def _fit_preprocessing(preprocessing: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -476,7 +481,7 @@ class _Run:
             path,
             classes=self.training.classes,
             preprocessing=self.preprocessing,
-            arguments=None if self.config.init else self.config.model_args,
+            arguments=None if self.config.init else _arguments(self.config, len(self.training.classes)),
         )
 
     def _save_state(self) -> None:

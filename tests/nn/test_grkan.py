@@ -1,0 +1,278 @@
+"""GRKAN: structure, start, and the paths through it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from grkan.nn import GRKAN, variance_gain
+from grkan.nn import grkan as module_under_test
+
+
+def by_hand(layer, x):
+    """The definition, from the children's own forward methods."""
+    for child in (layer.act1, layer.fc1, layer.act2, layer.drop1, layer.norm, layer.fc2, layer.drop2):
+        x = child(x)
+    return x
+
+
+def randomise(layer):
+    """Coefficients that tell act1 from act2, and one group from the other."""
+    with torch.no_grad():
+        for act in (layer.act1, layer.act2):
+            act.numerator.add_(torch.randn_like(act.numerator) * 0.1)
+            act.denominator.add_(torch.randn_like(act.denominator) * 0.1)
+    return layer
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """How often the fused operation ran."""
+    calls = []
+    original = module_under_test.rational_linear
+
+    def spy(x, *args, **kwargs):
+        calls.append(x.shape)
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(module_under_test, "rational_linear", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"hidden_features": 32, "out_features": 5},
+        {"bias": False, "share_numerator": True},
+        {"bias": (True, False), "form": "sum_of_abs"},
+        {"norm_layer": nn.LayerNorm, "order": (7, 6)},
+        {"num_groups": 1, "act_layer": nn.GELU},
+    ],
+)
+def test_forward(arguments):
+    layer = randomise(GRKAN(16, **arguments))
+    x = torch.randn(2, 3, 16)
+    y = layer(x)
+    assert y.shape == (2, 3, arguments.get("out_features", 16))
+    torch.testing.assert_close(y, by_hand(layer, x))
+
+
+def test_structure():
+    layer = GRKAN(16, 32, 5, bias=(True, False))
+    assert [name for name, _ in layer.named_children()] == ["act1", "fc1", "act2", "drop1", "norm", "fc2", "drop2"]
+    assert (layer.fc1.in_features, layer.fc1.out_features, layer.fc1.bias is None) == (16, 32, False)
+    assert (layer.fc2.in_features, layer.fc2.out_features, layer.fc2.bias is None) == (32, 5, True)
+    assert (layer.act1.init_name, layer.act2.init_name) == ("identity", "swish")
+
+
+def test_convolutions_are_the_linear_layer_on_channels_first():
+    conv, linear = GRKAN(16, 32, 8, use_conv=True), GRKAN(16, 32, 8)
+    linear.load_state_dict({k: v.flatten(1) if v.dim() == 4 else v for k, v in conv.state_dict().items()})
+    x = torch.randn(2, 16, 3, 5)
+    y = linear(x.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(conv(x), y)
+    torch.testing.assert_close(conv(x.contiguous(memory_format=torch.channels_last)), y)
+
+
+def test_dropout_is_between_the_function_and_the_linear_layer(fused):
+    layer = GRKAN(16, 64, drop=(0.5, 0.0))
+    seen = []
+    layer.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    layer(torch.randn(50, 16))
+    assert (seen[0] == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert len(fused) == 1  # act1 and fc1 alone
+
+
+@pytest.mark.parametrize(("drop", "training", "pairs"), [(0.0, True, 2), (0.5, False, 2), (0.5, True, 1)])
+def test_fused_unless_dropout_acts(fused, drop, training, pairs):
+    layer = GRKAN(16, drop=drop).train(training)
+    layer(torch.randn(2, 16))
+    assert len(fused) == pairs
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_hook(layer, x):
+    layer.fc1.register_forward_hook(lambda module, inputs, output: output + 1)
+    return by_hand(layer, x)
+
+
+def with_pre_hook_on_the_function(layer, x):
+    layer.act1.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return by_hand(layer, x)
+
+
+def with_hook_on_dropout(layer, x):
+    layer.drop1.register_forward_hook(lambda module, inputs, output: output * 3)
+    return by_hand(layer, x)
+
+
+def with_subclass(layer, x):
+    linear = Doubled(16, 16)
+    linear.load_state_dict(layer.fc1.state_dict())
+    layer.fc1 = linear
+    return by_hand(layer, x)
+
+
+def with_parametrisation(layer, x):
+    parametrizations.weight_norm(layer.fc2)
+    with torch.no_grad():
+        layer.fc2.parametrizations.weight.original0.mul_(2)
+    return by_hand(layer, x)
+
+
+def with_pruning(layer, x):
+    prune.l1_unstructured(layer.fc2, "weight", 0.5)
+    return by_hand(layer, x)
+
+
+def with_patched_forward(layer, x):
+    layer.fc2.forward = lambda x: -F.linear(x, layer.fc2.weight, layer.fc2.bias)
+    return by_hand(layer, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        with_pre_hook_on_the_function,
+        with_hook_on_dropout,
+        with_subclass,
+        with_parametrisation,
+        with_pruning,
+        with_patched_forward,
+    ],
+)
+def test_what_others_do_to_a_child_takes_effect(change):
+    layer = GRKAN(16)
+    x = torch.randn(4, 16)
+    before = layer(x)
+    expected = change(layer, x)
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("width", [192, 768])
+@pytest.mark.parametrize("act_init", [("identity", "swish"), ("gelu", "relu"), ("tanh", "squared_relu")])
+def test_the_start_keeps_the_mean_square(width, act_init):
+    torch.manual_seed(0)
+    layer = GRKAN(width, 4 * width, act_init=act_init)
+    x = torch.randn(256, width)
+    seen = {}
+    layer.fc2.register_forward_pre_hook(lambda _, inputs: None)  # as modules, so that the hook below sees fc1
+    layer.fc1.register_forward_hook(lambda _, inputs, output: seen.update(fc1=output))
+    y = layer(x)
+    assert 0.9 < seen["fc1"].square().mean() < 1.1
+    assert 0.8 < y.square().mean() < 1.25
+
+
+@pytest.mark.parametrize("arguments", [{"norm_layer": nn.LayerNorm}, {"share_numerator": True}])
+def test_the_start_of_variants(arguments):
+    torch.manual_seed(0)
+    layer = GRKAN(256, 512, **arguments)
+    assert 0.8 < layer(torch.randn(256, 256)).square().mean() < 1.25
+
+
+def test_convolutions_start_the_same_way():
+    torch.manual_seed(0)
+    layer = GRKAN(256, 512, use_conv=True)
+    assert 0.8 < layer(torch.randn(16, 256, 4, 4)).square().mean() < 1.25
+
+
+def test_weights_have_the_standard_deviation_of_the_formula():
+    layer = GRKAN(256, 1024, act_init=("gelu", "swish"))
+    for act, fc in ((layer.act1, layer.fc1), (layer.act2, layer.fc2)):
+        expected = (variance_gain(act) / fc.in_features) ** 0.5
+        assert fc.weight.std().item() == pytest.approx(expected, rel=0.01)  # 2^18 weights: standard error 0.0014
+        assert not fc.bias.any()
+    released = GRKAN(256, 1024, weight_init="trunc_normal")
+    assert released.fc1.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert released.fc2.weight.std().item() == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("reset", ["init_weights", "reset_parameters"])
+def test_initialising_again_covers_everything(reset):
+    with torch.device("meta"):
+        layer = GRKAN(256, 512, norm_layer=nn.LayerNorm)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    getattr(layer, reset)()
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert layer.norm.weight.eq(1).all()
+    assert torch.equal(layer.act2.numerator, GRKAN(8).act2.numerator)
+    assert 0.8 < layer(torch.randn(256, 256)).square().mean() < 1.25
+
+
+def test_every_coefficient_learns_from_the_identity():
+    torch.manual_seed(0)
+    layer = GRKAN(16, 32, act_init=("identity", "identity"))
+    x = torch.randn(256, 16)
+    target = torch.sin(2 * x)
+    start = copy.deepcopy(layer.state_dict())
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(layer(x), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    for name in ("act1.denominator", "act2.denominator", "act1.numerator", "act2.numerator"):
+        assert (layer.state_dict()[name] != start[name]).all(), name
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(dtype):
+    layer = GRKAN(16, 32, dtype=dtype)
+    assert layer.fc1.weight.dtype == dtype
+    assert layer.act1.numerator.dtype == torch.float32
+    x = torch.randn(4, 16).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    exact = copy.deepcopy(layer).float()
+    torch.testing.assert_close(y.float(), exact(x.float()), rtol=0.05, atol=0.05)
+    y.sum().backward()
+    assert layer.act2.denominator.grad.dtype == torch.float32
+
+
+def test_autocast_is_what_the_modules_do_under_autocast():
+    layer = randomise(GRKAN(16, 32))
+    x = torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_compiles_without_a_break():
+    layer = randomise(GRKAN(16, 32))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"in_features": 12}, "in_features must be divisible by num_groups; got 12 and 8"),
+        ({"in_features": 16, "hidden_features": 20}, "hidden_features must be divisible by num_groups; got 20 and 8"),
+        ({"in_features": 16, "out_features": -1}, "out_features must be at least 1; got -1"),
+        ({"in_features": 16, "act_init": "swish"}, "act_init must be a pair"),
+        ({"in_features": 16, "bias": (True, True, False)}, "bias must be one value or a pair"),
+        ({"in_features": 16, "weight_init": "xavier"}, "weight_init must be .* got 'xavier'"),
+        ({"in_features": 16, "form": "A"}, "form must be"),
+    ],
+)
+def test_errors(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        GRKAN(**arguments)

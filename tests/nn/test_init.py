@@ -1,0 +1,108 @@
+"""The variance gain against exact integrals."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from grkan.nn import GroupRational, variance_gain
+from grkan.rational import table
+from grkan.rational.fit import fit
+from grkan.rational.reference import rational
+
+EXACT = {
+    "identity": lambda x: x,
+    "relu": lambda x: max(x, 0),
+    "leaky_relu": lambda x: x if x > 0 else x / 100,
+    "gelu": lambda x: x * mpmath.ncdf(x),
+    "silu": lambda x: x / (1 + mpmath.exp(-x)),
+    "tanh": mpmath.tanh,
+    "elu": lambda x: x if x > 0 else mpmath.expm1(x),
+    "hardswish": lambda x: x * min(max(x + 3, 0), 6) / 6,
+}
+
+
+def exact_gain(f):
+    return 1 / mpmath.quad(lambda x: f(x) ** 2 * mpmath.npdf(x), [-12, -3, 0, 3, 12])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_names_are_the_exact_functions(name):
+    assert variance_gain(name) == pytest.approx(float(exact_gain(EXACT[name])), rel=1e-9)
+
+
+def test_published_figures():
+    assert [round(variance_gain(name), 4) for name in ("identity", "relu", "gelu", "silu")] == [1, 2, 2.3517, 2.8108]
+    assert variance_gain("swish") == variance_gain("silu")
+
+
+def test_callables_modules_fits_and_coefficients_of_one_function_agree():
+    assert variance_gain(np.tanh) == pytest.approx(variance_gain("tanh"), rel=1e-12)
+    assert variance_gain(torch.nn.GELU()) == pytest.approx(variance_gain("gelu"), rel=1e-12)
+    assert variance_gain(torch.nn.ReLU(inplace=True)) == pytest.approx(2, rel=1e-12)
+    elu = fit("elu", form="sum_of_abs", order=(3, 2), interval=(-3, 3))
+    expected = variance_gain(elu.numerator, elu.denominator, form="sum_of_abs")
+    assert variance_gain(elu) == expected  # not its own argument form, which is abs_of_sum here
+    assert variance_gain(elu.numerator, elu.denominator) != pytest.approx(expected, rel=1e-3)
+    assert variance_gain(GroupRational(4, elu, (3, 2), "sum_of_abs")) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["abs_of_sum", "sum_of_abs"])
+def test_coefficients_with_a_kink_off_the_panels(form):
+    a, b = [0.1, 1.0, -0.3], [0.7, -0.9]  # A changes its sign at 7/9
+
+    def f(x):
+        inner = b[0] * x + b[1] * x**2 if form == "abs_of_sum" else abs(b[0]) * abs(x) + abs(b[1]) * x**2
+        return (a[0] + a[1] * x + a[2] * x**2) / (1 + abs(inner))
+
+    edges = [-12, -3, 0, mpmath.mpf(7) / 9, 3, 12]
+    expected = 1 / mpmath.quad(lambda x: f(x) ** 2 * mpmath.npdf(x), edges)
+    assert variance_gain(a, b, form=form) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_several_groups_give_the_inverse_of_the_mean_power():
+    numerator, denominator = torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.zeros(1, 2)
+    assert variance_gain(numerator, denominator) == pytest.approx(1 / 5, rel=1e-12)
+    shared = variance_gain(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5], [0.5], [0.0]]))
+    one = variance_gain([0.0, 1.0], [0.5])
+    assert shared == pytest.approx(3 / (2 / one + 1), rel=1e-12)
+
+
+def test_the_gain_of_the_table_is_what_a_sample_shows():
+    numerator, denominator = (torch.tensor([c]) for c in table.coefficients("swish", (5, 4), "abs_of_sum"))
+    z = torch.randn(1, 2_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    power = rational(z, numerator, denominator, "abs_of_sum").square().mean().item()
+    assert variance_gain(numerator, denominator) == pytest.approx(1 / power, rel=5e-3)
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    expected = variance_gain("gelu")
+    with torch.device("meta"):
+        assert variance_gain("gelu") == expected
+        assert math.isfinite(variance_gain([0.0, 1.0], [0.1]))
+    assert variance_gain(torch.ones(2).half(), torch.zeros(1).half()) == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((np.zeros_like,), ValueError, r"positive and finite"),
+        (([0.0, 0.0], [1.0]), ValueError, r"positive and finite"),
+        ((lambda x: x * np.inf,), ValueError, r"positive and finite"),
+        ((lambda x: x[:2],), ValueError, r"shape of its argument"),
+        (([0.0, 1.0],), TypeError, r"numerator with its denominator"),
+        (("gelu", [0.5]), TypeError, r"numerator must be numbers; got 'gelu'"),
+        (("swich",), ValueError, r"'swish'"),
+        ((torch.ones(2, 3), torch.ones(3, 2)), ValueError, r"\(2, 3\) and \(3, 2\)"),
+    ],
+)
+def test_errors(arguments, error, match):
+    with pytest.raises(error, match=match), np.errstate(invalid="ignore"):
+        variance_gain(*arguments)
+
+
+def test_an_unknown_form():
+    with pytest.raises(ValueError, match="form must be 'abs_of_sum' or 'sum_of_abs'; got 'A'"):
+        variance_gain("gelu", form="A")

@@ -1,0 +1,164 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grkan import cli
+from grkan.cli import main
+
+TINY = [
+    "--data=digits",
+    "--model=kat_micro_patch2_8",
+    "--batch-size=256",
+    "--set=model_args={depth: 1, embed_dim: 16, num_heads: 2, num_groups: 4}",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *TINY, "--epochs=1", f"--output={folder}"]) == 0
+    return folder
+
+
+def _fails(capsys, arguments, status=1):
+    """The one line on standard error."""
+    assert main([str(a) for a in arguments]) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_is_quick():
+    code = (
+        "import sys, grkan.cli; from unittest import mock\ntry: grkan.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "assert not {'timm', 'accelerate', 'matplotlib', 'scipy'} & ({m for m in sys.modules} - BEFORE)"
+    code = f"import sys, grkan\nBEFORE = set(sys.modules)\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "usage: grkan" in done.stdout
+
+
+def test_train_prints_a_line_an_epoch_and_the_paths(tmp_path, capsys):
+    assert main(["train", *TINY, "--epochs=2", f"--output={tmp_path / 'run'}"]) == 0
+    out, err = capsys.readouterr()
+    assert [line[:9] for line in out.splitlines()[:2]] == ["epoch 1/2", "epoch 2/2"]
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "functions.png")
+    assert "\x1b" not in out
+    assert err == ""
+
+
+def test_eval_ends_with_json(run, capsys):
+    assert main(["eval", str(run), "--data=digits"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["images"] == 355
+    assert result["top1"] == pytest.approx(last["top1"])
+    assert result["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_predict_gives_a_line_an_image_and_names_what_it_cannot_read(run, tmp_path, capsys):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    paths = [str(tmp_path / name) for name in ("a.png", "none.png", "a.png")]
+    assert main(["predict", str(run / "best.safetensors"), *paths]) == 1
+    out, err = capsys.readouterr()
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["path"] for result in results] == [paths[0], paths[2]]
+    assert set(results[0]) == {"path", "label", "probability", "top5"}
+    assert len(err.splitlines()) == 1
+    assert "none.png" in err
+
+
+@pytest.mark.parametrize("data", [[], ["--data=digits"]])
+def test_plot_writes_a_picture(run, tmp_path, data, capsys):
+    path = tmp_path / "functions.png"
+    assert main(["plot", str(run), *data, "--output", str(path)]) == 0
+    assert Image.open(path).width > 500
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+def test_info_shows_the_twin(capsys):
+    assert main(["info", "kat_micro_patch2_8"]) == 0
+    out = capsys.readouterr().out
+    assert "kat_micro_patch2_8" in out
+    assert "vit_micro_patch2_8" in out
+    assert "paper" in out
+
+
+def test_fit_prints_coefficients_and_draws(tmp_path, capsys):
+    assert main(["fit", "gelu", "--interval", "-8", "8", "--output", str(tmp_path / "fit.png")]) == 0
+    out = capsys.readouterr().out
+    assert len(out.split("numerator")[1].split("denominator")[0].split()) == 6
+    assert "on [-8, 8]" in out
+    assert Image.open(tmp_path / "fit.png").width > 500
+
+
+def test_resume_of_a_finished_run(run, capsys):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "is finished: 1 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epochs=0"], "epochs must be at least 1; got 0"),
+        (["train", "--model=kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
+        (["train", "--data=nowhere"], "--data must be digits"),
+        (["train", "--set=model_args.num_groups=7"], "num_groups"),
+        (["train", "--config=nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
+        (["train", "--resume=nowhere", "--config=x.yaml"], "--config does not go with --resume"),
+        (["train", "--set=lr"], "--set takes key=value"),
+        (["eval", "nowhere", "--data=digits"], "nowhere does not exist"),
+        (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
+        (["fit", "gelo"], "did you mean 'gelu'"),
+        (["fit", "gelu", "--interval", "3", "-3"], "interval"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in _fails(capsys, arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_told_in_one_line(run, tmp_path, capsys):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((run / "best.safetensors").read_bytes()[:1000])
+    assert "broken.safetensors" in _fails(capsys, ["eval", broken, "--data=digits"])
+    folder = tmp_path / "run"
+    (folder / "state").mkdir(parents=True)
+    (folder / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (folder / "state" / "state.pt").write_bytes((run / "state" / "state.pt").read_bytes()[:1000])
+    assert "state.pt is damaged" in _fails(capsys, ["train", "--resume", folder])
+
+
+def test_a_picture_of_an_unknown_format(run, tmp_path, capsys):
+    assert "foo" in _fails(capsys, ["plot", run, "--output", tmp_path / "p.foo"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_interruption(tmp_path, capsys, monkeypatch):
+    from grkan.train import loop
+
+    def interrupt(run, batches):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_optimise", interrupt)
+    line = _fails(capsys, ["train", *TINY, f"--output={tmp_path / 'run'}"], status=130)
+    assert line == f"grkan: interrupted; go on with: grkan train --resume {tmp_path / 'run'}"
+
+
+def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grkan.train.config", None)
+    monkeypatch.setattr(cli, "training_settings", lambda options: __import__("accelerate_that_is_missing"))
+    assert 'pip install "grkan[train]"' in _fails(capsys, ["train"])
+
+
+def test_debugging_shows_where_an_error_comes_from(monkeypatch):
+    monkeypatch.setenv("GRKAN_DEBUG", "1")
+    with pytest.raises(ValueError, match="epochs must be"):
+        main(["train", "--epochs=0"])

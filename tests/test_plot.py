@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from grkan import GroupRational, RationalLinear
+from grkan.plot import plot_curves, plot_fit, plot_functions, record_inputs, save_figure
+
+
+@pytest.fixture
+def model():
+    return timm.create_model("kat_micro_patch2_8", depth=2, embed_dim=16, num_heads=2, num_groups=4)
+
+
+def _curves(axis, style):
+    return [line for line in axis.get_lines() if line.get_linestyle() == style]
+
+
+def test_every_layer_has_a_panel_with_every_group_and_the_start(model):
+    act = model.blocks[1].mlp.act2
+    with torch.no_grad():
+        act.numerator[2] *= 2
+    figure = plot_functions(model)
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == [f"blocks.{i}.mlp.act{j}" for i in (0, 1) for j in (1, 2)]
+    learned, initial = _curves(panels["blocks.1.mlp.act2"], "-"), _curves(panels["blocks.1.mlp.act2"], "--")
+    assert (len(learned), len(initial)) == (4, 1)
+    x, y = initial[0].get_data()
+    np.testing.assert_allclose(y, x / (1 + np.exp(-x)), atol=2e-3)  # Swish
+    np.testing.assert_allclose(learned[2].get_ydata(), 2 * y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(learned[0].get_ydata(), y, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_are_those_that_the_functions_get(model):
+    model = nn.Sequential(GroupRational(2, "identity"), RationalLinear(4, 4, num_groups=2))
+    model.train()
+    x = torch.arange(40.0).reshape(10, 4)
+    inputs = record_inputs(model, [x, x + 100])
+    assert list(inputs) == ["0", "1.act"]
+    np.testing.assert_allclose(inputs["0"], np.concatenate([np.arange(40.0), np.arange(40.0) + 100]))
+    np.testing.assert_allclose(inputs["1.act"], inputs["0"], rtol=1e-6)  # behind the identity
+    assert model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_inputs_of_a_large_layer_are_thinned_over_all_channels():
+    inputs = record_inputs(nn.Sequential(GroupRational(8, "identity")), [torch.arange(8.0).repeat(100_000)])
+    assert 100_000 <= len(inputs["0"]) <= 200_000
+    assert len(np.unique(inputs["0"])) == 8
+
+
+def test_panels_cover_the_range_of_their_inputs(model):
+    inputs = record_inputs(model, [torch.randn(32, 1, 8, 8)])
+    figure = plot_functions(model, inputs)
+    axis = next(axis for axis in figure.axes if axis.get_title() == "blocks.0.mlp.act2")
+    low, high = np.quantile(inputs["blocks.0.mlp.act2"], [0.001, 0.999])
+    assert axis.get_xlim() == pytest.approx((low, high))
+
+
+def test_constant_and_infinite_inputs_have_a_picture():
+    model = nn.Sequential(GroupRational(2, "identity"))
+    plot_functions(model, {"0": np.full(10, 3.0, np.float32)})
+    plot_functions(model, {"0": np.array([1.0, np.inf, np.nan, 2.0], np.float32)})
+    plot_functions(model, {"0": np.full(3, np.nan, np.float32)})
+
+
+def test_a_model_without_rational_functions_is_named():
+    with pytest.raises(ValueError, match="must have rational functions to plot; Linear has none"):
+        plot_functions(nn.Linear(2, 2))
+
+
+def test_curves_of_several_runs():
+    lines = [{"step": 1, "train_loss": 3.0}]
+    lines += [
+        {"epoch": e, "train_loss": 2.0 / e, "train_top1": 80 + e, "loss": 3.0 / e, "top1": 70 + e} for e in (1, 2, 3)
+    ]
+    mixed = [{k: v for k, v in line.items() if k != "train_top1"} for line in lines]
+    figure = plot_curves({"a": lines, "b": mixed})
+    losses, accuracies = figure.axes
+    assert [line.get_ydata()[-1] for line in losses.get_lines()] == [2 / 3, 1.0, 2 / 3, 1.0]
+    assert [len(line.get_ydata()) for line in accuracies.get_lines()] == [3, 3, 0, 3]
+    with pytest.raises(ValueError, match="at least one finished epoch"):
+        plot_curves({"a": [{"step": 1, "train_loss": 3.0}]})
+
+
+def test_a_fit_and_its_error():
+    figure = plot_fit(lambda x: x + 0.01, lambda x: x, (-2.0, 2.0), "identity")
+    error = figure.axes[1].get_lines()[0]
+    np.testing.assert_allclose(error.get_ydata(), 0.01)
+    assert error.get_xdata()[0] < -2
+    bottom, top = figure.axes[1].get_ylim()
+    assert bottom < 0.01 < top
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_pictures_are_written(tmp_path, ending):
+    path = tmp_path / f"p.{ending}"
+    save_figure(plot_fit(np.tanh, np.tanh, (-2.0, 2.0), "tanh"), path)
+    assert path.stat().st_size > 1000

@@ -1,0 +1,71 @@
+import pickle
+
+import pytest
+import torch
+
+from grkan.train.checkpoint import MetricsLog, load_state, read_metrics, save_state, write_bytes, write_file
+
+
+def test_state_round_trip(tmp_path):
+    save_state(tmp_path / "s.pt", {"weights": {"a": torch.arange(3.0)}, "step": 4})
+    state = load_state(tmp_path / "s.pt")
+    assert torch.equal(state["weights"]["a"], torch.arange(3.0))
+    assert state["step"] == 4
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+
+    def fail(temporary):
+        temporary.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_file(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, -1])
+def test_a_truncated_state_is_named(tmp_path, keep):
+    path = tmp_path / "state.pt"
+    save_state(path, {"weights": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+        load_state(path)
+
+
+def test_a_foreign_state_is_named(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is no training state of this version"):
+        load_state(tmp_path / "other.pt")
+
+
+def test_a_state_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    torch.save({"format": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ValueError, match="damaged or no training state"):
+            load_state(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_metrics_are_cut_back_to_where_the_state_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1})
+    size = log.size()
+    log.append({"step": 2})
+    log = MetricsLog(path, size)
+    log.append({"step": 20})
+    assert read_metrics(path) == [{"step": 1}, {"step": 20}]
+
+
+def test_a_line_that_was_cut_is_left_out(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"st')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]

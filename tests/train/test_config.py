@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from grkan.train.config import Config, make_config, nearest, parse_assignments, read_yaml, to_yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_later_settings_override_and_model_args_are_merged():
+    config = make_config(
+        {"epochs": 5, "lr": 0.1, "model_args": {"depth": 2, "num_groups": 4}}, {"lr": 0.2, "model_args": {"depth": 3}}
+    )
+    assert (config.epochs, config.lr) == (5, 0.2)
+    assert config.model_args == {"depth": 3, "num_groups": 4}
+
+
+def test_yaml_round_trip(tmp_path):
+    config = Config(lr=3e-4, crop_scale=(0.5, 1.0), precision="no", ema_decay=None, model_args={"order": [7, 6]})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert make_config(read_yaml(tmp_path / "c.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "converted"),
+    [("lr", "1e-3", 1e-3), ("lr", 1, 1.0), ("precision", False, "no"), ("shift", None, None)],
+)
+def test_values_as_yaml_reads_them(key, value, converted):
+    result = getattr(make_config({key: value}), key)
+    assert result == converted
+    assert type(result) is type(converted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, r"epochs must be at least 1; got 0"),
+        ({"epochs": 2.5}, TypeError, r"epochs must be a whole number; got 2.5"),
+        ({"epochs": True}, TypeError, r"epochs must be a whole number; got True"),
+        ({"lr": "fast"}, TypeError, r"lr must be a number; got 'fast'"),
+        ({"lr": float("nan")}, ValueError, r"lr must be a number; got nan"),
+        ({"hflip": 2}, ValueError, r"hflip must be in \[0, 1\]; got 2"),
+        ({"trainable": "some"}, ValueError, r"trainable must be all or coefficients; got 'some'"),
+        ({"warmup_epochs": 3, "epochs": 3}, ValueError, r"warmup_epochs must be less than epochs, 3; got 3"),
+        ({"lr": 1e-6, "min_lr": 1e-5}, ValueError, r"min_lr must not exceed lr"),
+        ({"crop_scale": [1.0]}, TypeError, r"crop_scale must be 2 numbers"),
+        ({"crop_scale": [0.9, 0.1]}, ValueError, r"crop_scale must be \(low, high\)"),
+        ({"batchsize": 8}, ValueError, r"unknown setting 'batchsize'; did you mean batch_size"),
+    ],
+)
+def test_bad_settings_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        make_config(settings)
+
+
+def test_assignments_are_read_as_yaml():
+    settings = parse_assignments(
+        ["lr=1e-2", "model_args.order=[7, 6]", "model_args.form=sum_of_abs", "tensorboard=true"]
+    )
+    assert settings == {"lr": "1e-2", "model_args": {"order": [7, 6], "form": "sum_of_abs"}, "tensorboard": True}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("lr", "takes key=value"),
+        ("lr=[", "not a YAML value"),
+        ("lr.x=1", "only model_args"),
+        ("lx=1", "did you mean lr"),
+    ],
+)
+def test_bad_assignments_are_named(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        parse_assignments([assignment])
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2", "\udc80".encode("utf-8", "surrogateescape")])
+def test_bad_yaml_is_named(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"c\.yaml (is not valid YAML|must hold a mapping)"):
+        read_yaml(path)
+
+
+def test_nearest_names_come_first():
+    assert nearest("kat_tini", ["vit", "kat_tiny", "resnet"]) == "did you mean kat_tiny?"
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("kat_tiny", 0.1), ("kat_small", 0.1), ("kat_base", 0.4)])
+def test_the_papers_recipe(name, drop_path):
+    config = make_config(read_yaml(CONFIGS / f"{name}.yaml"))
+    assert config.model == f"{name}_patch16_224"
+    assert config.model_args == {"drop_path_rate": drop_path, "attn_init": "mimetic"}
+    assert (config.lr, config.weight_decay, config.batch_size, config.epochs) == (1e-3, 0.05, 1024, 300)
+    assert (config.warmup_epochs, config.mixup, config.cutmix, config.random_erasing) == (5, 0.8, 1.0, 0.25)
+    assert (config.smoothing, config.ema_decay, config.auto_augment) == (0.1, 0.9999, "rand-m9-mstd0.5-inc1")

@@ -1,0 +1,263 @@
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grkan.train.config import Config
+from grkan.train.data import (
+    DEBIAN_FASHION_MNIST,
+    ImageData,
+    TrainingSampler,
+    UnreadableImages,
+    evaluation_loader,
+    evaluation_transform,
+    find_source,
+    match_classes,
+    training_loader,
+    training_transform,
+)
+
+GRAY = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "interpolation": "bicubic", "crop_pct": 1.0}
+RGB = {**GRAY, "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3}
+SETTINGS = {"shift": 1, "hflip": 0.5, "color_jitter": 0.0, "workers": 0}
+
+
+def _indices(sampler):
+    return [[index for _, index in part] for part in sampler]
+
+
+# Sources
+
+
+def test_digits_are_split_by_class_without_overlap():
+    source = find_source("digits")
+    train, test = source.load("train"), source.load("test")
+    assert (len(train), len(test)) == (1442, 355)
+    counts = np.bincount(test.labels) / np.bincount(train.labels)
+    assert (np.abs(counts - 0.25) < 0.01).all()
+    union = np.concatenate([train.images, test.images])
+    from sklearn.datasets import load_digits
+
+    assert union.sum() == np.rint(load_digits().images * 255 / 16).sum()
+
+
+def _write_idx(path, array, magic=None):
+    header = struct.pack(f">{array.ndim + 1}I", magic or 0x0800 + array.ndim, *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    for stem, count, suffix in (("train", 7, ".gz"), ("t10k", 3, "")):
+        pixels = np.arange(count * 784).reshape(count, 28, 28) % 256
+        _write_idx(tmp_path / f"{stem}-images-idx3-ubyte{suffix}", pixels)
+        _write_idx(tmp_path / f"{stem}-labels-idx1-ubyte{suffix}", np.arange(count))
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_compressed_or_not(fashion):
+    source = find_source(f"fashion-mnist:{fashion}")
+    train, test = source.load("train"), source.load("test")
+    assert train.images.shape == (7, 28, 28)
+    assert train.images[1, 0, :3].tolist() == [16, 17, 18]
+    assert test.labels.tolist() == [0, 1, 2]
+    assert train.classes[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "train-images-idx3-ubyte.gz").unlink(), "holds neither train-images-idx3-ubyte nor"),
+        (lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip"), "is damaged"),
+        (
+            lambda f: _write_idx(f / "train-images-idx3-ubyte.gz", np.zeros((7, 2, 2)), 0x0D03),
+            "no IDX file of 3 dimensions",
+        ),
+        (lambda f: _write_idx(f / "train-labels-idx1-ubyte.gz", np.zeros(6)), "7 train images, but 6 labels"),
+        (lambda f: _write_idx(f / "train-labels-idx1-ubyte.gz", np.full(7, 10)), "labels must lie in 0..9; got 10"),
+        (lambda f: (f / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x07\0\0"), "10 bytes where .* 15"),
+    ],
+)
+def test_broken_fashion_mnist_is_named(fashion, break_it, message):
+    break_it(fashion)
+    with pytest.raises(ValueError, match=message):
+        find_source(f"fashion-mnist:{fashion}").load("train")
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian():
+    test = find_source("fashion-mnist").load("test")
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+
+
+def test_a_folder_of_images(image_folder):
+    source = find_source(str(image_folder))
+    train, test = source.load("train"), source.load("test")
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0] * 6 + [1] * 6
+    assert len(test) == 6
+    assert len(find_source(str(image_folder / "val")).load("test")) == 6
+
+
+def test_broken_folders_are_named(image_folder, tmp_path):
+    (image_folder / "train" / "emu").mkdir()
+    with pytest.raises(ValueError, match=r"train.*no valid file for the classes emu"):
+        find_source(str(image_folder)).load("train")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="find any class folder"):
+        find_source(str(tmp_path / "empty")).load("train")
+    with pytest.raises(ValueError, match="must hold a folder val or validation or test"):
+        find_source(str(tmp_path / "empty")).load("test")
+    with pytest.raises(ValueError, match="--data must be digits, fashion-mnist"):
+        find_source(str(tmp_path / "none"))
+
+
+def test_labels_follow_the_models_classes():
+    data = ImageData(np.zeros((2, 8, 8), np.uint8), np.array([0, 1]), ("cat", "dog"))
+    assert match_classes(data, ["dog", "emu", "cat"]).labels.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="the model has no class 'cat'"):
+        match_classes(data, ["dog", "cats"])
+
+
+# Transforms
+
+
+@pytest.mark.parametrize(("preprocessing", "channels"), [(GRAY, 1), (RGB, 3)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+def test_any_image_becomes_the_models_input(preprocessing, channels, mode):
+    image = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert(mode)
+    x = evaluation_transform(preprocessing)(image)
+    assert x.shape == (channels, 8, 8)
+    torch.testing.assert_close(x, torch.full_like(x, 2.0))  # (1 - 0.5) / 0.25
+
+
+def test_a_shift_moves_the_image_by_at_most_so_many_pixels():
+    image = Image.fromarray(np.pad(np.full((2, 2), 255, np.uint8), 3))
+    transform = training_transform(GRAY, Config(shift=1, hflip=0.0, color_jitter=0.0))
+    corners = set()
+    for _ in range(200):
+        x = transform(image)[0]
+        bright = (x > 1).nonzero()
+        assert len(bright) == 4
+        corners.add(tuple(bright[0].tolist()))
+    assert corners == {(i, j) for i in (2, 3, 4) for j in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("preprocessing", [GRAY, RGB])
+def test_the_papers_augmentation_runs(preprocessing):
+    config = Config(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=1.0, hflip=0.5, color_jitter=0.4)
+    transform = training_transform(preprocessing, config)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30), dtype=np.uint8))
+    for _ in range(30):
+        x = transform(image)
+        assert x.shape == tuple(preprocessing["input_size"])
+        assert x.isfinite().all()
+
+
+def test_an_unknown_augmentation_is_named():
+    with pytest.raises(ValueError, match="auto_augment 'rend-m9' is not understood"):
+        training_transform(RGB, Config(auto_augment="rend-m9", hflip=0.0, color_jitter=0.0))
+
+
+# Order
+
+
+def test_every_image_comes_at_most_once_an_epoch_and_epochs_differ():
+    sampler = TrainingSampler(103, 10, 1, [0], seed=0)
+    orders = []
+    for epoch in (0, 1):
+        sampler.start_at(epoch, 0)
+        batches = _indices(sampler)
+        assert [len(batch) for batch in batches] == [10] * 10
+        orders.append([index for batch in batches for index in batch])
+        assert len(set(orders[-1])) == 100
+    assert orders[0] != orders[1]
+
+
+def test_starting_at_a_step_gives_the_rest_of_the_epoch():
+    sampler = TrainingSampler(40, 8, 2, [0, 1], seed=3)
+    sampler.start_at(5, 0)
+    whole = list(sampler)
+    sampler.start_at(5, 3)
+    assert list(sampler) == whole[6:]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_make_up_the_batch_and_keep_mixups_pairs(parts):
+    def pairs(batches):
+        return {frozenset((batch[i], batch[-1 - i])) for batch in batches for i in range(len(batch) // 2)}
+
+    whole = _indices(TrainingSampler(32, 16, 1, [0], seed=0))
+    divided = [_indices(TrainingSampler(32, 16, parts, [part], seed=0)) for part in range(parts)]
+    for step in range(2):
+        own = [divided[part][step] for part in range(parts)]
+        assert sorted(index for part in own for index in part) == sorted(whole[step])
+        assert pairs(own) == pairs([whole[step]])
+
+
+# Loading
+
+
+def _batches(data, workers, epoch=0, step=0, config=None):
+    config = config or Config(**{**SETTINGS, "workers": workers})
+    sampler = TrainingSampler(len(data), 4, 1, [0], seed=0)
+    loader = training_loader(data, training_transform(GRAY, config), sampler, config, pin_memory=False)
+    sampler.start_at(epoch, step)
+    return list(loader)
+
+
+def test_an_augmented_image_depends_on_seed_epoch_and_index_alone():
+    data = find_source("digits").load("train")
+    data = ImageData(data.images[:12], data.labels[:12], data.classes)
+    alone, shared = _batches(data, workers=0), _batches(data, workers=2)
+    later = _batches(data, workers=0, step=2)
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+    assert torch.equal(alone[2].images, later[0].images)
+    assert not torch.equal(alone[0].images, _batches(data, workers=0, epoch=1)[0].images)
+
+
+def _spoil(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_an_unreadable_image_gives_its_place_to_the_next_one(image_folder, capsys):
+    _spoil(image_folder / "train" / "cat" / "2.png")
+    data = find_source(str(image_folder)).load("train")
+    batches = _batches(data, workers=0)
+    assert [len(batch.labels) for batch in batches] == [4, 4, 4]
+    unreadable = UnreadableImages()
+    for batch in batches + batches:
+        unreadable.add(batch)
+    assert unreadable.names == {str(image_folder / "train" / "cat" / "2.png")}
+    assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_an_unreadable_test_image_is_left_out(image_folder):
+    _spoil(image_folder / "val" / "dog" / "0.png")
+    (image_folder / "val" / "dog" / "1.png").write_text("not an image")
+    data = find_source(str(image_folder)).load("test")
+    batches = list(evaluation_loader(data, evaluation_transform(GRAY), 4))
+    assert sum(len(batch.labels) for batch in batches) == 4
+    assert sum(len(batch.unreadable) for batch in batches) == 2
+
+
+def test_an_unreadable_image_can_stop_the_run(image_folder):
+    _spoil(image_folder / "val" / "dog" / "0.png")
+    data = find_source(str(image_folder)).load("test")
+    unreadable = UnreadableImages("stop")
+    good, bad = evaluation_loader(data, evaluation_transform(GRAY), 3)
+    unreadable.add(good)
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog/0\.png .*on_corrupt is 'stop'"):
+        unreadable.add(bad)
+
+
+def test_processes_share_the_test_images():
+    data = find_source("digits").load("test")
+    seen = [b.labels for p in range(3) for b in evaluation_loader(data, evaluation_transform(GRAY), 50, 0, p, 3)]
+    assert torch.bincount(torch.cat(seen)).tolist() == np.bincount(data.labels).tolist()

@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from grkan import save_model
+from grkan.train.data import UnreadableImages, evaluation_loader
+from grkan.train.evaluate import describe, load_trained, model_file, predict, score, test_loader
+
+make_loader = test_loader
+del test_loader  # pytest would take it for a test
+
+PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.0], "std": [1.0], "interpolation": "bicubic", "crop_pct": 1.0}
+
+
+class _Brightness(nn.Module):
+    """Logits (0, 10 (mean - 0.5)): class 1 is bright."""
+
+    def forward(self, x):
+        bright = 10 * (x.mean(dim=(1, 2, 3)) - 0.5)
+        return torch.stack([torch.zeros_like(bright), bright], dim=1)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    import timm
+
+    model = timm.create_model("kat_micro_patch2_8", depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    save_model(model, tmp_path / "model.safetensors", classes=["cat", "dog"], preprocessing=PREPROCESSING)
+    result = load_trained(tmp_path / "model.safetensors")
+    result.model = _Brightness().to(result.device)
+    return result
+
+
+def test_score_counts_and_averages(trained, image_folder):
+    loader = make_loader(trained, str(image_folder), batch_size=4, workers=0)
+    result = score(trained.model, loader, trained.device, UnreadableImages()).to_dict()
+    images = torch.cat([batch.images for batch in loader])
+    labels = torch.cat([batch.labels for batch in loader])
+    logits = trained.model(images.to(trained.device)).cpu()
+    expected = nn.functional.cross_entropy(logits, labels).item()
+    assert result == {"top1": 100.0, "loss": pytest.approx(expected, rel=1e-6), "images": 6}
+
+
+def test_score_leaves_unreadable_images_out(trained, image_folder):
+    (image_folder / "val" / "cat" / "0.png").write_bytes(b"")
+    unreadable = UnreadableImages()
+    loader = make_loader(trained, str(image_folder), batch_size=1, workers=0)
+    assert score(trained.model, loader, trained.device, unreadable).images == 5
+    assert len(unreadable.names) == 1
+
+
+def test_an_empty_loader_scores_nothing(trained, image_folder):
+    from grkan.train.data import find_source
+
+    data = find_source(str(image_folder)).load("test")
+    data.images, data.labels = [], np.zeros(0, np.int64)
+    loader = evaluation_loader(data, lambda image: image, 4)
+    assert score(trained.model, loader, trained.device, UnreadableImages()).images == 0
+
+
+def test_predict_gives_probabilities_in_order(trained, tmp_path):
+    Image.fromarray(np.full((16, 12), 255, np.uint8)).convert("RGB").save(tmp_path / "white.png")
+    result = predict(trained, tmp_path / "white.png")
+    assert json.loads(json.dumps(result)) == result
+    p = 1 / (1 + np.exp(-5))
+    assert result["label"] == "dog"
+    assert result["probability"] == pytest.approx(p, abs=1e-5)
+    assert result["top5"] == [["dog", pytest.approx(p, abs=1e-5)], ["cat", pytest.approx(1 - p, abs=1e-5)]]
+
+
+def test_an_unreadable_image_is_named(trained, tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
+        predict(trained, tmp_path / "x.png")
+
+
+def test_the_best_weights_of_a_folder_come_first(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no best\.safetensors"):
+        model_file(tmp_path)
+    (tmp_path / "last.safetensors").touch()
+    assert model_file(tmp_path).name == "last.safetensors"
+    (tmp_path / "best.safetensors").touch()
+    assert model_file(tmp_path).name == "best.safetensors"
+    with pytest.raises(ValueError, match="does not exist"):
+        model_file(tmp_path / "none")
+
+
+def test_a_model_of_other_classes_is_refused(trained):
+    with pytest.raises(ValueError, match="the model has no class '0'"):
+        make_loader(trained, "digits", batch_size=4, workers=0)
+
+
+def test_a_model_next_to_its_twin():
+    counts = describe("kat_tiny_patch16_224")
+    assert list(counts) == ["kat_tiny_patch16_224", "vit_tiny_patch16_224"]
+    assert [round(c["paper_operations"] / 1e9, 2) for c in counts.values()] == [1.13, 1.08]
+    assert counts["kat_tiny_patch16_224"]["parameters"] == 5_719_336

@@ -1,0 +1,153 @@
+"""A run that is killed at any point and resumed ends like one that was left alone."""
+
+import json
+import multiprocessing
+import random
+import runpy
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grkan.train.checkpoint import load_state, read_metrics
+from grkan.train.loop import resume
+
+# Everything that draws random numbers or keeps a state is on.
+SETTINGS = {
+    "model": "kat_micro_patch2_8",
+    "model_args": {
+        "depth": 1,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "num_groups": 4,
+        "proj_drop_rate": 0.1,
+        "drop_path_rate": 0.1,
+    },
+    "epochs": 2,
+    "batch_size": 256,
+    "accumulate": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "random_erasing": 0.5,
+    "clip_grad": 1.0,
+    "ema_decay": 0.9,
+    "log_every": 1,
+}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a process that imported everything already, and waits for its end; returns the exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["grkan.train.loop", "grkan.plot"])
+    script = str(Path(__file__).with_name("killed_run.py"))
+
+    def run(folder, settings, kill_at_step=None, kill_at_rename=None):
+        given = {
+            "folder": str(folder),
+            "settings": settings,
+            "kill_at_step": kill_at_step,
+            "kill_at_rename": kill_at_rename,
+        }
+        process = context.Process(target=runpy.run_path, args=(script, given))
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert start(folder, {**SETTINGS, "workers": 0}) == 0
+    return folder
+
+
+def _untimed(folder):
+    timings = {"seconds", "images_per_second"}
+    return [{k: v for k, v in line.items() if k not in timings} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def _assert_same_outcome(folder, expected):
+    assert _untimed(folder) == _untimed(expected)
+    for name in ("best.safetensors", "last.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(expected / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    ours, theirs = (load_state(f / "state" / "state.pt") for f in (folder, expected))
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+    assert not list(folder.rglob("*.tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "save_every", "seed"), [(0, 0, 1), (0, 2, 2), (0, 1, 3), (2, 3, 4)], ids=lambda value: str(value)
+)
+def test_killed_at_random_steps_and_resumed(start, undisturbed, tmp_path, workers, save_every, seed):
+    folder = tmp_path / "run"
+    settings = {**SETTINGS, "workers": workers, "save_every": save_every}
+    # Each life must get beyond the last death's state, or it would die for ever: so the steps increase.
+    deaths = sorted(random.Random(seed).sample(range(1, STEPS + 1), 3))
+    for step in deaths:
+        assert start(folder, settings, kill_at_step=step) == -signal.SIGKILL
+    assert start(folder, settings) == 0
+    _assert_same_outcome(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_while_writing_and_resumed(start, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    settings = {**SETTINGS, "workers": 0, "save_every": 4}
+    lives = 0
+    # The k-th life dies in front of its k-th rename, whatever that is: a state, weights, a picture.
+    while (status := start(folder, settings, kill_at_rename=lives + 2)) != 0:
+        assert status == -signal.SIGKILL
+        lives += 1
+        for leftover in folder.rglob("*.tmp*"):
+            leftover.unlink()
+    assert lives >= 3
+    _assert_same_outcome(folder, undisturbed)
+
+
+def test_workers_change_nothing(start, undisturbed, tmp_path):
+    assert start(tmp_path / "run", {**SETTINGS, "workers": 2}) == 0
+    _assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+def test_resuming_a_finished_run_says_so(undisturbed, capsys):
+    before = {p: p.read_bytes() for p in undisturbed.glob("*.safetensors")}
+    summary = resume(undisturbed)
+    assert "is finished: 2 epochs" in capsys.readouterr().out
+    assert summary["epochs"] == 2
+    assert {p: p.read_bytes() for p in undisturbed.glob("*.safetensors")} == before
+
+
+def test_only_harmless_settings_may_change(undisturbed):
+    with pytest.raises(ValueError, match="lr cannot change when a run is resumed; only workers"):
+        resume(undisturbed, {"lr": 0.1})
+
+
+def test_a_state_of_another_run_is_refused(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "state.pt").write_bytes((undisturbed / "state" / "state.pt").read_bytes())
+    config = (undisturbed / "config.yaml").read_text().replace("embed_dim: 16", "embed_dim: 24")
+    (folder / "config.yaml").write_text(config)
+    with pytest.raises(ValueError, match=r"state\.pt is of another run"):
+        resume(folder)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        resume(tmp_path)
+
+
+def test_metrics_are_plain_json_lines(undisturbed):
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "top1" not in line] == list(range(1, STEPS + 1))
+    assert [line["epoch"] for line in lines if "top1" in line] == [1, 2]

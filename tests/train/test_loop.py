@@ -1,0 +1,240 @@
+import json
+import resource
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from grkan import load_model, no_weight_decay
+from grkan.models.files import read_metadata
+from grkan.train import loop
+from grkan.train.checkpoint import load_state, read_metrics
+from grkan.train.config import make_config, read_yaml
+from grkan.train.loop import TrainingError, resume, train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of ten steps, and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    arguments = {"depth": 1, "embed_dim": 16, "num_heads": 2, "num_groups": 4}
+    summary = train(make_config({"model_args": arguments, "epochs": 2, "batch_size": 256, "output": str(folder)}))
+    return folder, summary
+
+
+def _losses(folder):
+    return [line["train_loss"] for line in read_metrics(folder / "metrics.jsonl") if "top1" not in line]
+
+
+def _run(tmp_path, name, tiny, **settings):
+    folder = tmp_path / name
+    train(make_config(tiny, {"output": str(folder), "log_every": 1}, settings))
+    return folder
+
+
+def test_what_a_run_leaves(finished):
+    folder, summary = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "best.safetensors",
+        "last.safetensors",
+        "state",
+        "curves.png",
+        "functions.png",
+    }
+    assert make_config(read_yaml(folder / "config.yaml")).shift == 1  # what suits the digits is filled in
+    metadata = read_metadata(folder / "best.safetensors")
+    assert metadata["classes"] == list("0123456789")
+    assert metadata["preprocessing"]["input_size"] == [1, 8, 8]
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [5, 10]
+    assert lines[-1]["top1"] == summary["last_top1"]
+    assert lines[-1].keys() >= {"loss", "train_loss", "train_top1", "lr", "images_per_second", "seconds", "unreadable"}
+    assert summary["parameters"] == sum(p.numel() for p in load_model(folder / "best.safetensors").parameters())
+
+
+def test_a_model_learns(tiny, tmp_path):
+    folder = tmp_path / "run"
+    arguments = {
+        "depth": 1,
+        "embed_dim": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "global_pool": "avg",
+        "class_token": False,
+    }
+    summary = train(
+        make_config(
+            {"model_args": arguments, "epochs": 6, "batch_size": 32, "lr": 5e-3, "shift": 0, "output": str(folder)}
+        )
+    )
+    assert summary["top1"] > 90
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path, finished):
+    again = _run(tmp_path, "again", tiny, log_every=0)
+    other = _run(tmp_path, "other", tiny, log_every=0, seed=1)
+    ours, same, different = (load_file(f / "last.safetensors") for f in (finished[0], again, other))
+    assert all(torch.equal(ours[key], same[key]) for key in ours)
+    assert not torch.equal(ours["head.weight"], different["head.weight"])
+
+
+def test_accumulation_changes_nothing_even_with_mixup(tiny, tmp_path):
+    settings = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+    whole = _run(tmp_path, "whole", tiny, **settings)
+    parts = _run(tmp_path, "parts", tiny, **settings, accumulate=4)
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tmp_path):
+    folder = _run(tmp_path, "run", tiny, warmup_epochs=0.8, lr=0.01, min_lr=1e-4)
+    rates = [line["lr"] for line in read_metrics(folder / "metrics.jsonl") if "top1" not in line]
+    assert rates[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
+    assert rates[7] == pytest.approx((0.01 + 1e-4) / 2)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_coefficients_biases_norms_and_positions_do_not_decay(finished):
+    state = load_state(finished[0] / "state" / "state.pt")
+    groups = state["optimizer"]["param_groups"]
+    model = load_model(finished[0] / "last.safetensors")
+    free = {name for name, p in model.named_parameters() if p.ndim <= 1} | {"pos_embed", "cls_token"}
+    sizes = {group["weight_decay"]: len(group["params"]) for group in groups}
+    assert sizes == {
+        0.0: len(free | no_weight_decay(model)),
+        0.05: len(dict(model.named_parameters())) - len(free | no_weight_decay(model)),
+    }
+
+
+def test_the_average_of_the_weights_is_what_is_saved(tiny, tmp_path):
+    folder = _run(tmp_path, "run", tiny, ema_decay=0.5)
+    state = load_state(folder / "state" / "state.pt")
+    saved = load_file(folder / "last.safetensors")
+    assert torch.equal(saved["head.weight"], state["ema"]["head.weight"])
+    assert not torch.equal(saved["head.weight"], state["model"]["head.weight"])
+
+
+def test_coefficients_alone_can_be_trained(tiny, tmp_path, finished):
+    folder = _run(tmp_path, "run", tiny, init=str(finished[0]), trainable="coefficients", lr=0.01)
+    before, after = load_file(finished[0] / "best.safetensors"), load_file(folder / "last.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    coefficients = no_weight_decay(load_model(folder / "last.safetensors"))
+    assert changed == coefficients
+    assert len(coefficients) == 4
+
+
+def test_training_coefficients_needs_some(tiny):
+    with pytest.raises(ValueError, match="vit_micro_patch2_8 has no rational functions"):
+        train(make_config({"model": "vit_micro_patch2_8", "trainable": "coefficients", "output": tiny["output"]}))
+
+
+def test_fine_tuning_gets_a_new_head(tiny, tmp_path, finished, image_folder):
+    settings = {"data": str(image_folder), "init": str(finished[0] / "best.safetensors"), "batch_size": 4, "workers": 0}
+    folder = _run(tmp_path, "run", tiny, **settings)
+    model = load_model(folder / "last.safetensors")
+    assert model.num_classes == 2
+    assert read_metadata(folder / "last.safetensors")["classes"] == ["cat", "dog"]
+    before, after = load_file(finished[0] / "best.safetensors"), load_file(folder / "last.safetensors")
+    torch.testing.assert_close(after["patch_embed.proj.weight"], before["patch_embed.proj.weight"], atol=0.02, rtol=0)
+
+
+def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
+    arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    settings = {"model": "vit_tiny_patch16_224", "model_args": arguments, "epochs": 1, "batch_size": 256}
+    train(make_config(settings, {"output": str(tmp_path / "run")}))
+    model = load_model(tmp_path / "run" / "best.safetensors")
+    assert isinstance(model, timm.models.VisionTransformer)
+    assert read_metadata(tmp_path / "run" / "best.safetensors")["preprocessing"]["input_size"] == [3, 8, 8]
+    assert not (tmp_path / "run" / "functions.png").exists()
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "kat_mikro_patch2_8"}, r"unknown model 'kat_mikro_patch2_8'; did you mean kat_micro_patch2_8"),
+        ({"model_args": {"num_grups": 4}}, r"model_args do not fit kat_micro_patch2_8: .*num_grups"),
+        ({"batch_size": 2000}, r"batch_size 2000 is more than the 1442 training images of digits"),
+        ({"batch_size": 255, "accumulate": 2}, r"batch_size 255 must be a multiple of processes x accumulate, 1 x 2"),
+        ({"batch_size": 255, "mixup": 1.0}, r"batch_size must be a multiple of 2 x processes x accumulate, 2; got 255"),
+        ({"init": "nowhere"}, r"nowhere does not exist"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(tiny, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_config(tiny, settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(finished, tiny):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+        train(make_config(tiny, {"output": str(finished[0])}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(tiny, tmp_path, monkeypatch):
+    optimise = loop._Run._optimise
+
+    def spoiled(run, batches):
+        if run.epoch == 1 and run.step == 2:
+            with torch.no_grad():
+                run.model.head.weight.fill_(float("nan"))
+        return optimise(run, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimise", spoiled)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 8 \(epoch 2\); .*last\.safetensors"):
+        train(make_config(tiny))
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "last.safetensors").values())
+    assert load_state(tmp_path / "run" / "state" / "state.pt")["epoch"] == 1
+
+
+def test_a_full_disk_is_named_and_the_last_state_stays(tiny, tmp_path, monkeypatch):
+    optimise = loop._Run._optimise
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(run, batches):
+        if run.epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return optimise(run, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimise", fills)
+    try:
+        with pytest.raises(OSError, match=r"last\.safetensors|File too large"):
+            train(make_config(tiny))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert load_state(tmp_path / "run" / "state" / "state.pt")["epoch"] == 1
+    assert not list((tmp_path / "run").rglob("*.tmp*"))
+    assert resume(tmp_path / "run")["epochs"] == 2
+
+
+def test_unreadable_images_are_counted(tiny, tmp_path, image_folder):
+    (image_folder / "train" / "cat" / "1.png").write_bytes(b"")
+    (image_folder / "val" / "dog" / "1.png").write_bytes(b"")
+    folder = _run(tmp_path, "run", tiny, data=str(image_folder), batch_size=12, workers=0)
+    assert [line["unreadable"] for line in read_metrics(folder / "metrics.jsonl") if "top1" in line] == [2, 2]
+    with pytest.raises(ValueError, match=r"cannot read the image .*1\.png"):
+        _run(tmp_path, "stop", tiny, data=str(image_folder), batch_size=12, workers=0, on_corrupt="stop")
+
+
+def test_no_readable_image_at_all(tiny, tmp_path, image_folder):
+    for path in (image_folder / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 12 training images .* can be read"):
+        _run(tmp_path, "run", tiny, data=str(image_folder), batch_size=12, workers=0)
+
+
+def test_tensorboard_on_request(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = _run(tmp_path, "run", tiny, tensorboard=True)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("top1")] == [5, 10]
+    assert json.dumps(sorted(events.Tags()["scalars"])).count("loss") == 2
