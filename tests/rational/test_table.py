@@ -149,6 +149,9 @@ def test_beyond_the_interval_the_fits_stay_near_their_targets(entry):
     error = np.abs(evaluate(entry, x) - f(torch.from_numpy(x)).numpy())
     # The factor that fit.py gives, and what it tolerates.
     assert (error <= 1.03 * 1.5 * largest * np.tile(distance, 2)).all()
+    if entry["form"] == "abs_of_sum":  # a zero of A would be a spike
+        zeros = np.roots([*entry["denominator"][::-1], 0.0])
+        assert not np.any((np.abs(zeros.imag) < 1e-9) & (np.abs(zeros) > high) & (np.abs(zeros) < 1.49 * 3 * high))
 
 
 @pytest.mark.parametrize(

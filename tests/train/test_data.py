@@ -219,7 +219,17 @@ def test_an_augmented_image_depends_on_seed_epoch_and_index_alone():
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
     assert torch.equal(alone[2].images, later[0].images)
-    assert not torch.equal(alone[0].images, _batches(data, workers=0, epoch=1)[0].images)
+
+
+def test_every_epoch_augments_anew():
+    data = find_source("digits").load("train")
+    config = Config(**SETTINGS)
+    samples = training_loader(
+        data, training_transform(GRAY, config), TrainingSampler(len(data), 4, 1, [0], seed=0), config, pin_memory=False
+    ).dataset
+    images = [samples[epoch, 5][0] for epoch in range(4)]
+    assert torch.equal(samples[0, 5][0], images[0])
+    assert any(not torch.equal(image, images[0]) for image in images[1:])
 
 
 def _spoil(path):
