@@ -162,3 +162,30 @@ def test_debugging_shows_where_an_error_comes_from(monkeypatch):
     monkeypatch.setenv("GRKAN_DEBUG", "1")
     with pytest.raises(ValueError, match="epochs must be"):
         main(["train", "--epochs=0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--lr", "fast"], "grkan train: argument --lr: invalid float value: 'fast'; see grkan train --help"),
+        (["trian"], "grkan: argument COMMAND: invalid choice: 'trian'"),
+        (["eval"], "grkan eval: the following arguments are required: DIR|FILE, --data"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_picture_for_a_folder_that_is_not_there(tmp_path, capsys):
+    path = tmp_path / "none" / "gelu.png"
+    line = _fails(capsys, ["fit", "gelu", "--interval", -4, 4, "--output", path])
+    assert line == f"grkan: {path.parent}: there is no such folder"
+
+
+def test_the_beginning_of_a_name_is_understood(capsys):
+    assert "did you mean kat_tiny_patch16_224?" in _fails(capsys, ["info", "kat_tiny"])

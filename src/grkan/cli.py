@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ._version import __version__
 
@@ -65,8 +65,16 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="grkan",
         description="Kolmogorov-Arnold Transformers: train them, use them, look at them.",
         epilog="GRKAN_DEBUG=1 in the environment shows where an error comes from.",

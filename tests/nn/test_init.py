@@ -41,6 +41,7 @@ def test_published_figures():
 def test_callables_modules_fits_and_coefficients_of_one_function_agree():
     assert variance_gain(np.tanh) == pytest.approx(variance_gain("tanh"), rel=1e-12)
     assert variance_gain(torch.nn.GELU()) == pytest.approx(variance_gain("gelu"), rel=1e-12)
+    assert variance_gain(torch.nn.functional.gelu) == pytest.approx(variance_gain("gelu"), rel=1e-12)
     assert variance_gain(torch.nn.ReLU(inplace=True)) == pytest.approx(2, rel=1e-12)
     elu = fit("elu", form="sum_of_abs", order=(3, 2), interval=(-3, 3))
     expected = variance_gain(elu.numerator, elu.denominator, form="sum_of_abs")

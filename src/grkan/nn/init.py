@@ -47,7 +47,10 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
         elif isinstance(f, nn.Module):
             values = f(z.clone())  # it may work in place
         elif callable(f):
-            values = torch.as_tensor(f(z.clone().numpy()), dtype=torch.float64, device="cpu")
+            try:
+                values = torch.as_tensor(f(z.clone().numpy()), dtype=torch.float64, device="cpu")
+            except TypeError:  # torch.nn.functional's take tensors alone
+                values = f(z.clone())
         else:
             raise TypeError(
                 "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "

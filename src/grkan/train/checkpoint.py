@@ -1,5 +1,6 @@
 """Files of a run's folder, written so that an interruption or a full disk leaves the previous ones whole."""
 
+import errno
 import io
 import json
 import os
@@ -19,6 +20,8 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         OSError: the file cannot be written; nothing is left of it, and an older one stays.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
@@ -33,6 +36,12 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)  # the rename, too, is to survive a power cut
     finally:
         os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote."""
+    for temporary in folder.rglob(".*.[0-9]*.tmp*"):
+        temporary.unlink()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

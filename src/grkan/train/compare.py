@@ -112,7 +112,7 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m grkan.train.compare", description="Train several models alike.")
+    parser = cli.Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
     cli.add_training_options(parser)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")

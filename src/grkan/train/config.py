@@ -174,7 +174,8 @@ def check_name(key: Any) -> None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The end of a sentence about an unknown name: which of the known ones were perhaps meant."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    longer = sorted(k for k in known if name and k.startswith(name))
+    close = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known))}"
 
 

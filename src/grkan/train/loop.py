@@ -27,7 +27,15 @@ from torch import Tensor, nn
 
 from ..models.files import load_model, read_metadata, save_model
 from ..nn import no_weight_decay
-from .checkpoint import MetricsLog, load_state, read_metrics, save_state, write_bytes, write_file
+from .checkpoint import (
+    MetricsLog,
+    load_state,
+    read_metrics,
+    remove_leftovers,
+    save_state,
+    write_bytes,
+    write_file,
+)
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
 from .data import (
     ImageData,
@@ -188,6 +196,7 @@ class _Run:
             self._restore(state, state_path)
         if self.main:
             (self.folder / "state").mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
             write_bytes(self.folder / "config.yaml", to_yaml(config).encode())
             self.log = MetricsLog(self.folder / "metrics.jsonl", state["metrics_size"] if state else 0)
         self.accelerator.wait_for_everyone()
