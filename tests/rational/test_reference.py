@@ -129,6 +129,7 @@ coefficient = st.floats(-16, 16, width=32).filter(lambda c: c == 0 or abs(c) > 1
 )
 @example(x=-0.0, a=[0.0, 1.0], b=[0.0, 0.0], form="abs_of_sum")
 @example(x=524288.0, a=[1.0] * 6, b=[1.0] * 4, form="abs_of_sum")
+@example(x=5442924.0, a=[1.0], b=[0.0, 0.0, 1.0], form="abs_of_sum")  # 1/Q^2 is no normal float32, F' is
 def test_any_finite_x_and_any_order(x, a, b, form):
     # Within rounding of a root of A the sign of the kink, and so the derivative, is anybody's guess.
     terms = [mpmath.mpf(c) * mpmath.mpf(x) ** j for j, c in enumerate(b, 1)]

@@ -13,8 +13,8 @@ This file is what every kernel is compared with. Three conventions complete the 
 
 * sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, which is what the gradient of
   `torch.abs` takes, b would never receive a gradient.
-* No finite x overflows where F does not. A power of x can leave float32 although F(x) is harmless, so a tensor that
-  holds such an x is computed in float64, by the same Horner scheme. That is enough for all of float32 up to order 7,
+* No finite x overflows or underflows where F does not. A power of x, or 1/Q^2, can leave float32 although F(x) and F'(x)
+  are harmless, so a tensor that holds such an x is computed in float64, by the same Horner scheme. That is enough for all of float32 up to order 7,
   and for float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is multiplied twice; Q^2 is
   never formed.
 * NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; the coefficients get no gradient from there.
@@ -27,7 +27,8 @@ from torch import Tensor
 
 FORMS = ("abs_of_sum", "sum_of_abs")
 
-# |x|^max(m, n) may reach 2^96 before float32 arithmetic is left, so that 2^31 remain for the coefficients.
+# |x|^m and |x|^(2n) may reach 2^96 before float32 arithmetic is left, so that 2^30 remain for the coefficients: x^m must
+# not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
 _SAFE_BITS = 96
 
 
@@ -43,7 +44,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
     Returns:
         Shape and dtype of x. Arithmetic is float64 for float64 and where powers of x need it, and float32 otherwise.
     """
-    dtype = _arithmetic(x, max(numerator.shape[-1] - 1, denominator.shape[-1]))
+    dtype = _arithmetic(x, safe_limit(numerator.shape[-1] - 1, denominator.shape[-1]))
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z = x.to(dtype)
     if dtype is torch.float32:
@@ -73,7 +74,7 @@ def rational_backward(
     Returns:
         The gradients of x, numerator and denominator, each with the shape and dtype of its tensor; differentiable.
     """
-    dtype = _arithmetic(x, max(numerator.shape[-1] - 1, denominator.shape[-1]))
+    dtype = _arithmetic(x, safe_limit(numerator.shape[-1] - 1, denominator.shape[-1]))
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z, g = x.to(dtype), grad.to(dtype)
     if dtype is torch.float32:
@@ -86,8 +87,13 @@ def rational_backward(
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
 
 
-def _arithmetic(x: Tensor, order: int) -> torch.dtype:
-    """The dtype to compute in: float32 where no power of x can overflow it, float64 otherwise."""
+def safe_limit(m: int, n: int) -> float:
+    """The largest |x| for which float32 arithmetic serves a rational function of order (m, n)."""
+    return 2.0 ** (_SAFE_BITS // max(m, 2 * n, 1))
+
+
+def _arithmetic(x: Tensor, limit: float) -> torch.dtype:
+    """The dtype to compute in: float32 where no |x| exceeds the limit, float64 otherwise."""
     if x.dtype == torch.float64:
         return torch.float64
     if x.device.type == "mps":  # has no float64
@@ -98,8 +104,7 @@ def _arithmetic(x: Tensor, order: int) -> torch.dtype:
         return torch.float32
     low, high = torch.aminmax(x.detach())
     # NaN hides the extremes; it fails the comparison, and so counts as out of range.
-    fits = torch.maximum(-low, high).item() <= 2.0 ** (_SAFE_BITS // max(order, 1))
-    return torch.float32 if fits else torch.float64
+    return torch.float32 if torch.maximum(-low, high).item() <= limit else torch.float64
 
 
 def _is_readable(x: Tensor) -> bool:
