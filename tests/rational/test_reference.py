@@ -21,6 +21,7 @@ COEFFICIENTS = {
     "full": ([0.1, 0.9, -0.4, 0.3, 0.2, 0.05], [0.3, -0.5, 0.2, 0.07]),
     "negative leading": ([-0.1, 0.9, 0.4, -0.3, 0.2, -0.05], [0.3, 0.5, -0.2, -0.07]),
     "b partly zero": ([0.1, 0.9, -0.4, 0.3, 0.2, 0.05], [0.0, 0.5, 0.0, 0.0]),
+    "b_1 = 0": ([0.1, 0.9, -0.4, 0.3, 0.2, 0.05], [0.0, -0.5, 0.0, 0.2]),
     "only b_1": ([0.1, 0.9, 0.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0]),
     "a_m = 0": ([0.1, 0.9, -0.4, 0.3, 0.2, 0.0], [0.3, -0.5, 0.2, 0.07]),
     "falls to zero": ([0.1, 0.9, 0.0, 0.0, 0.0, 0.0], [0.3, -0.5, 0.2, 0.07]),
@@ -130,6 +131,8 @@ coefficient = st.floats(-16, 16, width=32).filter(lambda c: c == 0 or abs(c) > 1
 @example(x=-0.0, a=[0.0, 1.0], b=[0.0, 0.0], form="abs_of_sum")
 @example(x=524288.0, a=[1.0] * 6, b=[1.0] * 4, form="abs_of_sum")
 @example(x=5442924.0, a=[1.0], b=[0.0, 0.0, 1.0], form="abs_of_sum")  # 1/Q^2 is no normal float32, F' is
+@example(x=1e-30, a=[1.0], b=[0.0, 0.0, -1.0], form="abs_of_sum")  # A is no float32, but it has a sign
+@example(x=-1e-30, a=[1.0], b=[1e-30, -1.0], form="abs_of_sum")
 def test_any_finite_x_and_any_order(x, a, b, form):
     # Within rounding of a root of A the sign of the kink, and so the derivative, is anybody's guess.
     terms = [mpmath.mpf(c) * mpmath.mpf(x) ** j for j, c in enumerate(b, 1)]

@@ -13,10 +13,10 @@ This file is what every kernel is compared with. Three conventions complete the 
 
 * sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, which is what the gradient of
   `torch.abs` takes, b would never receive a gradient.
-* No finite x overflows or underflows where F does not. A power of x, or 1/Q^2, can leave float32 although F(x) and F'(x)
-  are harmless, so a tensor that holds such an x is computed in float64, by the same Horner scheme. That is enough for all of float32 up to order 7,
-  and for float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is multiplied twice; Q^2 is
-  never formed.
+* No finite x overflows or underflows where F does not. A power of x, or 1/Q^2, can leave float32 where F(x) and F'(x)
+  do not, so a tensor that holds such an x is computed in float64, by the same Horner scheme. That is enough for all of
+  float32 up to order 7, and for float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is
+  multiplied twice; Q^2 is never formed.
 * NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; the coefficients get no gradient from there.
 
 Both functions take x as [..., groups, width]: the scalars of a group lie along the last dimension.
@@ -27,8 +27,8 @@ from torch import Tensor
 
 FORMS = ("abs_of_sum", "sum_of_abs")
 
-# |x|^m and |x|^(2n) may reach 2^96 before float32 arithmetic is left, so that 2^30 remain for the coefficients: x^m must
-# not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
+# |x|^m and |x|^(2n) may reach 2^96 before float32 arithmetic is left, so that 2^30 remain for the coefficients: x^m
+# must not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
 _SAFE_BITS = 96
 
 
@@ -44,7 +44,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
     Returns:
         Shape and dtype of x. Arithmetic is float64 for float64 and where powers of x need it, and float32 otherwise.
     """
-    dtype = _arithmetic(x, safe_limit(numerator.shape[-1] - 1, denominator.shape[-1]))
+    dtype = _arithmetic(x, numerator, denominator, form)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z = x.to(dtype)
     if dtype is torch.float32:
@@ -74,7 +74,7 @@ def rational_backward(
     Returns:
         The gradients of x, numerator and denominator, each with the shape and dtype of its tensor; differentiable.
     """
-    dtype = _arithmetic(x, safe_limit(numerator.shape[-1] - 1, denominator.shape[-1]))
+    dtype = _arithmetic(x, numerator, denominator, form)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z, g = x.to(dtype), grad.to(dtype)
     if dtype is torch.float32:
@@ -87,13 +87,8 @@ def rational_backward(
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
 
 
-def safe_limit(m: int, n: int) -> float:
-    """The largest |x| for which float32 arithmetic serves a rational function of order (m, n)."""
-    return 2.0 ** (_SAFE_BITS // max(m, 2 * n, 1))
-
-
-def _arithmetic(x: Tensor, limit: float) -> torch.dtype:
-    """The dtype to compute in: float32 where no |x| exceeds the limit, float64 otherwise."""
+def _arithmetic(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> torch.dtype:
+    """The dtype to compute in: float32 where no power of x can overflow or underflow it, float64 otherwise."""
     if x.dtype == torch.float64:
         return torch.float64
     if x.device.type == "mps":  # has no float64
@@ -104,7 +99,12 @@ def _arithmetic(x: Tensor, limit: float) -> torch.dtype:
         return torch.float32
     low, high = torch.aminmax(x.detach())
     # NaN hides the extremes; it fails the comparison, and so counts as out of range.
-    return torch.float32 if torch.maximum(-low, high).item() <= limit else torch.float64
+    m, n = numerator.shape[-1] - 1, denominator.shape[-1]
+    fits = torch.maximum(-low, high).float() <= 2.0 ** (_SAFE_BITS // max(m, 2 * n, 1))
+    if form == "abs_of_sum" and n > 1:
+        # A = b_2 x^2 + ... has a sign for every x, and the gradient of b_1 needs it, but near 0 it underflows to 0.
+        fits = fits & ~((denominator[:, 0] == 0) & (denominator != 0).any(-1)).any()
+    return torch.float32 if fits.item() else torch.float64
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -128,6 +128,11 @@ def _sign(x: Tensor) -> Tensor:
     return 1.0 - 2.0 * (x < 0).to(x.dtype)
 
 
+def _sign_of_product(x: Tensor, y: Tensor) -> Tensor:
+    """The sign of x y, right where the product underflows, too."""
+    return 1.0 - 2.0 * ((x < 0) & (y > 0) | (x > 0) & (y < 0)).to(x.dtype)
+
+
 def _magnitude(x: Tensor) -> Tensor:
     """|x| with derivative +1 at both signed zeros."""
     return x * _sign(x)
@@ -144,7 +149,8 @@ def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
 def _denominator(x: Tensor, b: list[Tensor], form: str) -> Tensor:
     """Q(x), for n >= 1."""
     if form == "abs_of_sum":
-        return 1.0 + _magnitude(x * _horner(b, x))
+        inner = _horner(b, x)
+        return 1.0 + x * inner * _sign_of_product(x, inner)
     t = _magnitude(x)
     return 1.0 + t * _horner([_magnitude(coefficient) for coefficient in b], t)
 
@@ -164,13 +170,12 @@ def _ratio_backward(
     t = _magnitude(x) if absolute else x
     magnitudes = [_magnitude(coefficient) for coefficient in b] if absolute else b
     if b:
-        inner = t * _horner(magnitudes, t)
-        inverse = 1.0 / (1.0 + _magnitude(inner))
+        inner = _horner(magnitudes, t)
+        sign = 1.0 if absolute else _sign_of_product(x, inner)
+        inverse = 1.0 / (1.0 + t * inner * sign)
         u = grad * inverse
         # (P inverse) inverse, never P / Q^2
-        w = -u * (_horner(a, x) * inverse)
-        if not absolute:
-            w = w * _sign(inner)
+        w = -u * (_horner(a, x) * inverse) * sign
     else:
         u = grad
     dx = u * _horner([i * a[i] for i in range(1, len(a))], x) if len(a) > 1 else torch.zeros_like(u)
