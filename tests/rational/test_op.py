@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import grkan
 from grkan.rational import op
 from grkan.rational.reference import FORMS, rational
 
-# What the grid runs on. A kernel joins by its name: "native" is skipped where there is none.
-BACKENDS = ["auto", "reference"]
-DEVICE = "cpu"
+# What the grid runs on: the operators and autograd functions around the definition, plain operations, and the kernel,
+# where there is one.
+BACKENDS = ["no kernel", "reference", "native"]
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -24,8 +25,15 @@ TOLERANCE = {
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    with grkan.set_backend(request.param):
+def backend(request, monkeypatch):
+    name = request.param
+    if name == "no kernel":
+        monkeypatch.setattr(op, "KERNELS", {})
+        monkeypatch.setattr(op, "_noticed", True)
+        name = "auto"
+    elif name == "native" and "cpu" not in op.KERNELS:
+        pytest.skip("the CPU kernel is not built")
+    with grkan.set_backend(name):
         yield request.param
 
 
@@ -429,18 +437,107 @@ def test_autocast(backend, dtype):
     assert (x.grad.dtype, weight.grad.dtype, a.grad.dtype) == (torch.float32,) * 3
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_rational_linear(backend, bias):
+def linear_inputs(bias=True, dtype=torch.float64):
+    """x, numerator, denominator, weight and perhaps bias, that require gradients."""
     torch.manual_seed(8)
-    a, b = coefficients(4, (5, 4), dtype=torch.float64)
-    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    inputs = [x, a, b, weight] + ([torch.randn(5, dtype=torch.float64, requires_grad=True)] if bias else [])
+    a, b = coefficients(4, (5, 4), dtype=dtype)
+    tensors = [torch.randn(2, 3, 8, dtype=dtype), a, b, torch.randn(5, 8, dtype=dtype)]
+    tensors += [torch.randn(5, dtype=dtype)] if bias else []
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def composed(x, a, b, weight, bias=None, form="abs_of_sum"):
+    return torch.nn.functional.linear(definition(x, a, b, form), weight, bias)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_rational_linear(backend, bias, form):
+    inputs = linear_inputs(bias)
+
+    def f(*inputs):
+        return grkan.rational_linear(*inputs, form=form)
+
+    torch.testing.assert_close(f(*inputs), composed(*inputs, form=form) if bias else composed(*inputs, None, form))
+    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2), (3,), (4,), (3, 4), (0, 1, 2, 3)], ids=str)
+def test_rational_linear_with_frozen_inputs(backend, frozen):
+    inputs = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(linear_inputs())]
+    learned = [t for t in inputs if t.requires_grad]
+    actual = torch.autograd.grad(grkan.rational_linear(*inputs).square().sum(), learned)
+    torch.testing.assert_close(actual, torch.autograd.grad(composed(*inputs).square().sum(), learned))
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 0, 8), (3, 8), (2, 2, 3, 8)], ids=str)
+def test_rational_linear_of_any_shape(backend, shape):
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True), *linear_inputs()[1:]]
     y = grkan.rational_linear(*inputs)
-    wanted = torch.nn.functional.linear(grkan.group_rational(x, a, b), *inputs[3:])
-    torch.testing.assert_close(y, wanted)
-    assert torch.autograd.gradcheck(grkan.rational_linear, inputs)
-    assert torch.autograd.gradgradcheck(grkan.rational_linear, inputs)
+    torch.testing.assert_close(y, composed(*inputs))
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(composed(*inputs).sum(), inputs)
+    )
+
+
+def test_rational_linear_of_strided_tensors(backend):
+    x, *rest = linear_inputs()
+    for view in (x.detach().transpose(0, 1), x.detach()[:, ::2], x.detach()[:1].expand(4, -1, -1)):
+        inputs = [view.requires_grad_(), *rest]
+        weight = torch.randn(5, dtype=torch.float64).expand(*view.shape[:-1], 5)
+        actual = torch.autograd.grad(grkan.rational_linear(*inputs), inputs, weight)
+        torch.testing.assert_close(actual, torch.autograd.grad(composed(*inputs), inputs, weight))
+
+
+def test_rational_linear_keeps_x_alone():
+    """Not F(x), which has x's size; in eager mode and compiled."""
+    inputs = linear_inputs(dtype=torch.float32)
+    for f in (grkan.rational_linear, torch.compile(grkan.rational_linear, fullgraph=True, backend="aot_eager")):
+        stored = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, stored=stored: stored.append(t) or t, lambda t: t):
+            f(*inputs)
+        known = {t.data_ptr() for t in inputs}
+        assert {t.data_ptr() for t in stored} <= known
+        assert inputs[0].data_ptr() in {t.data_ptr() for t in stored}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compile_and_export_of_rational_linear(backend, bias):
+    torch.compiler.reset()
+    inputs = linear_inputs(bias, torch.float32)
+
+    def f(*inputs):
+        return grkan.rational_linear(torch.sin(inputs[0]), *inputs[1:]).square()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), f(*inputs))
+    actual = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    torch.testing.assert_close(actual, torch.autograd.grad(f(*inputs).sum(), inputs), rtol=1e-4, atol=1e-4)
+
+    layer = grkan.RationalLinear(8, 5, bias, num_groups=4)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(layer, (inputs[0],), dynamic_shapes=({0: batch},))
+    x = torch.randn(7, 3, 8)
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck_of_rational_linear():
+    inputs = linear_inputs()
+    grad_argument, detached = torch.randn(2, 3, 5, dtype=torch.float64), [t.detach() for t in inputs[:4]]
+    torch.library.opcheck(torch.ops.grkan.rational_linear.default, (*inputs, "abs_of_sum"))
+    torch.library.opcheck(torch.ops.grkan.rational_linear.default, (*inputs[:4], None, "sum_of_abs"))
+    for needs in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(
+            torch.ops.grkan.rational_linear_backward.default, (grad_argument, *detached, "abs_of_sum", *needs)
+        )
+
+
+def test_a_flop_counter_sees_the_linear_layer(backend):
+    inputs = linear_inputs(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        grkan.rational_linear(*inputs)
+    assert counter.get_total_flops() == 2 * 6 * 8 * 5
 
 
 def test_the_operator_keeps_x_alone():
@@ -504,6 +601,25 @@ def test_bad_tensors(arguments, error, message):
 
 
 @pytest.mark.parametrize(
+    ("weight", "bias", "error", "message"),
+    [
+        (torch.randn(5, 7), None, ValueError, r"weight must have shape \(out_features, 8\).*; got \(5, 7\)"),
+        (torch.randn(8), None, ValueError, r"weight must have shape .*; got \(8,\)"),
+        ([1.0], None, TypeError, "weight must be a Tensor; got list"),
+        (torch.ones(5, 8).long(), None, TypeError, "weight must have the dtype of x, float32; got int64"),
+        (torch.ones(5, 8).double(), None, TypeError, "weight must have the dtype of x, float32; got float64"),
+        (torch.ones(5, 8, device="meta"), None, ValueError, "weight must be on the device of x, cpu; got meta"),
+        (torch.ones(5, 8), torch.ones(8), ValueError, r"bias must have shape \(5,\).*; got \(8,\)"),
+        (torch.ones(5, 8), 1.0, TypeError, "bias must be a Tensor; got float"),
+        (torch.ones(5, 8), torch.ones(5).half(), TypeError, "bias must have the dtype of x, float32; got float16"),
+    ],
+)
+def test_bad_linear_layers(weight, bias, error, message):
+    with pytest.raises(error, match=message):
+        grkan.rational_linear(X, A, B, weight, bias)
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"form": "version_b"}, ValueError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 'version_b'"),
@@ -547,26 +663,30 @@ def test_native_backend_fails_loudly_without_a_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("name", layouts())
-def test_a_kernel_sees_the_canonical_layout(name, monkeypatch):
-    """[rows, groups, width], contiguous; dense memory is used as it lies, without a copy."""
+def test_a_kernel_sees_one_layout(name, monkeypatch):
+    """Memory without gaps, as [rows, groups, width]; a dense x is used as it lies, without a copy."""
     x, channel_dim = layouts()[name]
-    seen = []
+    seen, widths = [], []
 
-    def record(function):
-        def wrapper(*tensors_and_form):
-            seen.extend(t for t in tensors_and_form[:-3])
-            return function(*tensors_and_form)
+    def record(function, count):
+        def wrapper(*arguments):
+            seen.extend(arguments[:count])
+            widths.append(arguments[count + 3])
+            return function(*arguments)
 
         return wrapper
 
-    monkeypatch.setitem(op.KERNELS, "cpu", op.Kernel(*map(record, (rational, op.REFERENCE.backward))))
+    kernel = op.Kernel(record(op.REFERENCE.forward, 1), record(op.REFERENCE.backward, 2))
+    monkeypatch.setitem(op.KERNELS, "cpu", kernel)
     with grkan.set_backend("native"):
         assert_agrees(x, *coefficients(4, (5, 4)), channel_dim=channel_dim)
     assert len(seen) == 3  # x; grad and x
     for t in seen:
-        assert t.is_contiguous()
-        assert t.dim() == 3
-        assert t.shape[1] == 4
+        assert t.stride() == torch.empty_like(x).stride() or not t.numel()
+        assert sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) == t.numel() - 1 or (
+            not t.numel()
+        )
+    assert all(t.numel() % (4 * width) == 0 for t, width in zip(seen, widths, strict=False) if t.numel())
     dense = torch.empty_like(x).stride() == x.stride()
     if dense and x.numel():
         assert seen[0].data_ptr() == x.data_ptr()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 
+from grkan.rational import op
 from grkan.rational.reference import FORMS, rational, rational_backward
 
 mpmath.mp.dps = 60
@@ -75,15 +76,21 @@ def assert_rounds_to(actual, expected, dtype, what):
     assert abs(mpmath.mpf(actual) - value) <= tolerance, f"{what}: {actual}, not {mpmath.nstr(value, 8)}"
 
 
-def both_ways(x, a, b, form, dtype):
-    """Yield (name, F, dx, da, db) for one scalar: through autograd of the definition, and through the closed form."""
+def every_way(x, a, b, form, dtype):
+    """Yield (name, F, dx, da, db) for one scalar: autograd of the definition, the closed form, and a kernel if built."""
     x = torch.tensor([[x]], dtype=dtype, requires_grad=True)
     a = torch.tensor([a], dtype=dtype, requires_grad=True)
     b = torch.tensor([b], dtype=dtype, requires_grad=True)
     y = rational(x, a, b, form)
     gradients = torch.autograd.grad(y, (x, a, b), allow_unused=True, materialize_grads=True)
     closed = rational_backward(torch.ones_like(y), x, a, b, form)
-    for name, (dx, da, db) in (("autograd", gradients), ("closed form", closed)):
+    found = {"autograd": (y, *gradients), "closed form": (y, *closed)}
+    if kernel := op.KERNELS.get("cpu"):
+        inputs = [t.detach() for t in (x, a, b)]
+        dx, da, db, y2 = kernel.backward(torch.ones_like(inputs[0]), *inputs, form, 1, True)
+        found["the kernel's forward"] = (kernel.forward(*inputs, form, 1), dx, da, db)
+        found["the kernel's backward"] = (y2, dx, da, db)
+    for name, (y, dx, da, db) in found.items():
         yield name, y.item(), dx.item(), da[0].tolist(), db[0].tolist()
 
 
@@ -91,7 +98,7 @@ def assert_exact(x, a, b, form, dtype):
     # What the function sees are the rounded numbers.
     x, a, b = (torch.tensor(v, dtype=dtype).tolist() for v in (x, a, b))
     value, dx, da, db = exact(x, a, b, form)
-    for way, got_value, got_dx, got_da, got_db in both_ways(x, a, b, form, dtype):
+    for way, got_value, got_dx, got_da, got_db in every_way(x, a, b, form, dtype):
         # Autograd goes through db on its way to dx, so it needs that the largest db is a float64.
         if way == "autograd" and any(abs(v) > torch.finfo(torch.float64).max for v, _ in [value, *db]):
             continue
@@ -181,7 +188,12 @@ def test_infinite_x_gives_the_limits(a, b, limits, slopes, form, dtype):
     assert y.tolist() == [list(limits)]
     gradients = torch.autograd.grad(y.sum(), (x, a, b), allow_unused=True, materialize_grads=True)
     closed = rational_backward(torch.ones_like(y), x, a, b, form)
-    for dx, da, db in (gradients, closed):
+    found = [gradients, closed]
+    if kernel := op.KERNELS.get("cpu"):
+        *of_kernel, y = kernel.backward(*(t.detach() for t in (torch.ones_like(y), x, a, b)), form, 2, True)
+        assert y.tolist() == [list(limits)]
+        found.append(of_kernel)
+    for dx, da, db in found:
         assert dx.tolist() == [list(slopes)]
         assert not da.any()
         assert not db.any()

@@ -1,15 +1,24 @@
 """The door to the rational function: checks, layout, dispatch and autograd.
 
-`group_rational` is a Python function in front of the operator `grkan::group_rational`. The operator keeps x alone for
-its backward, is opaque to torch.compile and export, and is where kernels come in. It cannot serve everything: an
-operator with `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns a
-zero tangent; an `autograd.Function` with vmap and jvp rules would break `torch.compile(fullgraph=True)`. So the door
-runs the plain PyTorch of `reference.py` wherever derivatives are taken by a transform (`_composite_needed`), and the
-operator everywhere else.
+`group_rational` and `rational_linear` are Python functions in front of three ways to compute the same, because no
+single one of PyTorch's serves everything:
 
-A kernel sees one layout, [rows, groups, width] and contiguous, in which the scalars of a group lie side by side.
+* plain operations, those of `reference.py`, wherever derivatives are taken by a transform (`_composite_needed`): an
+  operator with `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns
+  a zero tangent;
+* the operators `grkan::group_rational` and `grkan::rational_linear` for torch.compile, export, fake tensors and
+  whatever else looks at operations (`_is_eager` says when not): an `autograd.Function` with vmap and jvp rules would
+  break `torch.compile(fullgraph=True)`;
+* an `autograd.Function` around the kernel in plain eager mode. The operators would do, but they cost 90 us more for a
+  forward and a backward, which is a third of the time that GELU takes for 8x197x192 scalars on two cores.
+
+The last two share their forward and backward. They keep x and the coefficients for the backward and nothing else.
+
+A kernel sees one layout: memory without gaps, [rows, groups, width], in which the scalars of a group lie side by side.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +28,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .reference import FORMS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,18 +39,60 @@ _BACKENDS = ("auto", "reference", "native")
 class Kernel:
     """F and its gradients on one device type.
 
-    forward(x, numerator, denominator, form) and backward(grad, x, numerator, denominator, form) as `reference.rational`
-    and `reference.rational_backward`, on contiguous [rows, groups, width] tensors.
+    forward(x, numerator, denominator, form, width) gives F(x), and
+    backward(grad, x, numerator, denominator, form, width, output) the gradients of x, numerator and denominator, and
+    F(x) as a fourth result if `output` is true, None otherwise.
+
+    x and grad have any shape, but both lie in memory alike and without gaps, as [rows, groups, width]; results of their
+    shape are like `empty_like(x)`. The number of groups is the larger number of rows of the coefficients.
     """
 
     forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
-REFERENCE = Kernel(reference.rational, reference.rational_backward)
+def _reference_forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
+    groups = max(numerator.shape[0], denominator.shape[0])
+    y = reference.rational(_canonical(x, groups, width), numerator, denominator, form)
+    return y.as_strided(x.shape, x.stride())
+
+
+def _reference_backward(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    groups = max(numerator.shape[0], denominator.shape[0])
+    grad, z = (_canonical(t, groups, width) for t in (grad, x))
+    dx, da, db = reference.rational_backward(grad, z, numerator, denominator, form)
+    y = _reference_forward(x, numerator, denominator, form, width) if output else None
+    return dx.as_strided(x.shape, x.stride()), da, db, y
+
+
+def _canonical(t: Tensor, groups: int, width: int) -> Tensor:
+    rows = t.numel() // max(groups * width, 1)
+    return t.as_strided((rows, groups, width), (groups * width, width, 1))
+
+
+REFERENCE = Kernel(_reference_forward, _reference_backward)
 
 KERNELS: dict[str, Kernel] = {}
 """Native kernels by device type ("cpu", "cuda"); a device that is not here is served by the reference."""
+
+
+def _load_cpu_kernel() -> None:
+    try:
+        if cpu.load():
+            KERNELS["cpu"] = Kernel(cpu.forward, cpu.backward)
+    except OSError as error:
+        warnings.warn(
+            f"grkan's kernel cannot be loaded, so F is computed by plain PyTorch operations: {error}; to build it for "
+            f"this version of PyTorch: {BUILD_COMMAND}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_load_cpu_kernel()
 
 _backend = "auto"
 
@@ -105,11 +156,11 @@ def group_rational(
         RuntimeError: the backend is "native" and there is no kernel for the device of x.
     """
     groups, dim = _check(x, numerator, denominator, form, channel_dim)
-    kernel = KERNELS.get(x.device.type)
-    if kernel is None and _backend == "native":
-        raise RuntimeError(f"backend 'native' has no kernel for x on device {x.device}; it has {sorted(KERNELS)}")
+    _check_backend(x.device.type)
     if _composite_needed():
         return _composite(x, numerator, denominator, form, dim, groups)
+    if _is_eager(x, numerator, denominator):
+        return _GroupRational.apply(x, numerator, denominator, form, dim)
     return torch.ops.grkan.group_rational(x, numerator, denominator, form, dim)
 
 
@@ -122,9 +173,10 @@ def rational_linear(
     *,
     form: str = "abs_of_sum",
 ) -> Tensor:
-    """A rational function in front of a linear layer.
+    """A rational function in front of a linear layer, with x as the only activation that is kept for the backward.
 
-    Equivalent to `F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)`.
+    Equivalent to `F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)`, which keeps F(x), too:
+    here the backward computes it again.
 
     Args:
         x: (..., in_features).
@@ -136,11 +188,26 @@ def rational_linear(
         (..., out_features). Under autocast the dtype is autocast's, as with `F.linear`: x is cast before F is applied.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `group_rational`.
+        TypeError, ValueError, RuntimeError: as for `group_rational`; or weight and bias are not what they should be.
     """
-    if isinstance(x, Tensor) and x.dtype in _DTYPES[:3] and _autocasts(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)
+    groups, dim = _check(x, numerator, denominator, form, -1)
+    _check_linear(x, weight, bias)
+    _check_backend(x.device.type)
+    if x.dtype != torch.float64 and _autocasts(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {_name(x.dtype)}; got {_name(value.dtype)}")
+    if _composite_needed():
+        return F.linear(_composite(x, numerator, denominator, form, dim, groups), weight, bias)
+    if _is_eager(x, numerator, denominator, weight, bias):
+        return _RationalLinear.apply(x, numerator, denominator, weight, bias, form)
+    if torch.compiler.is_compiling():
+        return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)
+    # Whoever counts or intercepts operations is to see the linear one.
+    return F.linear(torch.ops.grkan.group_rational(x, numerator, denominator, form, dim), weight, bias)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -148,14 +215,48 @@ def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+# Which way to go. These two functions ask PyTorch what it does not tell in public.
+
+
 def _composite_needed() -> bool:
     """Whether plain operations have to run: under torch.func, in forward-mode AD, or because the user chose them."""
     return (
         _backend == "reference"
         or forward_ad._current_level >= 0
-        # Private, and the only way to ask; it has been there since torch 2.0.
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._are_functorch_transforms_active()  # since 2.0
     )
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody looks at the operations: no compiler, no mode, no subclass of Tensor, no batch of gradients."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0  # since 2.0
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not any(t is not None and (t.is_meta or torch._C._functorch.is_legacy_batchedtensor(t)) for t in tensors)
+    )
+
+
+def _check_backend(device_type: str) -> None:
+    global _noticed
+    if device_type in KERNELS or device_type == "meta" or _backend == "reference":
+        return
+    if _backend == "native":
+        raise RuntimeError(f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}")
+    if device_type == "cpu" and not _noticed:
+        _noticed = True
+        warnings.warn(
+            "this installation of grkan has no kernel for the CPU, so F is computed by plain PyTorch operations, some "
+            f"ten times slower; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_noticed = False
+
+
+# F and the linear layer by plain, differentiable operations.
 
 
 def _composite(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, groups: int) -> Tensor:
@@ -173,44 +274,107 @@ def _composite_backward(
     return dx.flatten(-2).movedim(-1, dim), da, db
 
 
-# The operators. Their dim is not negative; their arguments have passed `_check`.
-
-torch.library.define(
-    "grkan::group_rational", "(Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> Tensor"
-)
-torch.library.define(
-    "grkan::group_rational_backward",
-    "(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> (Tensor, Tensor, Tensor)",
-)
+# The same by a kernel. These are the operators, and what the autograd functions call; dim is not negative, and the
+# arguments have passed `_check`.
 
 
-@torch.library.impl("grkan::group_rational", "default")
 def _forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    layout = _Layout(x, dim, max(numerator.shape[0], denominator.shape[0]))
-    kernel = KERNELS.get(x.device.type, REFERENCE)
-    return layout.restore(kernel.forward(layout.canonical(x), numerator, denominator, form))
+    x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
+    return KERNELS.get(x.device.type, REFERENCE).forward(x, numerator, denominator, form, width)
 
 
-@torch.library.impl("grkan::group_rational_backward", "default")
 def _backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _Layout(x, dim, max(numerator.shape[0], denominator.shape[0]))
+    x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
     kernel = KERNELS.get(x.device.type, REFERENCE)
-    dx, da, db = kernel.backward(layout.canonical(grad), layout.canonical(x), numerator, denominator, form)
-    return layout.restore(dx), da, db
+    return kernel.backward(_like(grad, x), x, numerator, denominator, form, width, False)[:3]
 
 
-@torch.library.register_fake("grkan::group_rational")
+def _linear_forward(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
+) -> Tensor:
+    return F.linear(_forward(x, numerator, denominator, form, x.dim() - 1), weight, bias)
+
+
+def _linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    form: str,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`; else empty."""
+    if not needs_f:
+        dweight = (
+            _rows(grad).T @ _rows(_forward(x, numerator, denominator, form, x.dim() - 1)) if needs_weight else None
+        )
+        return x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0) if dweight is None else dweight
+    x, width = _dense(x, x.dim() - 1, max(numerator.shape[0], denominator.shape[0]))
+    kernel = KERNELS.get(x.device.type, REFERENCE)
+    df = _like(grad @ weight, x)
+    dx, da, db, f = kernel.backward(df, x, numerator, denominator, form, width, needs_weight)
+    return dx, da, db, x.new_empty(0) if f is None else _rows(grad).T @ _rows(f)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+_LIBRARY = torch.library.Library("grkan", "FRAGMENT")
+for _schema, _implementation in {
+    "group_rational(Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> Tensor": _forward,
+    "group_rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, str form, int dim) "
+    "-> (Tensor, Tensor, Tensor)": _backward,
+    "rational_linear(Tensor x, Tensor numerator, Tensor denominator, Tensor weight, Tensor? bias, str form) "
+    "-> Tensor": _linear_forward,
+    "rational_linear_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, Tensor weight, str form, "
+    "bool needs_f, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)": _linear_backward,
+}.items():
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.partition("(")[0], _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("grkan::group_rational", lib=_LIBRARY)
 def _forward_fake(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("grkan::group_rational_backward")
+@torch.library.register_fake("grkan::group_rational_backward", lib=_LIBRARY)
 def _backward_fake(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape)
+
+
+@torch.library.register_fake("grkan::rational_linear", lib=_LIBRARY)
+def _linear_forward_fake(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
+) -> Tensor:
+    return F.linear(torch.empty_like(x), weight, bias)
+
+
+@torch.library.register_fake("grkan::rational_linear_backward", lib=_LIBRARY)
+def _linear_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    form: str,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape if needs_weight else 0)
+    if not needs_f:
+        return x.new_empty(0), x.new_empty(0), x.new_empty(0), dweight
+    return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape), dweight
+
+
+# Autograd, for the operators and for eager mode alike: both give a `ctx` of the same kind.
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,44 +387,82 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Grad mode is on in a backward that will itself be differentiated (create_graph=True).
     if torch.is_grad_enabled() or _composite_needed():
         gradients = _composite_backward(*arguments)
+    elif _is_eager(grad, *ctx.saved_tensors):
+        gradients = _backward(*arguments)
     else:
         gradients = torch.ops.grkan.group_rational_backward(*arguments)
     return (*gradients, None, None)
 
 
-torch.library.register_autograd("grkan::group_rational", _autograd, setup_context=_setup_context)
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, numerator, denominator, weight, _, ctx.form = inputs
+    ctx.save_for_backward(x, numerator, denominator, weight)
 
 
-class _Layout:
-    """The way between a tensor like x and the contiguous [rows, groups, width] that a kernel reads.
+def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, numerator, denominator, weight = ctx.saved_tensors
+    needs_f, needs_weight, needs_bias = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    dx = da = db = dweight = None
+    if torch.is_grad_enabled() or _composite_needed():
+        dim, groups = x.dim() - 1, max(numerator.shape[0], denominator.shape[0])
+        if needs_f:
+            dx, da, db = _composite_backward(grad @ weight, x, numerator, denominator, ctx.form, dim)
+        if needs_weight:
+            dweight = _rows(grad).T @ _rows(_composite(x, numerator, denominator, ctx.form, dim, groups))
+    elif needs_f or needs_weight:
+        eager = _is_eager(grad, x, numerator, denominator, weight)
+        backward = _linear_backward if eager else torch.ops.grkan.rational_linear_backward
+        dx, da, db, dweight = backward(grad, x, numerator, denominator, weight, ctx.form, needs_f, needs_weight)
+    dbias = _rows(grad).sum(0) if needs_bias else None
+    return (*((dx, da, db) if needs_f else (None,) * 3), dweight if needs_weight else None, dbias, None)
+
+
+torch.library.register_autograd("grkan::group_rational", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(
+    "grkan::rational_linear", _linear_autograd, setup_context=_linear_setup_context, lib=_LIBRARY
+)
+
+
+class _GroupRational(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup_context(ctx, inputs, inputs[0])
+        return _forward(*inputs)
+
+    backward = staticmethod(_autograd)
+
+
+class _RationalLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _linear_setup_context(ctx, inputs, inputs[0])
+        return _linear_forward(*inputs)
+
+    backward = staticmethod(_linear_autograd)
+
+
+# Layout.
+
+
+def _dense(x: Tensor, dim: int, groups: int) -> tuple[Tensor, int]:
+    """A tensor like x whose memory is [rows, groups, width] without gaps, and that width.
 
     The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format
     is used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
     """
+    width = x.shape[dim] // groups
+    if x.is_contiguous():
+        return x, width * math.prod(x.shape[dim + 1 :])
+    strides = torch.empty_like(x, device="meta").stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    return _like(x, x, strides), width * math.prod(x.shape[d] for d in order[order.index(dim) + 1 :])
 
-    def __init__(self, x: Tensor, dim: int, groups: int) -> None:
-        self.shape = x.shape
-        if x.is_contiguous():
-            self.strides = x.stride()
-            self.order = list(range(x.dim()))
-        else:
-            self.strides = torch.empty_like(x, device="meta").stride()
-            self.order = sorted(range(x.dim()), key=lambda d: -self.strides[d])
-        sizes = [x.shape[d] for d in self.order]
-        position = self.order.index(dim)
-        rows = 1
-        for size in sizes[:position]:
-            rows *= size
-        width = x.shape[dim] // groups
-        for size in sizes[position + 1 :]:
-            width *= size
-        self.grouped = (rows, groups, width)
 
-    def canonical(self, t: Tensor) -> Tensor:
-        return t.permute(self.order).contiguous().view(self.grouped)
-
-    def restore(self, t: Tensor) -> Tensor:
-        return t.as_strided(self.shape, self.strides)
+def _like(t: Tensor, x: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The same numbers with the strides of a dense x, or with those of `empty_like(x)`."""
+    if t.stride() == (x.stride() if strides is None else strides):
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int) -> tuple[int, int]:
@@ -303,6 +505,23 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
             f"got {x.shape[dim]} channels in dimension {channel_dim} of shape {tuple(x.shape)}"
         )
     return groups, dim
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if name == "bias" and value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {value.device}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight; got {tuple(bias.shape)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,574 @@
+// The operators: they cut the work into tiles, let the vector code do it on PyTorch's threads, and mend what it leaves.
+//
+// Built on PyTorch's stable ABI: one binary serves PyTorch 2.10 and every later release.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "plan.h"
+
+namespace grkan {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The scalars of a tile: enough for its own cost to vanish, few enough for its data to stay in a core's cache.
+constexpr int64_t kTile = 32768;
+
+const Kernels& kernels() {
+  static const Kernels* chosen = [] {
+#if defined(__x86_64__)
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");  // PyTorch's own variable
+    const std::string wanted = capability ? capability : "avx512";
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && wanted == "avx512") return avx512_kernels();
+    if (avx2 && wanted != "default") return avx2_kernels();
+#endif
+    return portable_kernels();
+  }();
+  return *chosen;
+}
+
+template <class T>
+struct Aligned {
+  explicit Aligned(size_t count) : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
+    STD_TORCH_CHECK(data != nullptr, "out of memory");
+  }
+  Aligned(const Aligned&) = delete;
+  ~Aligned() { std::free(data); }
+  T* data;
+};
+
+// The coefficients of every group, in float64; a row that is shared is repeated.
+struct Coefficients {
+  int64_t groups;
+  int m, n;
+  bool absolute;
+  std::vector<double> a, b;
+
+  Coefficients(const Tensor& numerator, const Tensor& denominator, int64_t groups, bool absolute)
+      : groups(groups),
+        m(static_cast<int>(numerator.size(1)) - 1),
+        n(static_cast<int>(denominator.size(1))),
+        absolute(absolute),
+        a(read(numerator)),
+        b(read(denominator)) {}
+
+ private:
+  std::vector<double> read(const Tensor& t) const {
+    const int64_t rows = t.size(0), columns = t.size(1);
+    const bool wide = t.scalar_type() == ScalarType::Double;
+    const void* data = t.const_data_ptr();
+    std::vector<double> values(groups * columns);
+    for (int64_t i = 0; i < rows * columns; ++i)
+      values[i] = wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
+    for (int64_t g = rows; g < groups; ++g) std::copy_n(values.begin(), columns, values.begin() + g * columns);
+    return values;
+  }
+};
+
+// F and its gradients for one scalar in float64, with the limits at infinity: `reference.py` has the formulas.
+struct Scalar {
+  const double *a, *b;
+  int m, n;
+  bool absolute;
+
+  Scalar(const Coefficients& c, int64_t group)
+      : a(c.a.data() + group * (c.m + 1)), b(c.b.data() + group * c.n), m(c.m), n(c.n), absolute(c.absolute) {}
+
+  double coefficient(int j) const { return absolute ? std::fabs(b[j]) : b[j]; }
+
+  double numerator(double x) const {
+    double p = a[m];
+    for (int i = m - 1; i >= 0; --i) p = p * x + a[i];
+    return p;
+  }
+
+  // A, and its derivative with respect to |x| or x
+  void inner(double t, double& value, double& slope) const {
+    value = slope = 0;
+    for (int j = n; j >= 1; --j) {
+      slope = slope * t + value;
+      value = value * t + coefficient(j - 1);
+    }
+    slope = slope * t + value;
+    value *= t;
+  }
+
+  // The slope of F at an infinite x if it grows there, or its limit.
+  bool grows(double x, double& limit, double& slope) const {
+    int i = m, j = n;
+    while (i > 0 && a[i] == 0) --i;
+    while (j > 0 && b[j - 1] == 0) --j;
+    double ratio = a[i] / (j > 0 ? std::fabs(b[j - 1]) : 1.0);
+    if (x < 0 && i % 2 == 1) ratio = -ratio;
+    limit = i == j ? ratio : 0.0;
+    slope = (x < 0 ? -ratio : ratio) * (i > j + 1 ? std::numeric_limits<double>::infinity() : 1.0);
+    return i > j;
+  }
+
+  double value(double x) const {
+    if (std::isinf(x)) {
+      double limit, slope;
+      return grows(x, limit, slope) ? slope * x : limit;
+    }
+    if (n == 0) return m == 0 ? a[0] + 0.0 * x : numerator(x);
+    double inside, unused;
+    inner(absolute ? std::fabs(x) : x, inside, unused);
+    return numerator(x) / (1.0 + std::fabs(inside));
+  }
+
+  // dx; adds to the m + 1 + n sums for da and db, for which b stands for |b| in the form sum_of_abs
+  double gradient(double g, double x, double* sums) const {
+    if (std::isinf(x)) {
+      double limit, slope;
+      return grows(x, limit, slope) ? slope * g : 0.0;
+    }
+    const double t = absolute ? std::fabs(x) : x;
+    double inside, slope;
+    inner(t, inside, slope);
+    const double inverse = 1.0 / (1.0 + std::fabs(inside)), u = g * inverse;
+    const double v = (inside < 0 ? 1.0 : -1.0) * (numerator(x) * inverse);
+    double derivative = 0;
+    for (int i = m; i >= 1; --i) derivative = derivative * x + i * a[i];
+    double power = u;
+    for (int i = 0; i <= m; ++i, power *= x) sums[i] += power;
+    power = u * v;
+    for (int j = 1; j <= n; ++j) sums[m + j] += power *= t;
+    if (n > 0) derivative += v * (absolute && x < 0 ? -slope : slope);
+    return m == 0 && n == 0 ? 0.0 : u * derivative;
+  }
+};
+
+// Conversions of single scalars, for what the vector code leaves.
+
+float to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+struct Native {
+  typedef T type;
+  static double read(T x) { return x; }
+  static T write(double x) { return static_cast<T>(x); }
+};
+
+struct BFloat16 : Native<uint16_t> {
+  typedef float Arithmetic;
+  static double read(uint16_t h) { return to_float(uint32_t(h) << 16); }
+  static uint16_t write(double x) {
+    const float f = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    if (f != f) return static_cast<uint16_t>((bits | 0x400000) >> 16);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+struct Float16 : Native<uint16_t> {
+  typedef float Arithmetic;
+  static double read(uint16_t h) {
+    const double sign = h & 0x8000 ? -1.0 : 1.0;
+    const int exponent = (h >> 10) & 31, fraction = h & 1023;
+    if (exponent == 31) return fraction ? std::numeric_limits<double>::quiet_NaN() : sign * INFINITY;
+    return sign * (exponent ? std::ldexp(1024.0 + fraction, exponent - 25) : std::ldexp(fraction, -24));
+  }
+  static uint16_t write(double x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    x = std::fabs(x);
+    if (x != x) return sign | 0x7e00;
+    if (x >= 65520.0) return sign | 0x7c00;
+    if (x == 0) return sign;
+    int exponent;
+    std::frexp(x, &exponent);  // x < 2^exponent
+    const int unit = std::max(exponent, -13) - 11;
+    // A carry out of the fraction is the next exponent.
+    return sign | static_cast<uint16_t>(((unit + 24) << 10) + std::nearbyint(std::ldexp(x, -unit)));
+  }
+};
+
+struct Float32 : Native<float> {
+  typedef float Arithmetic;
+};
+struct Float64 : Native<double> {
+  typedef double Arithmetic;
+};
+
+// The largest |x| whose powers leave room for 2^31 in the coefficients.
+template <class S>
+S limit_of(const Coefficients& c) {
+  if (sizeof(S) == 8) return static_cast<S>(std::numeric_limits<double>::max());
+  return static_cast<S>(std::ldexp(1.0, 96 / std::max({c.m, c.n, 1})));
+}
+
+// The smallest |x| for which A, which has a sign for every x, has one as a float, too. That is every one, because a fused
+// multiply-add keeps the sign of what underflows, unless b_1 is zero or nearly so and another coefficient decides.
+template <class S>
+S smallest_of(const Coefficients& c) {
+  if (sizeof(S) == 8 || c.absolute || c.n == 0) return 0;
+  for (int64_t g = 0; g < c.groups; ++g) {
+    const double* b = &c.b[g * c.n];
+    if (std::fabs(b[0]) < 0x1p-64 && std::any_of(b, b + c.n, [](double value) { return value != 0; }))
+      return static_cast<S>(std::ldexp(1.0, -96 / c.n));
+  }
+  return 0;
+}
+
+// A plan with what it points to, and the tiles.
+template <class S>
+struct Work {
+  Storage storage;
+  int64_t groups, width;
+  Coefficients coefficients;
+  int lanes, unit, sums;
+  Plan<S> plan;
+  std::vector<Run> runs;
+  std::vector<int64_t> groups_of_lanes;  // for each entry, those of its lanes
+  std::vector<bool> mixed;               // for each entry, whether they differ
+  std::vector<Tile> tiles;
+  std::unique_ptr<Aligned<S>> table;
+
+  Work(
+      Storage type, int64_t scalars, int64_t width, const Tensor& numerator, const Tensor& denominator, bool absolute,
+      bool derivatives)
+      : storage(type),
+        groups(std::max(numerator.size(0), denominator.size(0))),
+        width(width),
+        coefficients(numerator, denominator, groups, absolute) {
+    const int m = coefficients.m, n = coefficients.n;
+    lanes = sizeof(S) == 8 ? kernels().lanes_double : kernels().lanes_float;
+    // The scalars of a pair have to be of one group.
+    if (storage == Storage::bfloat16 && width % 2 == 0) storage = Storage::bfloat16_pairs;
+    unit = storage == Storage::bfloat16_pairs ? 2 * lanes : lanes;
+    sums = m + 1 + n;
+    make_runs();
+    make_table(derivatives);
+    plan = Plan<S>{scalars / (groups * width), groups * width, m, n, absolute, smallest_of<S>(coefficients), limit_of<S>(coefficients), runs.data(), table->data};
+    make_tiles();
+  }
+
+  // Whether the vector code was right about x.
+  bool fits(double x) const {
+    return x == 0 || (std::fabs(x) >= plan.smallest && std::fabs(x) <= plan.limit);
+  }
+
+  int64_t entries() const { return static_cast<int64_t>(mixed.size()); }
+
+ private:
+  void make_runs() {
+    const int64_t size = groups * width;
+    int64_t last_group = -1;  // that of the last entry, if it has one
+    for (int64_t at = 0; at < size;) {
+      const int64_t group = at / width, end = (group + 1) * width;
+      int64_t units = (end - at) / unit, tail = 0;
+      const bool shared = units == 0 && end < size;
+      if (shared) {  // a unit that begins in this group and ends in another one
+        units = at + unit <= size;
+        tail = units ? 0 : size - at;
+      } else if (end == size) {
+        tail = (end - at) % unit;
+      }
+      if (shared || group != last_group) add_entry(at, shared);
+      last_group = shared ? -1 : group;
+      for (; units > kTile / unit; units -= kTile / unit, at += kTile) runs.push_back({at, kTile / unit, 0, entries() - 1});
+      runs.push_back({at, units, tail, entries() - 1});
+      at += units * unit + tail;
+    }
+  }
+
+  void add_entry(int64_t start, bool shared) {
+    mixed.push_back(shared);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t channel = shared ? start + lane * (unit / lanes) : start;
+      groups_of_lanes.push_back(std::min(channel, groups * width - 1) / width);
+    }
+  }
+
+  void make_table(bool derivatives) {
+    const int m = coefficients.m, n = coefficients.n, columns = sums + (derivatives ? m + n : 0);
+    std::vector<S> rows(groups * columns);  // what an entry holds, for each group
+    for (int64_t g = 0; g < groups; ++g) {
+      S* to = &rows[g * columns];
+      auto put = [&](double c, int factor) {
+        // One NaN stands for all, see `round_to_bfloat16`; + 0.0 makes a zero +0, whose sign A takes on.
+        *to++ = static_cast<S>(c == c ? factor * c + 0.0 : std::numeric_limits<double>::quiet_NaN());
+      };
+      const Scalar scalar(coefficients, g);
+      for (int i = 0; i <= m; ++i) put(scalar.a[i], 1);
+      for (int j = 1; j <= n; ++j) put(scalar.coefficient(j - 1), 1);
+      if (!derivatives) continue;
+      for (int i = 1; i <= m; ++i) put(scalar.a[i], i);
+      for (int j = 1; j <= n; ++j) put(scalar.coefficient(j - 1), j);
+    }
+    table = std::make_unique<Aligned<S>>(entries() * columns * lanes);
+    S* to = table->data;
+    for (int64_t entry = 0; entry < entries(); ++entry) {
+      const int64_t* group = &groups_of_lanes[entry * lanes];
+      for (int k = 0; k < columns; ++k, to += lanes) {
+        if (mixed[entry])
+          for (int lane = 0; lane < lanes; ++lane) to[lane] = rows[group[lane] * columns + k];
+        else
+          std::fill_n(to, lanes, rows[group[0] * columns + k]);
+      }
+    }
+  }
+
+  // By the shape alone, so that sums over tiles do not depend on the number of threads.
+  void make_tiles() {
+    const int64_t size = plan.row_size, rows = plan.rows, count = static_cast<int64_t>(runs.size());
+    // With many groups there must be much to sum for each.
+    const int64_t target = std::max(kTile, 4 * groups * sums);
+    if (size <= target) {
+      int64_t number = (rows * size + target - 1) / target;
+      if (number > 2) number = (number + 3) / 4 * 4;  // two or four threads get the same
+      number = std::min(number, rows);
+      for (int64_t t = 0; t < number; ++t) tiles.push_back({rows * t / number, rows * (t + 1) / number, 0, count});
+      return;
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t first = 0, last = 0; first < count; first = last) {
+        for (int64_t scalars = 0; last < count && scalars < target; ++last) scalars += runs[last].units * unit + runs[last].tail;
+        tiles.push_back({row, row + 1, first, last});
+      }
+  }
+};
+
+// f(index, group) for every scalar of a tile.
+template <class S, class F>
+void for_each_scalar(const Work<S>& work, const Tile& tile, const F& f) {
+  const Run &first = work.runs[tile.first_run], &last = work.runs[tile.last_run - 1];
+  const int64_t end = last.offset + last.units * work.unit + last.tail;
+  for (int64_t row = tile.first_row; row < tile.last_row; ++row)
+    for (int64_t i = first.offset; i < end; ++i) f(row * work.plan.row_size + i, i / work.width);
+}
+
+template <int Lanes, class S>
+double fold(const S* values) {
+  S sums[Lanes];
+  std::copy_n(values, Lanes, sums);
+  for (int half = Lanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
+
+// Adds the vectors of sums of the entries of a tile to the sums of their groups, always in the same order.
+template <class S>
+void fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vectors, double* to) {
+  for (int64_t entry = first; entry <= last; ++entry) {
+    const int64_t* group = &work.groups_of_lanes[entry * work.lanes];
+    const S* from = vectors + entry * work.sums * work.lanes;
+    for (int k = 0; k < work.sums; ++k, from += work.lanes) {
+      if (work.mixed[entry]) {
+        for (int lane = 0; lane < work.lanes;) {
+          const int64_t g = group[lane];
+          double sum = 0;
+          for (; lane < work.lanes && group[lane] == g; ++lane) sum += from[lane];
+          to[g * work.sums + k] += sum;
+        }
+      } else {
+        to[group[0] * work.sums + k] +=
+            work.lanes == 16 ? fold<16>(from) : work.lanes == 8 ? fold<8>(from) : work.lanes == 4 ? fold<4>(from) : fold<2>(from);
+      }
+    }
+  }
+}
+
+template <class T>
+void run_forward(const Work<typename T::Arithmetic>& work, const void* x_, void* y_) {
+  const auto* x = static_cast<const typename T::type*>(x_);
+  auto* y = static_cast<typename T::type*>(y_);
+  torch::stable::parallel_for(0, work.tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (kernels().forward(work.storage, &work.plan, work.tiles[t], x, y)) continue;
+      for_each_scalar(work, work.tiles[t], [&](int64_t i, int64_t group) {
+        const double z = T::read(x[i]);
+        if (!work.fits(z)) y[i] = T::write(Scalar(work.coefficients, group).value(z));
+      });
+    }
+  });
+}
+
+// The sums of every group, [groups, m + 1 + n].
+template <class T>
+std::vector<double> run_backward(
+    const Work<typename T::Arithmetic>& work, const void* grad_, const void* x_, void* dx_, void* y_) {
+  typedef typename T::Arithmetic S;
+  const auto* grad = static_cast<const typename T::type*>(grad_);
+  const auto* x = static_cast<const typename T::type*>(x_);
+  auto* dx = static_cast<typename T::type*>(dx_);
+  auto* y = static_cast<typename T::type*>(y_);
+  const int64_t all = work.groups * work.sums, tiles = static_cast<int64_t>(work.tiles.size());
+  const int64_t vectors_of_entry = work.sums * work.lanes;
+  Aligned<double> partial(tiles * all);
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    Aligned<S> vectors(work.entries() * vectors_of_entry);
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile& tile = work.tiles[t];
+      // The entries of a tile follow one another.
+      const int64_t first = work.runs[tile.first_run].entry, last = work.runs[tile.last_run - 1].entry;
+      double* to = partial.data + t * all;
+      std::fill_n(to, all, 0.0);
+      auto vector_code = [&](bool skip) {
+        std::fill(vectors.data + first * vectors_of_entry, vectors.data + (last + 1) * vectors_of_entry, S(0));
+        return kernels().backward(work.storage, &work.plan, tile, skip, grad, x, dx, y, vectors.data);
+      };
+      if (!vector_code(false)) {
+        vector_code(true);
+        for_each_scalar(work, tile, [&](int64_t i, int64_t group) {
+          const double z = T::read(x[i]);
+          if (work.fits(z)) return;
+          const Scalar scalar(work.coefficients, group);
+          dx[i] = T::write(scalar.gradient(T::read(grad[i]), z, to + group * work.sums));
+          if (y) y[i] = T::write(scalar.value(z));
+        });
+      }
+      fold_entries(work, first, last, vectors.data, to);
+    }
+  });
+  std::vector<double> total(all, 0.0);
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t i = 0; i < all; ++i) total[i] += partial.data[t * all + i];
+  return total;
+}
+
+Storage storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    default: STD_TORCH_CHECK(false, "x must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// grkan.group_rational has checked the arguments, with better messages: this keeps a call of the operator from reading
+// what is not there.
+void check(const Tensor& x, const Tensor& numerator, const Tensor& denominator, int64_t width) {
+  for (const Tensor* c : {&numerator, &denominator}) {
+    STD_TORCH_CHECK(c->is_cpu() && c->dim() == 2 && c->is_contiguous(), "coefficients must be 2-D, contiguous, on the CPU");
+    STD_TORCH_CHECK(
+        c->scalar_type() == ScalarType::Float || c->scalar_type() == ScalarType::Double,
+        "coefficients must be float32 or float64");
+  }
+  const int64_t rows = numerator.size(0), other = denominator.size(0), groups = std::max(rows, other);
+  STD_TORCH_CHECK(std::min(rows, other) == 1 || rows == other, "coefficients must have the same number of rows, or one");
+  STD_TORCH_CHECK(numerator.size(1) > 0, "numerator must have a column");
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  const int64_t scalars = x.numel();
+  if (scalars == 0) return;
+  STD_TORCH_CHECK(width > 0 && scalars % (groups * width) == 0, "x must have a multiple of groups * width scalars");
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  STD_TORCH_CHECK(last == scalars - 1, "x must lie in memory without gaps");
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == x.dim() && t.scalar_type() == x.scalar_type(), name, " must be like x");
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(t.size(d) == x.size(d) && (x.size(d) == 1 || t.stride(d) == x.stride(d)), name, " must lie in memory like x");
+}
+
+template <class F>
+void with_storage(Storage storage, const F& f) {
+  switch (storage) {
+    case Storage::float32: return f(Float32());
+    case Storage::float64: return f(Float64());
+    case Storage::float16: return f(Float16());
+    default: return f(BFloat16());
+  }
+}
+
+Tensor forward(Tensor x, Tensor numerator, Tensor denominator, bool absolute, int64_t width) {
+  check(x, numerator, denominator, width);
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  const Storage storage = storage_of(x);
+  with_storage(storage, [&](auto type) {
+    typedef decltype(type) T;
+    const Work<typename T::Arithmetic> work(storage, x.numel(), width, numerator, denominator, absolute, false);
+    run_forward<T>(work, x.const_data_ptr(), y.mutable_data_ptr());
+  });
+  return y;
+}
+
+// Columns of the sums, from `first` on, as the gradient of coefficients; a row that is shared gets the sums of all groups.
+template <class C>
+void gather(const std::vector<double>& sums, int64_t columns, int64_t first, const Tensor& like, bool absolute, void* to) {
+  const int64_t rows = like.size(0), count = like.size(1), groups = static_cast<int64_t>(sums.size()) / columns;
+  const C* coefficients = static_cast<const C*>(like.const_data_ptr());
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < count; ++k) {
+      double sum = 0;
+      for (int64_t g = row; g < (rows == 1 ? groups : row + 1); ++g) sum += sums[g * columns + first + k];
+      const int64_t i = row * count + k;
+      static_cast<C*>(to)[i] = static_cast<C>(absolute && coefficients[i] < 0 ? -sum : sum);  // d|b| = sign(b) db
+    }
+}
+
+Tensor gradient_of(
+    const Tensor& coefficients, const std::vector<double>& sums, int64_t columns, int64_t first, bool absolute) {
+  Tensor result = torch::stable::empty_like(coefficients);
+  void* to = result.mutable_data_ptr();
+  if (coefficients.scalar_type() == ScalarType::Double)
+    gather<double>(sums, columns, first, coefficients, absolute, to);
+  else
+    gather<float>(sums, columns, first, coefficients, absolute, to);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor x, Tensor numerator, Tensor denominator, bool absolute, int64_t width, std::optional<Tensor> y) {
+  check(x, numerator, denominator, width);
+  check_like("grad", grad, x);
+  if (y) check_like("y", *y, x);
+  Tensor dx = torch::stable::empty_like(x);
+  const int64_t columns = numerator.size(1) + denominator.size(1);
+  std::vector<double> sums(std::max(numerator.size(0), denominator.size(0)) * columns, 0.0);
+  const Storage storage = storage_of(x);
+  if (x.numel() > 0)
+    with_storage(storage, [&](auto type) {
+      typedef decltype(type) T;
+      const Work<typename T::Arithmetic> work(storage, x.numel(), width, numerator, denominator, absolute, true);
+      sums = run_backward<T>(
+          work, grad.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), y ? y->mutable_data_ptr() : nullptr);
+    });
+  return {
+      dx,
+      gradient_of(numerator, sums, columns, 0, false),
+      gradient_of(denominator, sums, columns, numerator.size(1), absolute)};
+}
+
+}  // namespace
+}  // namespace grkan
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grkan, m) {
+  m.def("cpu_forward(Tensor x, Tensor numerator, Tensor denominator, bool absolute, int width) -> Tensor");
+  m.def(
+      "cpu_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, bool absolute, int width, Tensor(a!)? y) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grkan, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&grkan::forward));
+  m.impl("cpu_backward", TORCH_BOX(&grkan::backward));
+}

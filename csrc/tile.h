@@ -1,0 +1,442 @@
+// The vector code: F and its gradients on one tile. Compiled once for each instruction set, by files that define
+//
+//     GRKAN_ISA     a namespace
+//     GRKAN_BYTES   the size of a vector: 16, 32 or 64
+//
+// and may turn instructions on, after they have included the headers of the standard library: what those define inline must
+// not be compiled for instructions that the machine may lack. So nothing of the standard library is used below.
+//
+// Vectors are those of GCC and Clang, with element-wise operators. Products and sums contract to fused multiply-adds
+// (-ffp-contract=fast), which the sign of A relies on, see `denominator`.
+
+namespace grkan {
+namespace GRKAN_ISA {
+
+#define GRKAN_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define GRKAN_UNROLL _Pragma("unroll")
+#else
+#define GRKAN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+template <class S>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Real __attribute__((vector_size(GRKAN_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(GRKAN_BYTES)));
+  static constexpr int32_t sign = INT32_MIN, infinity = 0x7f800000;
+};
+template <>
+struct VectorOf<double> {
+  typedef double Real __attribute__((vector_size(GRKAN_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(GRKAN_BYTES)));
+  static constexpr int64_t sign = INT64_MIN, infinity = 0x7ff0000000000000;
+};
+template <class S>
+using Real = typename VectorOf<S>::Real;
+template <class S>
+using Bits = typename VectorOf<S>::Bits;
+template <class S>
+constexpr int lanes = GRKAN_BYTES / sizeof(S);
+
+typedef float Floats __attribute__((vector_size(GRKAN_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(GRKAN_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(GRKAN_BYTES / 2)));
+
+// Types of 16 bits. float32 and float64 are stored as they are computed with.
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+// bfloat16 read as words of 32 bits, each of which holds two: one vector of the even scalars and one of the odd ones take
+// two operations, where widening them side by side takes twice as many, and narrowing three times.
+struct bfloat16_pairs {
+  uint16_t bits;
+};
+
+// Rounds to the nearest, ties to even; the result is in the upper halves. A NaN has zeros in its lower half and so stays
+// one: it was read from 16 bits, computed, or comes from the coefficients, where `make_table` sees to that.
+GRKAN_INLINE Words round_to_bfloat16(Floats x) { return (Words)x + 0x7fff + (((Words)x >> 16) & 1); }
+
+GRKAN_INLINE Floats widen(Halves h, bfloat16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+GRKAN_INLINE Halves narrow(Floats x, bfloat16) { return __builtin_convertvector(round_to_bfloat16(x) >> 16, Halves); }
+
+#if defined(GRKAN_F16C)
+GRKAN_INLINE Floats widen(Halves h, float16) { return GRKAN_WIDEN_F16(h); }
+GRKAN_INLINE Halves narrow(Floats x, float16) { return GRKAN_NARROW_F16(x); }
+#else
+// By arithmetic on the bits, as few machines without these instructions matter.
+GRKAN_INLINE Floats widen(Halves h, float16) {
+  Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000) << 16, rest = w & 0x7fff;
+  // Shifted into place the exponent is off by 112: multiplying by 2^112 mends normal and subnormal numbers alike.
+  Floats scaled = (Floats)(rest << 13) * 0x1p112f;
+  Words special = (Words)(rest >= 0x7c00);
+  return (Floats)(sign | (special & (0x7f800000 | (rest << 13))) | (~special & (Words)scaled));
+}
+
+GRKAN_INLINE Halves narrow(Floats x, float16) {
+  Words bits = (Words)x, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  // Normal numbers: round to the nearest, ties to even, and move the exponent by 112; what carries beyond is infinity.
+  Words normal = (rest + 0xfff + ((rest >> 13) & 1) - (112u << 23)) >> 13;
+  Words overflows = (Words)(rest >= 0x477ff000);
+  normal = (overflows & 0x7c00) | (~overflows & normal);
+  // Subnormal ones: adding 0.5 rounds to units of 2^-24, which are then the last bits.
+  Words subnormal = (Words)((Floats)rest + 0.5f) - 0x3f000000;
+  Words small = (Words)(rest < 0x38800000);
+  Words half = (small & subnormal) | (~small & normal);
+  Words is_nan = (Words)(rest > 0x7f800000);
+  half = (is_nan & 0x7e00) | (~is_nan & half);
+  return __builtin_convertvector(half | sign, Halves);
+}
+#endif
+
+template <class T>
+struct ArithmeticOf {
+  typedef float type;
+};
+template <>
+struct ArithmeticOf<double> {
+  typedef double type;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
+
+// A unit is what is read and written at once: one vector, or a pair.
+template <class T>
+constexpr int vectors = __is_same(T, bfloat16_pairs) ? 2 : 1;
+template <class T>
+constexpr int unit = lanes<Arithmetic<T>> * vectors<T>;
+
+template <class T>
+GRKAN_INLINE void load(const T* p, Real<Arithmetic<T>>* x) {
+  if constexpr (vectors<T> == 2) {
+    Words words;
+    __builtin_memcpy(&words, p, sizeof words);
+    x[0] = (Floats)(words << 16);
+    x[1] = (Floats)(words & 0xffff0000);
+  } else if constexpr (sizeof(T) == 2) {
+    Halves h;
+    __builtin_memcpy(&h, p, sizeof h);
+    *x = widen(h, T());
+  } else {
+    __builtin_memcpy(x, p, sizeof *x);
+  }
+}
+
+template <class T>
+GRKAN_INLINE void store(T* p, const Real<Arithmetic<T>>* x) {
+  if constexpr (vectors<T> == 2) {
+    Words words = (round_to_bfloat16(x[0]) >> 16) | (round_to_bfloat16(x[1]) & 0xffff0000);
+    __builtin_memcpy(p, &words, sizeof words);
+  } else if constexpr (sizeof(T) == 2) {
+    Halves h = narrow(*x, T());
+    __builtin_memcpy(p, &h, sizeof h);
+  } else {
+    __builtin_memcpy(p, x, sizeof *x);
+  }
+}
+
+// What is left of a row behind its last whole unit goes through a buffer.
+template <class T>
+struct Partial {
+  T values[unit<T>] = {};
+};
+
+// The orders that have code of their own, and any other.
+
+template <int M, int N>
+struct Fixed {
+  explicit Fixed(const int, const int) {}
+  static constexpr int m = M, n = N;
+  static constexpr int sums = M + 1 + N, entry = 2 * M + 1 + 2 * N;
+};
+struct Any {
+  int m, n, sums, entry;
+  explicit Any(int m, int n) : m(m), n(n), sums(m + 1 + n), entry(2 * m + 1 + 2 * n) {}
+};
+
+template <class S>
+GRKAN_INLINE Real<S> absolute(Real<S> x) {
+  return (Real<S>)((Bits<S>)x & ~VectorOf<S>::sign);
+}
+
+// The sign bit of x, but that of +0 for both zeros.
+template <class S>
+GRKAN_INLINE Bits<S> sign_bit(Real<S> x) {
+  return (Bits<S>)(x + S(0)) & VectorOf<S>::sign;
+}
+
+template <class S>
+GRKAN_INLINE Real<S> flip(Real<S> x, Bits<S> sign) {
+  return (Real<S>)((Bits<S>)x ^ sign);
+}
+
+template <class S>
+GRKAN_INLINE Real<S> horner(const Real<S>* c, int degree, Real<S> x) {
+  Real<S> value = c[degree];
+  GRKAN_UNROLL
+  for (int i = degree - 1; i >= 0; --i) value = value * x + c[i];
+  return value;
+}
+
+// A(t), for n >= 1. The last step adds +0 in a fused operation: that makes a zero +0, whose sign is +1 by convention, and
+// leaves the sign of a number that underflows.
+template <class S>
+GRKAN_INLINE Real<S> inner(const Real<S>* b, int n, Real<S> t) {
+  return horner<S>(b, n - 1, t) * t + S(0);
+}
+
+template <class S, bool Absolute, class O>
+GRKAN_INLINE Real<S> value(Real<S> x, const Real<S>* c, const O& o) {
+  Real<S> p = horner<S>(c, o.m, x);
+  if (o.n == 0) return o.m == 0 ? p + S(0) * x : p;  // NaN stays NaN
+  Real<S> a = inner<S>(c + o.m + 1, o.n, Absolute ? absolute<S>(x) : x);
+  return p / (S(1) + (Absolute ? a : absolute<S>(a)));
+}
+
+// dx; adds the terms of da and db to sums, and gives F in y.
+//
+// With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = u (P' + v A'). Products in this order underflow no
+// sooner than their results; g F / Q would.
+template <class S, bool Absolute, class O>
+GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* sums, Real<S>& y, const O& o) {
+  const Real<S>*a = c, *b = a + o.m + 1, *da = b + o.n, *db = da + o.m;
+  Real<S> p = horner<S>(a, o.m, x), u = g, v = {}, odd = {}, slope = {};
+  if (o.n > 0) {
+    Real<S> t = Absolute ? absolute<S>(x) : x;
+    Real<S> inside = inner<S>(b, o.n, t);
+    Real<S> inverse = S(1) / (S(1) + (Absolute ? inside : absolute<S>(inside)));
+    u = g * inverse;
+    y = p * inverse;
+    slope = horner<S>(db, o.n - 1, t);
+    if (Absolute) {
+      v = -y;
+      odd = flip<S>(v, sign_bit<S>(x));  // for the odd powers of |x|, of which the sums below have those of x
+      slope = flip<S>(slope, sign_bit<S>(x));
+    } else {
+      v = odd = flip<S>(y, ~(Bits<S>)inside & VectorOf<S>::sign);
+    }
+  } else {
+    y = p;
+  }
+  Real<S> derivative = v * slope;
+  if (o.m > 0) derivative += horner<S>(da, o.m - 1, x);
+  Real<S> term = u;
+  sums[0] += term;
+  GRKAN_UNROLL
+  for (int i = 1; i <= (o.m > o.n ? o.m : o.n); ++i) {
+    term *= x;
+    if (i <= o.m) sums[i] += term;
+    if (i <= o.n) sums[o.m + i] += term * (i % 2 ? odd : v);
+  }
+  return u * derivative;
+}
+
+// The largest |x| met, as its bits: integers order those of floats, with NaN above all. Too small a number counts as NaN;
+// only `Any` looks for such.
+template <class S, class O>
+GRKAN_INLINE void widen_range(Bits<S>& largest, Real<S> x, const Plan<S>& plan) {
+  Bits<S> bits = (Bits<S>)x & ~VectorOf<S>::sign;
+  if constexpr (__is_same(O, Any)) {
+    Real<S> size = (Real<S>)bits;
+    bits |= (size < plan.smallest) & (size > S(0)) & ~VectorOf<S>::sign;
+  }
+  largest = bits > largest ? bits : largest;
+}
+
+template <class S>
+GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
+  decltype(VectorOf<S>::sign + 0) limit;
+  __builtin_memcpy(&limit, &plan.limit, sizeof limit);
+  bool fits = true;
+  for (int i = 0; i < lanes<S>; ++i) fits &= largest[i] <= limit;
+  return fits;
+}
+
+// Rows that are worked on together, so that the coefficients and sums of a short run are fetched once for all of them.
+GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
+
+template <class T, bool Absolute, class O>
+static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, const T* x, T* y, const O& o) {
+  typedef Arithmetic<T> S;
+  Bits<S> largest = {};
+  auto one = [&](const T* from, T* to, const Real<S>* c) __attribute__((always_inline)) {
+    Real<S> z[vectors<T>];
+    load(from, z);
+  GRKAN_UNROLL
+    for (int i = 0; i < vectors<T>; ++i) {
+      widen_range<S, O>(largest, z[i], plan);
+      z[i] = value<S, Absolute>(z[i], c, o);
+    }
+    store(to, z);
+  };
+  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
+  for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
+    const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
+    for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
+      const Run run = plan.runs[k];
+      const Real<S>* c = reinterpret_cast<const Real<S>*>(plan.table) + run.entry * o.sums;
+      Real<S> copy[16];
+      if constexpr (!__is_same(O, Any)) {  // a copy that no store can change stays in registers
+  GRKAN_UNROLL
+        for (int i = 0; i < o.sums; ++i) copy[i] = c[i];
+        c = copy;
+      }
+      for (int64_t row = first; row < last; ++row) {
+        const T* from = x + row * size + run.offset;
+        T* to = y + row * size + run.offset;
+        const int64_t whole = run.units * unit<T>;
+        for (int64_t i = 0; i < whole; i += unit<T>) one(from + i, to + i, c);
+        if (run.tail) {
+          Partial<T> buffer;
+          __builtin_memcpy(buffer.values, from + whole, run.tail * sizeof(T));
+          one(buffer.values, buffer.values, c);
+          __builtin_memcpy(to + whole, buffer.values, run.tail * sizeof(T));
+        }
+      }
+    }
+  }
+  return within<S>(largest, plan);
+}
+
+template <class T, bool Absolute, bool Skip, bool Output, class O>
+static bool backward_order(
+    const Plan<Arithmetic<T>>& plan,
+    const Tile& tile,
+    const T* grad,
+    const T* x,
+    T* dx,
+    T* y,
+    Arithmetic<T>* all_sums,
+    const O& o) {
+  typedef Arithmetic<T> S;
+  Bits<S> largest = {};
+  auto one = [&](const T* grad, const T* x, T* dx, T* y, const Real<S>* c, Real<S>* sums) __attribute__((always_inline)) {
+    Real<S> z[vectors<T>], g[vectors<T>], f[vectors<T>];
+    load(x, z);
+    load(grad, g);
+  GRKAN_UNROLL
+    for (int i = 0; i < vectors<T>; ++i) {
+      if constexpr (Skip) {
+        Real<S> size = absolute<S>(z[i]);
+        Bits<S> inside = (size <= plan.limit) & (size >= plan.smallest);
+        z[i] = (Real<S>)((Bits<S>)z[i] & inside);
+        g[i] = (Real<S>)((Bits<S>)g[i] & inside);
+      } else {
+        widen_range<S, O>(largest, z[i], plan);
+      }
+      g[i] = gradient<S, Absolute>(g[i], z[i], c, sums, f[i], o);
+    }
+    store(dx, g);
+    if constexpr (Output) store(y, f);
+  };
+  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
+  for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
+    const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
+    for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
+      const Run run = plan.runs[k];
+      const Real<S>* c = reinterpret_cast<const Real<S>*>(plan.table) + run.entry * o.entry;
+      Real<S>*total = reinterpret_cast<Real<S>*>(all_sums) + run.entry * o.sums, *sums = total;
+      Real<S> copy[16];
+      if constexpr (!__is_same(O, Any)) {
+  GRKAN_UNROLL
+        for (int i = 0; i < o.sums; ++i) copy[i] = total[i];
+        sums = copy;
+      }
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
+        for (int64_t i = start; i < end; i += unit<T>) one(grad + i, x + i, dx + i, y + i, c, sums);
+        if (run.tail) {
+          Partial<T> g, from, to, value;
+          __builtin_memcpy(g.values, grad + end, run.tail * sizeof(T));
+          __builtin_memcpy(from.values, x + end, run.tail * sizeof(T));
+          one(g.values, from.values, to.values, value.values, c, sums);
+          __builtin_memcpy(dx + end, to.values, run.tail * sizeof(T));
+          if (Output) __builtin_memcpy(y + end, value.values, run.tail * sizeof(T));
+        }
+      }
+      if constexpr (!__is_same(O, Any)) {
+  GRKAN_UNROLL
+        for (int i = 0; i < o.sums; ++i) total[i] = copy[i];
+      }
+    }
+  }
+  return within<S>(largest, plan);
+}
+
+// From values to template arguments.
+
+struct No {
+  static constexpr bool value = false;
+};
+struct Yes {
+  static constexpr bool value = true;
+};
+
+template <class S, class F>
+GRKAN_INLINE bool with_order(const Plan<S>& plan, const F& f) {
+  if (plan.smallest > 0) return f(Any(plan.m, plan.n));
+  if (plan.m == 5 && plan.n == 4) return f(Fixed<5, 4>(5, 4));
+  if (plan.m == 7 && plan.n == 6) return f(Fixed<7, 6>(7, 6));
+  return f(Any(plan.m, plan.n));
+}
+
+template <class T>
+static bool forward_type(const void* plan_, const Tile& tile, const void* x_, void* y_) {
+  const auto& plan = *static_cast<const Plan<Arithmetic<T>>*>(plan_);
+  const T* x = static_cast<const T*>(x_);
+  T* y = static_cast<T*>(y_);
+  return with_order(plan, [&](auto o) {
+    return plan.absolute ? forward_order<T, true>(plan, tile, x, y, o) : forward_order<T, false>(plan, tile, x, y, o);
+  });
+}
+
+template <class T>
+static bool backward_type(
+    const void* plan_, const Tile& tile, bool skip, const void* grad_, const void* x_, void* dx_, void* y_, void* sums_) {
+  typedef Arithmetic<T> S;
+  const auto& plan = *static_cast<const Plan<S>*>(plan_);
+  const T *grad = static_cast<const T*>(grad_), *x = static_cast<const T*>(x_);
+  T *dx = static_cast<T*>(dx_), *y = static_cast<T*>(y_);
+  S* sums = static_cast<S*>(sums_);
+  auto run = [&](auto absolute, auto skip, auto output, auto o) {
+    return backward_order<T, absolute.value, skip.value, output.value>(plan, tile, grad, x, dx, y, sums, o);
+  };
+  auto with_output = [&](auto absolute, auto skip, auto o) {
+    return y ? run(absolute, skip, Yes(), o) : run(absolute, skip, No(), o);
+  };
+  auto with_form = [&](auto skip, auto o) {
+    return plan.absolute ? with_output(Yes(), skip, o) : with_output(No(), skip, o);
+  };
+  if (skip) return with_form(Yes(), Any(plan.m, plan.n));  // rare: it needs no code for each order
+  return with_order(plan, [&](auto o) { return with_form(No(), o); });
+}
+
+static bool forward(Storage type, const void* plan, const Tile& tile, const void* x, void* y) {
+  switch (type) {
+    case Storage::float32: return forward_type<float>(plan, tile, x, y);
+    case Storage::float64: return forward_type<double>(plan, tile, x, y);
+    case Storage::bfloat16: return forward_type<bfloat16>(plan, tile, x, y);
+    case Storage::bfloat16_pairs: return forward_type<bfloat16_pairs>(plan, tile, x, y);
+    default: return forward_type<float16>(plan, tile, x, y);
+  }
+}
+
+static bool backward(
+    Storage type, const void* plan, const Tile& tile, bool skip, const void* grad, const void* x, void* dx, void* y, void* sums) {
+  switch (type) {
+    case Storage::float32: return backward_type<float>(plan, tile, skip, grad, x, dx, y, sums);
+    case Storage::float64: return backward_type<double>(plan, tile, skip, grad, x, dx, y, sums);
+    case Storage::bfloat16: return backward_type<bfloat16>(plan, tile, skip, grad, x, dx, y, sums);
+    case Storage::bfloat16_pairs: return backward_type<bfloat16_pairs>(plan, tile, skip, grad, x, dx, y, sums);
+    default: return backward_type<float16>(plan, tile, skip, grad, x, dx, y, sums);
+  }
+}
+
+static const Kernels kernels = {lanes<float>, lanes<double>, forward, backward};
+
+}  // namespace GRKAN_ISA
+}  // namespace grkan

@@ -1,0 +1,12 @@
+// Vectors of 128 bits, which SSE2 and NEON have, and compilers make of anything else.
+#include <cstdint>
+
+#include "plan.h"
+
+#define GRKAN_ISA portable
+#define GRKAN_BYTES 16
+#include "tile.h"
+
+namespace grkan {
+const Kernels* portable_kernels() { return &portable::kernels; }
+}  // namespace grkan
