@@ -77,7 +77,7 @@ def assert_rounds_to(actual, expected, dtype, what):
 
 
 def every_way(x, a, b, form, dtype):
-    """Yield (name, F, dx, da, db) for one scalar: autograd of the definition, the closed form, and a kernel if built."""
+    """Yield (name, F, dx, da, db) for one scalar: autograd of the definition, the closed form, a kernel if built."""
     x = torch.tensor([[x]], dtype=dtype, requires_grad=True)
     a = torch.tensor([a], dtype=dtype, requires_grad=True)
     b = torch.tensor([b], dtype=dtype, requires_grad=True)
