@@ -2,12 +2,13 @@
 //
 //     GRKAN_ISA     a namespace
 //     GRKAN_BYTES   the size of a vector: 16, 32 or 64
+//     GRKAN_FMA     if products and sums contract to fused multiply-adds, which -ffp-contract=fast asks for
+//     GRKAN_F16C    if there are GRKAN_WIDEN_F16 and GRKAN_NARROW_F16
 //
 // and may turn instructions on, after they have included the headers of the standard library: what those define inline must
 // not be compiled for instructions that the machine may lack. So nothing of the standard library is used below.
 //
-// Vectors are those of GCC and Clang, with element-wise operators. Products and sums contract to fused multiply-adds
-// (-ffp-contract=fast), which the sign of A relies on, see `denominator`.
+// Vectors are those of GCC and Clang, with element-wise operators.
 
 namespace grkan {
 namespace GRKAN_ISA {
@@ -25,13 +26,13 @@ template <>
 struct VectorOf<float> {
   typedef float Real __attribute__((vector_size(GRKAN_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(GRKAN_BYTES)));
-  static constexpr int32_t sign = INT32_MIN, infinity = 0x7f800000;
+  static constexpr int32_t sign = INT32_MIN;
 };
 template <>
 struct VectorOf<double> {
   typedef double Real __attribute__((vector_size(GRKAN_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(GRKAN_BYTES)));
-  static constexpr int64_t sign = INT64_MIN, infinity = 0x7ff0000000000000;
+  static constexpr int64_t sign = INT64_MIN;
 };
 template <class S>
 using Real = typename VectorOf<S>::Real;
@@ -182,11 +183,17 @@ GRKAN_INLINE Real<S> horner(const Real<S>* c, int degree, Real<S> x) {
   return value;
 }
 
-// A(t), for n >= 1. The last step adds +0 in a fused operation: that makes a zero +0, whose sign is +1 by convention, and
-// leaves the sign of a number that underflows.
+// A(t), for n >= 1. A zero is +0, whose sign is +1 by convention, but what underflows keeps its sign.
 template <class S>
 GRKAN_INLINE Real<S> inner(const Real<S>* b, int n, Real<S> t) {
-  return horner<S>(b, n - 1, t) * t + S(0);
+  Real<S> last = horner<S>(b, n - 1, t);
+#if defined(GRKAN_FMA)
+  return last * t + S(0);  // adding +0 in a fused operation does just that
+#else
+  Bits<S> zero = (last == S(0)) | (t == S(0));
+  Bits<S> sign = ((Bits<S>)last ^ (Bits<S>)t) & VectorOf<S>::sign & ~zero;
+  return (Real<S>)(((Bits<S>)(last * t) & ~VectorOf<S>::sign) | sign);
+#endif
 }
 
 template <class S, bool Absolute, class O>

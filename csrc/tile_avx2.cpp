@@ -13,6 +13,7 @@
 
 #define GRKAN_ISA avx2
 #define GRKAN_BYTES 32
+#define GRKAN_FMA
 #define GRKAN_F16C
 #define GRKAN_WIDEN_F16(h) (Floats) _mm256_cvtph_ps((__m128i)(h))
 #define GRKAN_NARROW_F16(x) (Halves) _mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT)

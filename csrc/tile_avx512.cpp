@@ -13,6 +13,7 @@
 
 #define GRKAN_ISA avx512
 #define GRKAN_BYTES 64
+#define GRKAN_FMA
 #define GRKAN_F16C
 #define GRKAN_WIDEN_F16(h) (Floats) _mm512_cvtph_ps((__m256i)(h))
 #define GRKAN_NARROW_F16(x) (Halves) _mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT)

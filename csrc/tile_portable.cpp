@@ -5,6 +5,9 @@
 
 #define GRKAN_ISA portable
 #define GRKAN_BYTES 16
+#if defined(__FMA__) || defined(__aarch64__)
+#define GRKAN_FMA
+#endif
 #include "tile.h"
 
 namespace grkan {

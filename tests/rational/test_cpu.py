@@ -1,0 +1,243 @@
+"""The C++ kernel: what the grid of `test_op.py` and the exact arithmetic of `test_reference.py` do not ask."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from grkan.rational import cpu, op
+from grkan.rational.reference import FORMS, rational, rational_backward
+
+pytestmark = pytest.mark.skipif("cpu" not in op.KERNELS, reason="the CPU kernel is not built")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+# rows, groups, width: vectors of one group, of several, and partial ones; tiles of rows, and of parts of a row.
+SIZES = [
+    (1, 1, 1),
+    (5, 8, 1),
+    (3, 5, 7),
+    (197, 8, 24),
+    (300, 8, 96),
+    (3, 2, 1023),
+    (9, 192, 1),
+    (1, 3, 100_001),
+    (2, 4, 40_000),
+]
+
+
+def inputs(size, order=(5, 4), dtype=torch.float32, seed=0):
+    """x, grad, numerator, denominator; coefficients of the size that fits have, so that no sum is all cancellation."""
+    rows, groups, width = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    x, grad = draw(rows, groups, width).to(dtype), draw(rows, groups, width).to(dtype)
+    return x, grad, draw(groups, order[0] + 1).to(wide), draw(groups, order[1]).to(wide)
+
+
+def run(x, grad, a, b, form):
+    """y, dx, da, db of the kernel."""
+    width = x.shape[-1]
+    dx, da, db, y = cpu.backward(grad, x, a, b, form, width, True)
+    torch.testing.assert_close(cpu.forward(x, a, b, form, width), y, equal_nan=True)
+    return y, dx, da, db
+
+
+def assert_right(x, grad, a, b, form):
+    y, dx, da, db = run(x, grad, a, b, form)
+    exact = [t.double() for t in (x, a, b)]
+    wanted_dx, wanted_da, wanted_db = rational_backward(grad.double(), *exact, form)
+    rtol = TOLERANCE[x.dtype]
+    # An infinity of the narrower type is where float64 has a large number.
+    torch.testing.assert_close(y, rational(*exact, form).to(x.dtype), rtol=rtol, atol=rtol, equal_nan=True)
+    torch.testing.assert_close(dx, wanted_dx.to(x.dtype), rtol=rtol, atol=rtol, equal_nan=True)
+    for actual, wanted in ((da, wanted_da), (db, wanted_db)):
+        if wanted.numel():
+            scale = max(1.0, wanted.abs().max().item())
+            torch.testing.assert_close(actual.double() / scale, wanted / scale, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_way_to_cut_a_tensor(size, form, dtype):
+    assert_right(*inputs(size, dtype=dtype), form)
+
+
+EXTREMES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-30, -1e-30, 9e3, -6e5, 1e7, -1e20, 3e38, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [(5, 4), (7, 6), (3, 2), (4, 5)], ids=str)
+@pytest.mark.parametrize("size", [(40, 8, 24), (3, 2, 1023), (30, 7, 1)], ids=str)
+def test_extremes_among_others(size, order, form, dtype):
+    """They take the slow path; what is beside them in a vector does not change."""
+    x, grad, a, b = inputs(size, order, dtype)
+    at = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(1))[: 4 * len(EXTREMES)]
+    x.view(-1)[at] = torch.tensor(EXTREMES, dtype=torch.float64).repeat(4).to(dtype)
+    # The terms of large x would drown the others in the sums.
+    grad.view(-1)[at] *= torch.where(x.view(-1)[at].abs() > 1e3, 0.0, 1.0).to(dtype)
+    assert_right(x, grad, a, b, form)
+    grad.view(-1)[at] = 1.0
+    y, dx, _, _ = run(x, grad, a, b, form)
+    exact = [t.double() for t in (x, a, b)]
+    wanted = rational(*exact, form), rational_backward(grad.double(), *exact, form)[0]
+    for actual, expected in zip((y, dx), wanted, strict=True):
+        rtol = TOLERANCE[dtype]
+        torch.testing.assert_close(actual, expected.to(dtype), rtol=rtol, atol=rtol, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays_alone(form, dtype):
+    x, grad, a, b = inputs((20, 8, 24), dtype=dtype)
+    clean = run(x, grad, a, b, form)
+    x[3, 2, 5] = torch.nan
+    y, dx, da, db = run(x, grad, a, b, form)
+    for actual, expected in ((y, clean[0]), (dx, clean[1])):
+        assert actual[3, 2, 5].isnan()
+        expected[3, 2, 5] = torch.nan
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    assert da[2].isnan().all()
+    assert db[2].isnan().all()
+    others = [g for g in range(8) if g != 2]
+    torch.testing.assert_close(da[others], clean[2][others])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [65536, 65535])  # even widths of bfloat16 are read in pairs
+def test_every_number_of_16_bits_is_read_and_written(width, dtype):
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[:width].reshape(1, 1, -1)
+    a, b = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 0)
+    y = cpu.forward(x, a, b, "abs_of_sum", width)
+    torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [65536, 65535])
+def test_rounding_to_16_bits_is_to_the_nearest_even(width, dtype):
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[:width].reshape(1, 1, -1)
+    x = torch.where(x.isfinite(), x, 1.0)
+    for factor in (0.7, 1.0009765625, 1.00390625, 2.0**-20):
+        y = cpu.forward(x, torch.tensor([[0.0, factor]]), torch.zeros(1, 0), "abs_of_sum", width)
+        assert torch.equal(y, (x.float() * factor).to(dtype))
+
+
+@pytest.mark.parametrize("size", [(8 * 197, 8, 24), (8 * 197, 8, 96), (1, 3, 100_001), (4, 2, 40_000)], ids=str)
+def test_the_same_bits_with_any_number_of_threads(size):
+    arguments = inputs(size)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.append(run(*arguments, "abs_of_sum"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(t, first) for t, first in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_five_million_terms(dtype, form):
+    """Within 1e-6 of the sum of the absolute terms."""
+    x, grad, a, b = inputs((6000, 8, 105), dtype=dtype)
+    _, _, da, db = run(x, grad, a, b, form)
+    x, grad, a, b = (t.double() for t in (x, grad, a, b))
+    wanted = rational_backward(grad, x, a, b, form)[1:]
+    # With |grad|, |x| and, in F, an upper bound instead of P / Q every term is at least its absolute value or more.
+    q = 1 / rational(x, torch.ones(8, 1).double(), b, form)
+    y = rational(x, a, b, form).abs()
+    for i in range(6):
+        bound = (grad.abs() / q * x.abs() ** i).sum((0, 2))
+        assert ((da[:, i] - wanted[0][:, i]).abs() <= 1e-6 * bound).all()
+    for j in range(4):
+        bound = (grad.abs() / q * y * x.abs() ** (j + 1)).sum((0, 2))
+        assert ((db[:, j] - wanted[1][:, j]).abs() <= 1e-6 * bound).all()
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [(5, 4), (7, 6), (2, 3)], ids=str)
+def test_sign_of_both_zeros_is_plus_one(order, form, zero):
+    """At b = 0 the derivative with respect to b_j is -x P |x|^j or -P x^j, as for b slightly above zero."""
+    x, grad, a, _ = inputs((16, 4, 24), order)
+    b = torch.full((4, order[1]), zero)
+    x[0, 0, :2] = torch.tensor([0.0, -0.0])
+    assert_right(x, grad, a, b, form)
+
+
+def test_mistakes_in_calling_the_operator_do_not_reach_memory():
+    x, grad, a, b = inputs((3, 4, 8))
+    forward, backward = torch.ops.grkan.cpu_forward, torch.ops.grkan.cpu_backward
+    for arguments, message in [
+        ((x.long(), a, b, False, 8), "x must be float16"),
+        ((x, a.half(), b, False, 8), "float32 or float64"),
+        ((x, a[:2], b, False, 8), "same number of rows"),
+        ((x, a[:, :0], b, False, 8), "numerator must have a column"),
+        ((x, a, b[0], False, 8), "2-D"),
+        ((x, a, b.T.contiguous().T, False, 8), "contiguous"),
+        ((x, a, b, False, 5), "multiple of groups"),
+        ((x, a, b, False, 0), "multiple of groups"),
+        ((x[:, :, ::2], a, b, False, 4), "without gaps"),
+        ((x[:1].expand(3, 4, 8), a, b, False, 8), "without gaps"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            forward(*arguments)
+    for bad in (grad[:2], grad.double(), grad.transpose(0, 1).contiguous().transpose(0, 1)):
+        with pytest.raises(RuntimeError, match="grad must"):
+            backward(bad, x, a, b, False, 8, None)
+    with pytest.raises(RuntimeError, match="y must"):
+        backward(grad, x, a, b, False, 8, x[:1].clone())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CAPABILITY_OF_THIS_TEST" in os.environ, reason="runs itself")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_lesser_instruction_sets(capability):
+    """The same tests once more, as on a machine that has less."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "CAPABILITY_OF_THIS_TEST": capability}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    command += ["--import-mode=importlib", str(here / "test_cpu.py"), str(here / "test_reference.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parents[1])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+
+
+def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
+    """Built for another PyTorch, say: the reference computes, and a warning says what to do."""
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"no library")
+    program = (
+        "import warnings; from pathlib import Path; from grkan.rational import cpu\n"
+        f"cpu.LIBRARY = Path({str(broken)!r})\n"
+        "from grkan.rational import op\n"
+        "op.KERNELS.clear()\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warnings.simplefilter('always'); op._load_cpu_kernel()\n"
+        "print(len(op.KERNELS), found[0].message)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("0 grkan's kernel cannot be loaded")
+    assert "pip install --no-build-isolation" in result.stdout
+
+
+def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    monkeypatch.setattr(op, "_noticed", False)
+    x, _, a, b = inputs((3, 4, 8))
+    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --no-build-isolation"):
+        op.group_rational(x.flatten(1), a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.group_rational(x.flatten(1), a, b)
