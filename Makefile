@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
@@ -20,8 +20,25 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Rivals side by side; nothing else should run meanwhile. docs/benchmarks.md explains the tables.
+bench: $(VENV)/train.done
+	$(BIN)/grkan bench ops
+	$(BIN)/grkan bench layers
+	$(BIN)/grkan bench models
+
+# The kernel's tests once more, with the address and undefined-behaviour sanitizers watching it. Takes some ten minutes.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/test.done
+	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build \
+		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest tests/rational/test_cpu.py tests/rational/test_reference.py tests/rational/test_op.py \
+		-k "not compile and not export and not opcheck" -p no:cacheprovider
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build src/*.egg-info src/grkan/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +47,6 @@ $(VENV)/torch.done:
 	touch $@
 
 # An editable install with one extra: train.done, test.done, lint.done.
-$(VENV)/%.done: $(VENV)/torch.done pyproject.toml
+$(VENV)/%.done: $(VENV)/torch.done pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@

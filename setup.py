@@ -4,7 +4,6 @@
 installs without it, and so does a machine whose compiler fails: the reference in plain PyTorch then computes.
 """
 
-import platform
 import sys
 
 from setuptools import Extension, setup
@@ -23,8 +22,6 @@ def kernel() -> list[Extension]:
         return []
     names = ("rational", "tile_portable", "tile_avx2", "tile_avx512")
     flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
-    if platform.machine() == "arm64" and sys.platform == "darwin":
-        flags.append("-mmacosx-version-min=11.0")
     return [
         Extension(
             "grkan._C",
@@ -35,6 +32,7 @@ def kernel() -> list[Extension]:
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
             extra_compile_args=flags,
+            extra_link_args=["-Wl,--strip-debug"] if sys.platform == "linux" else [],
             optional=True,
             py_limited_api=True,
             language="c++",

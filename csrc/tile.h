@@ -15,7 +15,7 @@ namespace GRKAN_ISA {
 
 #define GRKAN_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
-#define GRKAN_UNROLL _Pragma("unroll")
+#define GRKAN_UNROLL  // it does so anyway
 #else
 #define GRKAN_UNROLL _Pragma("GCC unroll 16")
 #endif
@@ -151,12 +151,12 @@ struct Partial {
 template <int M, int N>
 struct Fixed {
   explicit Fixed(const int, const int) {}
-  static constexpr int m = M, n = N;
+  static constexpr int m = M, n = N, highest = M > N ? M : N;
   static constexpr int sums = M + 1 + N, entry = 2 * M + 1 + 2 * N;
 };
 struct Any {
-  int m, n, sums, entry;
-  explicit Any(int m, int n) : m(m), n(n), sums(m + 1 + n), entry(2 * m + 1 + 2 * n) {}
+  int m, n, highest, sums, entry;
+  explicit Any(int m, int n) : m(m), n(n), highest(m > n ? m : n), sums(m + 1 + n), entry(2 * m + 1 + 2 * n) {}
 };
 
 template <class S>
@@ -234,7 +234,7 @@ GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* s
   Real<S> term = u;
   sums[0] += term;
   GRKAN_UNROLL
-  for (int i = 1; i <= (o.m > o.n ? o.m : o.n); ++i) {
+  for (int i = 1; i <= o.highest; ++i) {
     term *= x;
     if (i <= o.m) sums[i] += term;
     if (i <= o.n) sums[o.m + i] += term * (i % 2 ? odd : v);
@@ -355,7 +355,7 @@ static bool backward_order(
       }
       for (int64_t row = first; row < last; ++row) {
         const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
-        for (int64_t i = start; i < end; i += unit<T>) one(grad + i, x + i, dx + i, y + i, c, sums);
+        for (int64_t i = start; i < end; i += unit<T>) one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
         if (run.tail) {
           Partial<T> g, from, to, value;
           __builtin_memcpy(g.values, grad + end, run.tail * sizeof(T));
