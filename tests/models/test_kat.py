@@ -128,12 +128,14 @@ def test_prune_intermediate_layers():
 def test_gradient_checkpointing():
     model = timm.create_model("kat_micro_patch2_8")
     x = images(model)
-    gradients = []
+    runs, gradients = [], []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append(model.grad_checkpointing))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert runs == [False, True, True]  # the backward runs it again
     torch.testing.assert_close(*gradients)
 
 
@@ -320,6 +322,8 @@ def test_mimetic_attention_under_fix_init_and_on_meta():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        ({"weight_init": "x"}, "weight_init must be '' or 'jax' or 'jax_nlhb' or 'moco' or 'reset' or 'skip'; got 'x'"),
+        ({"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "block_fn must use mlp_layer"),
         ({"num_groups": 7}, "in_features must be divisible by num_groups; got 96 and 7"),
         ({"mlp_ratio": 3.1}, "hidden_features must be divisible by num_groups; got 297 and 8"),
         ({"mlp_init": "xavier"}, "mlp_init must be 'variance_preserving' or 'trunc_normal'; got 'xavier'"),
@@ -332,6 +336,32 @@ def test_mimetic_attention_under_fix_init_and_on_meta():
 def test_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         timm.create_model("kat_micro_patch2_8", **arguments)
+
+
+@pytest.mark.parametrize("mlp_layer", [timm.layers.Mlp, timm.layers.SwiGLU])
+def test_an_mlp_layer_that_is_no_grkan(mlp_layer):
+    with pytest.raises(TypeError, match="mlp_layer must be GRKAN, or take its arguments num_groups, order, "):
+        timm.create_model("kat_micro_patch2_8", mlp_layer=mlp_layer)
+
+
+class Doubled(GRKAN):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_mlp_layer_and_a_block_that_use_grkan():
+    blocks = timm.models.vision_transformer.ParallelThingsBlock
+    model = timm.create_model("kat_micro_patch2_8", mlp_layer=Doubled, block_fn=blocks, num_groups=4)
+    assert len(no_weight_decay(model)) == 2 * 4 * len(model.blocks)
+    assert {type(m) for m in model.modules() if isinstance(m, GRKAN)} == {Doubled}
+    assert model(images(model)).isfinite().all()
+
+
+def test_an_unknown_start_of_the_twin():
+    with pytest.raises(ValueError, match=r"weight_init must be '' or .* got 'x'"):
+        timm.create_model("vit_micro_patch2_8", weight_init="x")
+    with pytest.raises(ValueError, match="mlp_init must be None or 'variance_preserving' or 'trunc_normal'; got 'x'"):
+        timm.create_model("vit_micro_patch2_8", mlp_init="x")
 
 
 def test_arguments_reach_the_layers():

@@ -66,4 +66,19 @@ def test_the_model_is_left_as_it_is(dtype):
 def test_a_size_that_the_model_does_not_take():
     model = timm.create_model("kat_micro_patch2_8")
     with pytest.raises(ValueError, match=r"does not take an input of input_size \(1, 9, 9\)"):
-        count_operations(model, (1, 9, 9))
+        count_operations(model, [1, 9, 9])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((3,), TypeError, r"model must be a torch\.nn\.Module; got 3"),
+        ((nn.Identity(), 5), TypeError, "input_size must be a sequence of ints, .* got 5"),
+        ((nn.Identity(), "abc"), TypeError, "input_size must be a sequence of ints, .* got 'abc'"),
+        ((nn.Identity(), (3.0,)), TypeError, "each number of input_size must be an int; got 3.0"),
+        ((nn.Identity(), (3, -1)), ValueError, "each number of input_size must be at least 1; got -1"),
+    ],
+)
+def test_errors(arguments, error, match):
+    with pytest.raises(error, match=match):
+        count_operations(*arguments)

@@ -95,7 +95,8 @@ def test_the_default_device_and_dtype_do_not_matter():
         ((lambda x: x[:2],), ValueError, r"shape of its argument"),
         (([0.0, 1.0],), TypeError, r"numerator with its denominator"),
         (("gelu", [0.5]), TypeError, r"numerator must be numbers; got 'gelu'"),
-        (("swich",), ValueError, r"'swish'"),
+        (("swich",), ValueError, r"^function_or_numerator must be one of .*'swish'"),
+        ((torch.nn.GELU,), TypeError, "what function_or_numerator returns must be numbers; got GELU"),
         ((torch.ones(2, 3), torch.ones(3, 2)), ValueError, r"\(2, 3\) and \(3, 2\)"),
     ],
 )
@@ -104,6 +105,7 @@ def test_errors(arguments, error, match):
         variance_gain(*arguments)
 
 
-def test_an_unknown_form():
-    with pytest.raises(ValueError, match="form must be 'abs_of_sum' or 'sum_of_abs'; got 'A'"):
-        variance_gain("gelu", form="A")
+@pytest.mark.parametrize(("form", "error"), [("A", ValueError), (3, TypeError)])
+def test_an_unknown_form(form, error):
+    with pytest.raises(error, match=f"form must be 'abs_of_sum' or 'sum_of_abs'; got {form!r}"):
+        variance_gain("gelu", form=form)

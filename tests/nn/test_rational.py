@@ -42,7 +42,7 @@ def test_the_identity_is_exact_for_every_order(order):
     assert torch.equal(GroupRational(2, "identity", order)(x), x)
 
 
-@pytest.mark.parametrize("init", ["gelu", np.tanh], ids=["name", "callable"])
+@pytest.mark.parametrize("init", ["gelu", np.tanh, nn.GELU()], ids=["name", "callable", "module"])
 def test_other_orders_and_callables_are_fitted(init):
     module = GroupRational(2, init, (4, 4))
     expected = fit(init, (4, 4))
@@ -153,14 +153,19 @@ def test_repr():
     ("arguments", "error", "match"),
     [
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1; got 0"),
-        ({"num_groups": 2.0}, TypeError, "num_groups must be an int; got float"),
+        ({"num_groups": 2.0}, TypeError, "num_groups must be an int; got 2.0"),
         ({"order": (5,)}, ValueError, r"order must be a pair \(m, n\).*got \(5,\)"),
         ({"order": (5, -1)}, ValueError, "order must be a pair"),
         ({"order": 5}, TypeError, "order must be a pair"),
+        ({"order": (5.0, 4)}, TypeError, "order must be a pair"),
+        ({"form": 3}, TypeError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 3"),
+        ({"share_numerator": "a"}, TypeError, "share_numerator must be a bool; got 'a'"),
         ({"form": "B"}, ValueError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 'B'"),
-        ({"channel_dim": "1"}, TypeError, "channel_dim must be an int; got str"),
+        ({"channel_dim": "1"}, TypeError, "channel_dim must be an int; got '1'"),
         ({"dtype": torch.int32}, TypeError, "dtype must be a floating dtype; got torch.int32"),
-        ({"init": "swich"}, ValueError, "'swish'"),
+        ({"init": "swich"}, ValueError, "^init must be one of .*'swish'"),
+        ({"init": nn.GELU}, TypeError, "^init must be a function that can be fitted: .* got GELU"),
+        ({"init": lambda x: x[:2]}, ValueError, "^init must be a function that can be fitted: .* shape"),
         ({"init": 3}, TypeError, "init must be a name, a callable, a RationalFit or"),
         ({"init": ([0.0, 1.0], [0.0])}, ValueError, r"numerator of init must have shape \(6,\) or \(8, 6\)"),
         ({"init": (torch.ones(8, 6), torch.ones(3, 4))}, ValueError, r"denominator of init .* got \(3, 4\)"),
@@ -183,8 +188,12 @@ def test_a_fit_of_another_form_or_order():
 
 
 def test_to_function_of_a_missing_group():
-    with pytest.raises(ValueError, match=r"group must lie in \[0, 3\]; got 4"):
-        GroupRational(4).to_function(4)
+    for group in (4, -1):
+        with pytest.raises(ValueError, match=rf"group must lie in \[0, 3\]; got {group}"):
+            GroupRational(4).to_function(group)
+    for wrong in (1.5, "a", True):
+        with pytest.raises(TypeError, match=f"group must be an int; got {wrong!r}"):
+            GroupRational(4).to_function(wrong)
 
 
 class TestRationalLinear:
@@ -219,6 +228,8 @@ class TestRationalLinear:
             RationalLinear(12, 4)
         with pytest.raises(ValueError, match="out_features must be at least 1; got 0"):
             RationalLinear(16, 0)
+        with pytest.raises(TypeError, match="bias must be a bool; got 'ab'"):
+            RationalLinear(16, 8, bias="ab")
 
 
 def test_no_weight_decay():
@@ -235,3 +246,5 @@ def test_no_weight_decay():
     assert no_weight_decay(shared) == {"numerator", "denominator"}
     assert no_weight_decay(nn.Linear(2, 2)) == set()
     assert no_weight_decay(model) <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got 3"):
+        no_weight_decay(3)

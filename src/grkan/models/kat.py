@@ -3,6 +3,7 @@
 Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`.
 """
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRKAN, no_weight_decay, variance_gain
-from ..nn.init import check_weight_init, init_linear_
+from ..nn.init import WEIGHT_INITS, init_linear_
+from ..rational.arguments import check_choice
 
 __all__ = ["KAT"]  # register_model adds the entrypoints
 
+TIMM_WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 
 # torch.fx, with which timm can take features from a model, cannot look into a function that checks its arguments.
 register_notrace_module(GRKAN)
@@ -34,7 +37,8 @@ class KAT(VisionTransformer):
 
     Args:
         *args, **kwargs: as for timm's VisionTransformer. `weight_init` keeps its meaning for everything but the MLPs,
-            which initialise themselves; `fix_init` scales their fc2 down afterwards, as in timm.
+            which initialise themselves; `fix_init` scales their fc2 down afterwards, as in timm. `act_layer` has no
+            effect on them; an `mlp_layer` has to take the arguments of `GRKAN`, and a `block_fn` to use it.
         num_groups, order, act_init, form, share_numerator: of the rational functions, as for `GRKAN`.
         mlp_init: "variance_preserving", or "trunc_normal" for the standard deviation 0.02 of the released code.
         attn_init: None for what `weight_init` says, or "mimetic", see `MimeticAttention`.
@@ -58,22 +62,32 @@ class KAT(VisionTransformer):
         attn_init: str | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["mlp_layer"] = partial(
-            kwargs.get("mlp_layer", GRKAN),
-            num_groups=num_groups,
-            order=order,
-            act_init=act_init,
-            form=form,
-            share_numerator=share_numerator,
-            weight_init=check_weight_init("mlp_init", mlp_init),
-        )
-        if attn_init == "mimetic":
+        check_choice("weight_init", kwargs.get("weight_init", ""), TIMM_WEIGHT_INITS)
+        mlp_layer = kwargs.get("mlp_layer", GRKAN)
+        arguments: dict[str, Any] = {
+            "num_groups": num_groups,
+            "order": order,
+            "act_init": act_init,
+            "form": form,
+            "share_numerator": share_numerator,
+            "weight_init": check_choice("mlp_init", mlp_init, WEIGHT_INITS),
+        }
+        try:
+            inspect.signature(mlp_layer).bind_partial(**arguments)
+        except TypeError:
+            raise TypeError(
+                f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
+            ) from None
+        kwargs["mlp_layer"] = partial(mlp_layer, **arguments)
+        if check_choice("attn_init", attn_init, (None, "mimetic")):
             if "attn_layer" in kwargs:
                 raise ValueError(f"attn_init 'mimetic' has its own attn_layer; got {kwargs['attn_layer']!r}")
             kwargs["attn_layer"] = MimeticAttention
-        elif attn_init is not None:
-            raise ValueError(f"attn_init must be None or 'mimetic'; got {attn_init!r}")
         super().__init__(*args, **kwargs)
+        if self.blocks and not no_weight_decay(self):
+            raise ValueError(
+                f"block_fn must use mlp_layer: no block has a rational function; got {kwargs.get('block_fn')!r}"
+            )
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -131,9 +145,9 @@ def _factors(like: Tensor, noise: float, identity: float) -> tuple[Tensor, Tenso
 class _InitialisedMlp(Mlp):
     """timm's Mlp with the start of `GRKAN`, so that a comparison of the two is fair."""
 
-    def __init__(self, *args: Any, weight_init: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weight_init: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_init = check_weight_init("mlp_init", weight_init)
+        self.weight_init = weight_init
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -163,8 +177,9 @@ def _create(model_cls: Any, architecture: str, pretrained: bool, given: dict[str
 
 def _vit(mlp_init: str | None = None, **kwargs: Any) -> VisionTransformer:
     """A VisionTransformer of timm's; mlp_init None leaves the MLP to `weight_init`."""
-    if mlp_init is not None:
-        kwargs["mlp_layer"] = partial(_InitialisedMlp, weight_init=check_weight_init("mlp_init", mlp_init))
+    check_choice("weight_init", kwargs.get("weight_init", ""), TIMM_WEIGHT_INITS)
+    if check_choice("mlp_init", mlp_init, (None, *WEIGHT_INITS)) is not None:
+        kwargs["mlp_layer"] = partial(_InitialisedMlp, weight_init=mlp_init)
     return VisionTransformer(**kwargs)
 
 

@@ -6,9 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rational import table
+from ..rational.arguments import (
+    check_choice,
+    check_flag,
+    check_groups,
+    check_module,
+    check_pair,
+    check_positive,
+    check_probability,
+)
 from ..rational.op import rational_linear
-from .init import check_weight_init, init_linear_
-from .rational import GroupRational, check_groups, initial_gain, positive
+from .init import WEIGHT_INITS, init_linear_
+from .rational import GroupRational, initial_gain
 
 
 class GRKAN(nn.Module):
@@ -23,7 +33,8 @@ class GRKAN(nn.Module):
         hidden_features: channels between the linear layers, a multiple of num_groups; None: in_features.
         out_features: channels of the output; None: in_features.
         act_layer: accepted and ignored: the functions are rational.
-        norm_layer: called as norm_layer(hidden_features, device=..., dtype=...); None: no norm.
+        norm_layer: called as norm_layer(hidden_features, device=..., dtype=...), or as norm_layer(hidden_features) if
+            it takes no more; None: no norm.
         bias: of fc1 and fc2; one for both, or a pair.
         drop: dropout rates of drop1 and drop2; one for both, or a pair.
         use_conv: 1x1 convolutions on (N, C, H, W) instead of linear layers on (..., C).
@@ -61,17 +72,20 @@ class GRKAN(nn.Module):
         weight_init: str = "variance_preserving",
     ) -> None:
         super().__init__()
-        out_features = positive("out_features", out_features or in_features)
-        hidden_features = hidden_features or in_features
-        check_groups("in_features", in_features, num_groups)
-        check_groups("hidden_features", hidden_features, num_groups)
-        bias1, bias2 = _pair("bias", bias)
-        drop1, drop2 = _pair("drop", drop)
+        in_features = check_groups("in_features", in_features, num_groups)
+        hidden_features = in_features if hidden_features is None else hidden_features
+        hidden_features = check_groups("hidden_features", hidden_features, num_groups)
+        out_features = check_positive("out_features", in_features if out_features is None else out_features)
+        bias1, bias2 = check_pair("bias", bias, check_flag)
+        drop1, drop2 = check_pair("drop", drop, check_probability)
         if isinstance(act_init, str) or not isinstance(act_init, Sequence) or len(act_init) != 2:
             raise ValueError(f"act_init must be a pair, the init of act1 and that of act2; got {act_init!r}")
-        self.weight_init = check_weight_init("weight_init", weight_init)
+        for init in act_init:
+            if isinstance(init, str):
+                table.canonical_name(init, "act_init")
+        self.weight_init = check_choice("weight_init", weight_init, WEIGHT_INITS)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        channel_dim = 1 if use_conv else -1
+        channel_dim = 1 if check_flag("use_conv", use_conv) else -1
 
         def act(init: Any) -> GroupRational:
             return GroupRational(num_groups, init, order, form, share_numerator, channel_dim, **placed)
@@ -87,7 +101,7 @@ class GRKAN(nn.Module):
         self.fc1 = linear(in_features, hidden_features, bias1)
         self.act2 = act(act_init[1])
         self.drop1 = nn.Dropout(drop1)
-        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden_features, **placed)
+        self.norm = nn.Identity() if norm_layer is None else _norm(norm_layer, hidden_features, placed)
         self.fc2 = linear(hidden_features, out_features, bias2)
         self.drop2 = nn.Dropout(drop2)
         self.init_weights()
@@ -139,8 +153,15 @@ def _does_nothing(module: Any) -> bool:
     return _is_plain(module, nn.Identity)
 
 
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one value or a pair; got {value!r}")
-    return pair
+def _norm(norm_layer: Any, features: int, placed: dict[str, Any]) -> nn.Module:
+    """The norm on its device, whether or not norm_layer takes one."""
+    try:
+        try:
+            norm = norm_layer(features, **placed)
+        except TypeError:  # it may know of the width alone
+            norm = norm_layer(features).to(**placed)
+        return check_module("what norm_layer returns", norm)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"norm_layer must give a module for norm_layer({features}); got {norm_layer!r}: {error}"
+        ) from error

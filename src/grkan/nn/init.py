@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rational import reference, table
-from ..rational.reference import FORMS
+from ..rational.arguments import check_form, evaluate, to_float64
 
 WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 
@@ -21,8 +21,8 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
 
     Args:
         function_or_numerator: a name of `grkan.fit`, for that function itself and not for a fit to it; a callable on
-            numpy arrays; a module on tensors; a `RationalFit` or a `GroupRational`; or the numerator of coefficients,
-            (m + 1,) or (G or 1, m + 1), with a_0 first.
+            numpy arrays or tensors; a `RationalFit` or a `GroupRational`; or the numerator of coefficients, (m + 1,)
+            or (G or 1, m + 1), with a_0 first.
         denominator: (n,) or (G or 1, n), with b_1 first; for a numerator, and for nothing else.
         form: "abs_of_sum" or "sum_of_abs"; of coefficients. A `RationalFit` has its own.
 
@@ -30,46 +30,31 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
         The gain, from a Gauss-Legendre quadrature in float64. For several groups 1 / (mean over the groups of E[F^2]).
 
     Raises:
-        TypeError: none of these things; a numerator without a denominator.
+        TypeError: none of these things; a numerator without a denominator; a callable that takes neither arrays nor
+            tensors, or returns no real numbers.
         ValueError: an unknown name or form; shapes that do not fit; a function that is zero, or not finite.
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
+    check_form(form)
     f = function_or_numerator
     z, density = _quadrature()
     with torch.no_grad():
         if denominator is not None:
             values = _evaluate(f, denominator, form, z)
         elif isinstance(f, str):
-            values = table.exact(f)(z)
+            values = table.exact(table.canonical_name(f, "function_or_numerator"))(z)
         elif is_fit(f):
             values = _evaluate(f.numerator, f.denominator, f.form, z)
-        elif isinstance(f, nn.Module):
-            values = f(z.clone())  # it may work in place
         elif callable(f):
-            try:
-                values = torch.as_tensor(f(z.clone().numpy()), dtype=torch.float64, device="cpu")
-            except TypeError:  # torch.nn.functional's take tensors alone
-                values = f(z.clone())
+            values = evaluate("function_or_numerator", f, z)
         else:
             raise TypeError(
                 "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "
                 f"got {type(f).__name__} and no denominator"
             )
-    if values.shape[-1:] != z.shape:
-        raise ValueError(f"the function must return an array of the shape of its argument; got {tuple(values.shape)}")
     power = (values.square() @ density).mean().item()
     if not 0 < power < float("inf"):
         raise ValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
     return 1.0 / power
-
-
-def to_float64(name: str, values: Any) -> Tensor:
-    """Coefficients of any kind as a float64 tensor on the CPU."""
-    try:
-        return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
-    except (RuntimeError, TypeError, ValueError):
-        raise TypeError(f"{name} must be numbers; got {values!r}") from None
 
 
 def is_fit(value: Any) -> bool:
@@ -92,13 +77,6 @@ def init_linear_(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str = "varia
         nn.init.normal_(layer.weight, std=(gain / layer.weight[0].numel()) ** 0.5)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-def check_weight_init(name: str, value: str) -> str:
-    """Return value if it is one of `WEIGHT_INITS`; `name` is what the user calls it."""
-    if value not in WEIGHT_INITS:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, WEIGHT_INITS))}; got {value!r}")
-    return value
 
 
 def _quadrature() -> tuple[Tensor, Tensor]:

@@ -7,9 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from ..rational import reference, table
+from ..rational.arguments import (
+    check_flag,
+    check_form,
+    check_groups,
+    check_integer,
+    check_module,
+    check_order,
+    check_positive,
+    to_float64,
+)
 from ..rational.op import group_rational, rational_linear
-from ..rational.reference import FORMS
-from .init import init_linear_, is_fit, to_float64, variance_gain
+from .init import init_linear_, is_fit, variance_gain
 
 
 class GroupRational(nn.Module):
@@ -21,8 +30,8 @@ class GroupRational(nn.Module):
     Args:
         num_groups: G, the number of groups; it divides the channels of every input.
         init: what F is at the start: a name of `grkan.fit` ("identity", "gelu", "silu" = "swish", ...); a callable on
-            numpy arrays; a `RationalFit` of this order and form; or (numerator, denominator), each 1-D for all groups
-            alike or 2-D with a row for each group.
+            numpy arrays or tensors; a `RationalFit` of this order and form; or (numerator, denominator), each 1-D for
+            all groups alike or 2-D with a row for each group.
         order: (m, n), the degrees of P and Q.
         form: "abs_of_sum" or "sum_of_abs", see `grkan.group_rational`.
         share_numerator: one numerator for all groups, as in the released weights.
@@ -53,15 +62,11 @@ class GroupRational(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_groups = positive("num_groups", num_groups)
-        self.order = _order(order)
-        if form not in FORMS:
-            raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
-        self.form = form
-        if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
-            raise TypeError(f"channel_dim must be an int; got {type(channel_dim).__name__}")
-        self.channel_dim = channel_dim
-        self.share_numerator = bool(share_numerator)
+        self.num_groups = check_positive("num_groups", num_groups)
+        self.order = check_order(order)
+        self.form = check_form(form)
+        self.channel_dim = check_integer("channel_dim", channel_dim)
+        self.share_numerator = check_flag("share_numerator", share_numerator)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
@@ -95,8 +100,10 @@ class GroupRational(nn.Module):
         """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.
 
         Raises:
+            TypeError: group is no int.
             ValueError: there is no such group.
         """
+        group = check_integer("group", group)
         if not 0 <= group < self.num_groups:
             raise ValueError(f"group must lie in [0, {self.num_groups - 1}]; got {group}")
         numerator, denominator = (
@@ -164,8 +171,8 @@ class RationalLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_groups("in_features", in_features, num_groups)
-        positive("out_features", out_features)
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        check_positive("out_features", out_features)
+        super().__init__(in_features, out_features, check_flag("bias", bias), device=device, dtype=dtype)
         self.act = GroupRational(num_groups, init, order, form, share_numerator, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -185,9 +192,12 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     """The full names of all rational coefficients in a model, for the parameter group without weight decay.
 
     Decay would pull every learned function towards zero. A module that occurs under several names is listed under all.
+
+    Raises:
+        TypeError: model is no module.
     """
     names = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in check_module("model", model).named_modules(remove_duplicate=False):
         if isinstance(module, GroupRational):
             names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
     return names
@@ -198,33 +208,13 @@ def initial_gain(act: GroupRational) -> float:
     return variance_gain(*act.initial_coefficients(), form=act.form)
 
 
-def positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    return value
-
-
-def check_groups(name: str, features: int, num_groups: int) -> None:
-    if positive(name, features) % positive("num_groups", num_groups):
-        raise ValueError(f"{name} must be divisible by num_groups; got {features} and {num_groups}")
-
-
-def _order(order: Any) -> tuple[int, int]:
-    if not isinstance(order, Sequence) or isinstance(order, str):
-        raise TypeError(f"order must be a pair (m, n); got {order!r}")
-    if len(order) != 2 or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in order):
-        raise ValueError(f"order must be a pair (m, n) of integers that are not negative; got {order!r}")
-    return order[0], order[1]
-
-
 def _initial_coefficients(
     init: Any, order: tuple[int, int], form: str, numerator_rows: int, denominator_rows: int
 ) -> tuple[list[list[float]], list[list[float]]]:
     """The rows of numerator and denominator that `init` stands for."""
     m, n = order
     if isinstance(init, str):
+        table.canonical_name(init, "init")
         try:
             init = table.coefficients(init, order, form)
         except table.NotInTableError:
@@ -246,7 +236,11 @@ def _initial_coefficients(
 def _fit(init: Any, order: tuple[int, int], form: str) -> tuple[Any, Any]:
     from ..rational.fit import fit
 
-    found = fit(init, order, form=form)
+    try:
+        found = fit(init, order, form=form)
+    except (TypeError, ValueError) as error:  # which calls it the target
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"init must be a function that can be fitted: {error}") from error
     return found.numerator, found.denominator
 
 

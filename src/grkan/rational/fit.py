@@ -28,12 +28,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from . import reference, table
+from .arguments import check_form, check_order, evaluate
 from .reference import FORMS
 
 try:
@@ -109,7 +112,7 @@ def fit(
 
     Args:
         target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
-            that maps a 1-D float64 numpy array to one of the same shape.
+            that maps a 1-D float64 numpy array, or else a tensor, to one of the same shape.
         order: (m, n), the degrees of numerator and denominator; either may be 0.
         form: "abs_of_sum" or "sum_of_abs", the denominator's form (see `grkan.group_rational`).
         interval: (low, high). Without samples it is where the error is minimised and measured; None means (-10, 10) for
@@ -122,12 +125,13 @@ def fit(
         A `RationalFit`.
 
     Raises:
-        TypeError: target, order, interval, samples or weights are of a wrong type.
+        TypeError: target, order, form, interval, samples or weights are of a wrong type; a target that takes neither
+            an array nor a tensor, or returns no real numbers.
         ValueError: an unknown name or form; an interval, order, samples or weights that make no sense; a target that
             returns another shape or values that are not finite.
     """
-    m, n = _checked_order(order)
-    table.check_form(form)
+    m, n = check_order(order)
+    check_form(form)
     f = _as_function(target)
     if samples is not None:
         x, w = _checked_samples(samples, weights)
@@ -511,37 +515,22 @@ def _measured(f: Function, a: Array, b: Array, form: str, interval: tuple[float,
 
 def _as_function(target: str | Function) -> Function:
     """The target on 1-D float64 arrays, checked."""
+    values: Callable[[Tensor], Tensor]
     if isinstance(target, str):
-        exact = table.exact(target)
-    elif not callable(target):
+        values = table.exact(table.canonical_name(target, "target"))
+    elif callable(target):
+        values = partial(evaluate, "target", target)
+    else:
         raise TypeError(f"target must be a name or a callable on numpy arrays; got {type(target).__name__}")
 
     def checked(x: Array) -> Array:
-        # A copy, because the target may write into its argument.
-        y = exact(torch.tensor(x)).numpy() if isinstance(target, str) else np.asarray(target(x.copy()))
-        if y.shape != x.shape or y.dtype.kind not in "fiu":
-            raise ValueError(
-                f"target must return a real array of the shape of its argument, {x.shape}; "
-                f"got shape {y.shape} and dtype {y.dtype}"
-            )
+        y = values(torch.tensor(x, device="cpu")).numpy()
         wrong = np.flatnonzero(~np.isfinite(y))
         if len(wrong):
             raise ValueError(f"target must be finite where it is fitted; got {y[wrong[0]]} at x = {x[wrong[0]]:g}")
-        return y.astype(np.float64)
+        return y
 
     return checked
-
-
-def _checked_order(order: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(order, Sequence) or isinstance(order, str):
-        raise TypeError(f"order must be a pair (m, n) of ints; got {order!r}")
-    if len(order) != 2:
-        raise ValueError(f"order must be a pair (m, n) of ints; got {order!r}")
-    if not all(isinstance(degree, (int, np.integer)) and not isinstance(degree, bool) for degree in order):
-        raise TypeError(f"order must be a pair (m, n) of ints; got {order!r}")
-    if min(order) < 0:
-        raise ValueError(f"order must be two degrees m >= 0 and n >= 0; got {order!r}")
-    return int(order[0]), int(order[1])
 
 
 def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:

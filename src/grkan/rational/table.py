@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import FORMS
+from .arguments import check_form
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -56,21 +56,21 @@ class NotInTableError(KeyError):
     """The table has no coefficients of this order; `grkan.fit` can find them."""
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, argument: str = "name") -> str:
     """The name itself, or what it is an alias of: "swish" is "silu".
 
     Raises:
-        TypeError: `name` is no string.
-        ValueError: there is no function of that name; the message lists the names, the nearest one first.
+        TypeError: `name` is no string; the messages call it `argument`.
+        ValueError: there is no function of that name; the message lists the names, and the nearest one last.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be a string; got {type(name).__name__}")
+        raise TypeError(f"{argument} must be a string; got {type(name).__name__}")
     canonical = _ALIASES.get(name, name)
     if canonical not in _EXACT:
         known = [*NAMES, *_ALIASES]
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"name must be one of {', '.join(map(repr, known))}; got {name!r}; {hint}".rstrip("; "))
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}; got {name!r}; {hint}".rstrip("; "))
     return canonical
 
 
@@ -126,12 +126,6 @@ def interval(name: str, order: tuple[int, int], form: str = "abs_of_sum") -> tup
 def _entry(name: str, order: tuple[int, int], form: str) -> dict[str, Any] | None:
     check_form(form)
     return _table().get((canonical_name(name), form, tuple(order)))
-
-
-def check_form(form: str) -> None:
-    """Raise a ValueError for a form that there is not."""
-    if form not in FORMS:
-        raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
 
 
 @lru_cache(maxsize=1)
