@@ -623,10 +623,11 @@ def test_bad_linear_layers(weight, bias, error, message):
     ("options", "error", "message"),
     [
         ({"form": "version_b"}, ValueError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 'version_b'"),
-        ({"form": None}, ValueError, "form must be"),
+        ({"form": 3}, TypeError, "form must be 'abs_of_sum' or 'sum_of_abs'; got 3"),
+        ({"form": None}, TypeError, "form must be"),
         ({"channel_dim": 2}, ValueError, r"channel_dim must lie in \[-2, 1\] .*; got 2"),
         ({"channel_dim": -3}, ValueError, r"channel_dim must lie in \[-2, 1\] .*; got -3"),
-        ({"channel_dim": 1.0}, TypeError, "channel_dim must be an int; got float"),
+        ({"channel_dim": 1.0}, TypeError, "channel_dim must be an int; got 1.0"),
         ({"channel_dim": 0}, ValueError, "got 3 channels in dimension 0"),
     ],
 )

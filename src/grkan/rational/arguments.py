@@ -58,7 +58,7 @@ def check_pair(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """One of a few strings; None may be among them."""
     known = " or ".join(map(repr, choices))
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, str) and not (value is None and None in choices):
         raise TypeError(f"{name} must be {known}; got {value!r}")
     if value not in choices:
         raise ValueError(f"{name} must be {known}; got {value!r}")

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, reference
-from .reference import FORMS
+from .arguments import check_form, check_integer
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "reference", "native")
@@ -474,8 +474,7 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
         raise TypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(x.dtype)}")
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension; got a scalar tensor")
-    if form not in FORMS:
-        raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}; got {form!r}")
+    check_form(form)
     for name, value in (("numerator", numerator), ("denominator", denominator)):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must have a floating dtype; got {_name(value.dtype)}")
@@ -492,8 +491,7 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
             f"numerator and denominator must have the same number of rows, or one of them a single row; "
             f"got {rows[0]} and {rows[1]}"
         )
-    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
-        raise TypeError(f"channel_dim must be an int; got {type(channel_dim).__name__}")
+    channel_dim = check_integer("channel_dim", channel_dim)
     if not -x.dim() <= channel_dim < x.dim():
         raise ValueError(
             f"channel_dim must lie in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}; got {channel_dim}"
