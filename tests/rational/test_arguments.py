@@ -39,7 +39,7 @@ def test_a_choice():
         arguments.check_choice("k", "b", (None, "a"))
     with pytest.raises(TypeError, match="k must be None or 'a'; got 3"):
         arguments.check_choice("k", 3, (None, "a"))
-    with pytest.raises(ValueError, match="k must be 'a'; got None"):
+    with pytest.raises(TypeError, match="k must be 'a'; got None"):
         arguments.check_choice("k", None, ("a",))
 
 
