@@ -30,8 +30,10 @@ bench: $(VENV)/train.done
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/test.done
-	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build \
+	rm -rf $(SANITIZED)
+	CXXFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build \
 		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
+	nm -D $(SANITIZED)/lib/grkan/_C.abi3.so | grep -q __asan_report  # or nothing would be watched
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest tests/rational/test_cpu.py tests/rational/test_reference.py tests/rational/test_op.py \
