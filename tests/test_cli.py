@@ -153,7 +153,6 @@ def test_interruption(tmp_path, capsys, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "grkan.train.config", None)
     monkeypatch.setattr(cli, "training_settings", lambda options: __import__("accelerate_that_is_missing"))
     assert 'pip install "grkan[train]"' in _fails(capsys, ["train"])
 

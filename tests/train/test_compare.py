@@ -1,4 +1,6 @@
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,14 @@ def test_a_mistake_in_any_run_is_found_before_the_first_starts(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'epoch'"):
         compare({"KAT": RUNS["KAT"], "ViT": {"epoch": 1}}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_does_not_import_what_stands_above_it():
+    for path in Path(module.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            names |= set((node.module or "").split(".")) if isinstance(node, ast.ImportFrom) else set()
+            assert not names & {"cli", "bench"}, path
 
 
 def test_no_runs(tmp_path):

@@ -94,6 +94,14 @@ def test_a_model_of_other_classes_is_refused(trained):
         make_loader(trained, "digits", batch_size=4, workers=0)
 
 
+def test_a_name_that_is_like_no_other_gets_ours():
+    with pytest.raises(
+        ValueError, match=r"unknown model 'nope'; known are kat_base_patch16_224, .* and \d+ more"
+    ) as caught:
+        describe("nope")
+    assert len(str(caught.value)) < 300
+
+
 def test_a_model_next_to_its_twin():
     counts = describe("kat_tiny_patch16_224")
     assert list(counts) == ["kat_tiny_patch16_224", "vit_tiny_patch16_224"]

@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.table import Table
 
-from .. import cli
+from ..command import Parser, run
 from ..plot import plot_curves, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
-from .config import make_config, read_yaml
+from .config import add_training_options, make_config, read_yaml, training_settings
 from .loop import resume, train
 from .progress import make_console
 
@@ -91,7 +91,7 @@ def _main(options: argparse.Namespace) -> None:
         variants = {name: {"model": name} for name in options.models}
     if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
         raise ValueError(f"{options.config}: runs must map names to settings")
-    given = cli.training_settings(options)
+    given = training_settings(options)
     runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
     summaries = compare(runs, options.output)
     console = make_console()
@@ -112,10 +112,10 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = cli.Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
-    cli.add_training_options(parser)
+    parser = Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
+    add_training_options(parser)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.set_defaults(run=_main)
-    sys.exit(cli.run(parser))
+    sys.exit(run(parser))

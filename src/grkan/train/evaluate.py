@@ -150,7 +150,9 @@ def describe(model: str) -> dict[str, dict[str, int]]:
 def check_model_name(name: str) -> None:
     """Raise ValueError, with the nearest names, if timm's registry has no such model."""
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models())}")
+        ours = timm.list_models("kat_*")
+        others = [other for other in timm.list_models() if other not in ours]
+        raise ValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
 
 
 @torch.inference_mode()
