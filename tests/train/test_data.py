@@ -19,6 +19,7 @@ from grkan.train.data import (
     training_loader,
     training_transform,
 )
+from grkan.train.randomness import seeded
 
 GRAY = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "interpolation": "bicubic", "crop_pct": 1.0}
 RGB = {**GRAY, "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -156,6 +157,15 @@ def test_the_papers_augmentation_runs(preprocessing):
         x = transform(image)
         assert x.shape == tuple(preprocessing["input_size"])
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+def test_the_strongest_posterisation_leaves_something(policy):
+    transform = training_transform(RGB, Config(auto_augment=policy, hflip=0.0, color_jitter=0.0))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    for i in range(100):
+        with seeded("policy", i):
+            assert transform(image).isfinite().all()
 
 
 def test_an_unknown_augmentation_is_named():

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
@@ -252,11 +253,20 @@ def training_transform(preprocessing: dict[str, Any], config: Config) -> Callabl
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
+    for augment in second.transforms:
+        for op in chain(getattr(augment, "ops", ()), *getattr(augment, "policy", ())):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
     if config.shift is not None:
         size = preprocessing["input_size"][-2:]
         first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
         first = T.Compose(first)
     return T.Compose([_Convert(preprocessing), first, second, last])
+
+
+def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
+    """timm's, which at some levels keeps no bit at all: a black image formerly, an error since Pillow checks it."""
+    return auto_augment.posterize(image, max(bits, 1), **arguments)
 
 
 class _Convert:
