@@ -86,23 +86,32 @@ def _train(options: argparse.Namespace) -> None:
     from .train.config import make_config, read_yaml
 
     config = make_config(read_yaml(options.config) if options.config else {}, settings)
-    from .train.loop import train
+    from .train.loop import resolve, train
 
+    config = resolve(config)
     options.folder = config.output
     train(config)
 
 
 def _eval(options: argparse.Namespace) -> None:
+    import math
+
     from .train.data import UnreadableImages
     from .train.evaluate import load_trained, score, test_loader
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
     loader = test_loader(trained, options.data, options.batch_size, options.workers)
+    unreadable = UnreadableImages()
     with evaluation_bar(len(loader)) as advance:
-        result = score(trained.model, loader, trained.device, UnreadableImages(), advance)
+        result = score(trained.model, loader, trained.device, unreadable, advance)
     if not result.images:
         raise ValueError(f"--data {options.data} has no readable image")
+    if not math.isfinite(result.loss):
+        raise ValueError(f"the loss of {options.model} is {result.loss}: its weights or its outputs are not finite")
+    if unreadable.names:
+        total = result.images + len(unreadable.names)
+        print(f"{len(unreadable.names)} of {total} images were unreadable and left out", file=sys.stderr)
     print(json.dumps(result.to_dict()))
 
 
@@ -124,15 +133,18 @@ def _predict(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
     from .train.checkpoint import write_file
-    from .train.evaluate import load_trained, load_weights, test_loader
+    from .train.data import UnreadableImages
+    from .train.evaluate import first_images, load_trained, load_weights, test_loader
 
+    inputs = None
     if options.data:
         trained = load_trained(options.model)
         model = trained.model
-        batch = next(iter(test_loader(trained, options.data, batch_size=256, workers=0)))
-        inputs = record_inputs(model, [batch.images.to(trained.device)])
+        images = first_images(test_loader(trained, options.data, batch_size=256, workers=0), UnreadableImages())
+        if images is not None:
+            inputs = record_inputs(model, [images.to(trained.device)])
     else:
-        model, inputs = load_weights(options.model), None
+        model = load_weights(options.model)
     figure = plot_functions(model, inputs)
     write_file(options.output, lambda path: save_figure(figure, path))
     print(options.output)

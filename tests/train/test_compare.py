@@ -42,6 +42,14 @@ def test_a_folder_with_other_settings_is_refused(compared):
         compare({"KAT": {**RUNS["KAT"], "epochs": 2}}, compared[0])
 
 
+def test_a_run_that_saved_nothing_starts_afresh(tmp_path):
+    folder = tmp_path / "ViT"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("lr: 1.0e+20")
+    summaries = compare({"ViT": RUNS["ViT"]}, tmp_path)
+    assert summaries["ViT"]["epochs"] == 1
+
+
 def test_a_mistake_in_any_run_is_found_before_the_first_starts(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'epoch'"):
         compare({"KAT": RUNS["KAT"], "ViT": {"epoch": 1}}, tmp_path)

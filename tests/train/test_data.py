@@ -12,6 +12,7 @@ from grkan.train.data import (
     ImageData,
     TrainingSampler,
     UnreadableImages,
+    absolute,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -256,6 +257,26 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(image_folder, capsy
         unreadable.add(batch)
     assert unreadable.names == {str(image_folder / "train" / "cat" / "2.png")}
     assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_an_unreadable_image_is_told_by_whoever_is_asked_for_it(image_folder):
+    for i in (1, 2):
+        _spoil(image_folder / "train" / "cat" / f"{i}.png")
+    data = find_source(str(image_folder)).load("train")
+    samplers = [TrainingSampler(len(data), 12, 2, [part], seed=0) for part in (0, 1)]
+    loaders = [
+        training_loader(data, training_transform(GRAY, Config(**SETTINGS)), s, Config(**SETTINGS), False)
+        for s in samplers
+    ]
+    told = [name for loader in loaders for batch in loader for name in batch.unreadable]
+    assert sorted(told) == [str(image_folder / "train" / "cat" / f"{i}.png") for i in (1, 2)]
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("images") == str(tmp_path / "images")
+    assert absolute("fashion-mnist:files") == f"fashion-mnist:{tmp_path / 'files'}"
+    assert [absolute(name) for name in ("digits", "fashion-mnist")] == ["digits", "fashion-mnist"]
 
 
 def test_an_unreadable_test_image_is_left_out(image_folder):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-STATE_FORMAT = "grkan training state 1"
+STATE_FORMAT = "grkan training state 2"
 
 
 @contextlib.contextmanager

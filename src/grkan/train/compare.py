@@ -19,8 +19,8 @@ from rich.table import Table
 from ..command import Parser, run
 from ..plot import plot_curves, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
-from .config import add_training_options, make_config, read_yaml, training_settings
-from .loop import resume, train
+from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
+from .loop import holds_run, resolve, resume, train
 from .progress import make_console
 
 
@@ -42,29 +42,28 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path) -> dict[s
         raise ValueError("runs must name at least one; give --models or a configuration with runs")
     output = Path(output)
     # All configurations are checked before the first run starts.
-    configs = {name: make_config(settings, {"output": str(output / name)}) for name, settings in runs.items()}
+    configs = {name: resolve(make_config(settings, {"output": str(output / name)})) for name, settings in runs.items()}
     summaries = {}
     for name, config in configs.items():
-        known = output / name / "config.yaml"
-        if known.is_file():
-            _check_same(runs[name], known)
+        if holds_run(output / name):
+            _check_same(config, output / name)
             summaries[name] = resume(output / name)
         else:
             summaries[name] = train(config)
     write_bytes(output / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
-    figure = plot_curves({name: read_metrics(output / name / "metrics.jsonl") for name in runs})
-    write_file(output / "curves.png", lambda path: save_figure(figure, path))
+    lines = {name: read_metrics(output / name / "metrics.jsonl") for name in runs}
+    if any("top1" in line for run in lines.values() for line in run):
+        figure = plot_curves(lines)
+        write_file(output / "curves.png", lambda path: save_figure(figure, path))
     return summaries
 
 
-def _check_same(settings: Mapping[str, Any], known: Path) -> None:
-    recorded = read_yaml(known)
-    wanted = vars(make_config(settings))
-    for key in settings:
-        value = list(wanted[key]) if isinstance(wanted[key], tuple) else wanted[key]
-        if value is not None and recorded.get(key) != value:
+def _check_same(config: Config, folder: Path) -> None:
+    recorded = read_yaml(folder / "config.yaml")
+    for key, value in to_dict(config).items():
+        if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
             raise ValueError(
-                f"{known.parent} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
+                f"{folder} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
             )
 
 
@@ -96,7 +95,7 @@ def _main(options: argparse.Namespace) -> None:
     summaries = compare(runs, options.output)
     console = make_console()
     console.print(_table(summaries))
-    pictures = [options.output / "curves.png"]
+    pictures = sorted(options.output.glob("*.png"))
     pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
     for path in [options.output / "comparison.json", *pictures]:
         console.print(str(path), soft_wrap=True)

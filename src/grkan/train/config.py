@@ -28,14 +28,15 @@ class Config:
 
     data: str = "digits"
     """digits, fashion-mnist, fashion-mnist:FOLDER, or a folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE."""
-    model: str = "kat_micro_patch2_8"
-    """A name of timm's registry."""
+    model: str | None = None
+    """A name of timm's registry; None is that of `init`, else kat_micro_patch2_8."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ..."""
+    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; None is the model's default."""
     output: str | None = None
     """The run's folder; None is runs/MODEL-DATA."""
     init: str | None = None
-    """A model file or a run's folder whose weights are the start; another number of classes gets a new head."""
+    """A model file or a run's folder whose weights are the start. The model's arguments are the file's, overridden by
+    `model_args`; another number of classes gets a new head."""
     trainable: Literal["all", "coefficients"] = "all"
     """What learns: everything, or the coefficients of the rational functions alone."""
     seed: int = 0
@@ -132,7 +133,8 @@ _RANGES = [
 ]
 
 RESUMABLE = ("workers", "on_corrupt", "save_every", "log_every", "tensorboard")
-"""The settings that a resumed run may change: they do not change the weights that it ends with."""
+"""The settings that a resumed run may change, for they do not change the weights that it ends with; and `data`, for the
+same images may have moved."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -212,8 +214,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes key=value; got {assignment!r}")
+        if not equals or not text.strip():
+            raise ValueError(f"--set takes key=value, where null is no value; got {assignment!r}")
         try:
             value = _parse_yaml(text)
         except ValueError as error:

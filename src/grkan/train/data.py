@@ -134,6 +134,14 @@ def find_source(data: str) -> Source:
     )
 
 
+def absolute(data: str) -> str:
+    """`--data` for a process in any working directory."""
+    name, _, folder = data.partition(":")
+    if data == "digits" or (name == "fashion-mnist" and not folder):
+        return data
+    return f"{name}:{os.path.abspath(folder)}" if name == "fashion-mnist" else os.path.abspath(data)
+
+
 def _load_digits(split: str) -> ImageData:
     """scikit-learn's 1797 digits of 8x8 pixels; every fifth image of each class, in their order, is a test image."""
     from sklearn.datasets import load_digits
@@ -293,9 +301,10 @@ class Batch:
 
 
 class _Samples(Dataset):
-    """(epoch, index) -> the transformed image or None, its label, and the unreadable images met, name: reason.
+    """(epoch, index) -> the transformed image or None, its label, and the image's {name: reason} if it is unreadable.
 
     In training the place of an unreadable image is taken by the next one that can be read, so that every batch is full.
+    Unreadable ones on the way to it are not told: each is told by whoever is asked for it, which is one process.
     """
 
     def __init__(self, data: ImageData, transform: Callable[..., Tensor], seed: int | None) -> None:
@@ -309,7 +318,8 @@ class _Samples(Dataset):
             try:
                 image = self.data.open(index)
             except UNREADABLE as error:
-                unreadable[self.data.name(index)] = " ".join(str(error).split())
+                if step == 0:
+                    unreadable[self.data.name(index)] = " ".join(str(error).split())
                 continue
             label = int(self.data.labels[index])
             if self.seed is None:
