@@ -4,8 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
+import grkan
 from grkan import cli
 from grkan.cli import main
 
@@ -61,6 +64,34 @@ def test_eval_ends_with_json(run, capsys):
     assert result["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
+def test_eval_of_weights_that_are_not_finite(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    model = timm.create_model("kat_micro_patch2_8", depth=1)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    grkan.save_model(model, path, classes=list("0123456789"))
+    assert f"the loss of {path} is nan" in _fails(capsys, ["eval", path, "--data=digits"])
+
+
+def test_unreadable_images_are_counted_and_leave_the_rest(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / split / name / "0.png")
+    (tmp_path / "val" / "cat" / "0.png").write_bytes(b"")
+    settings = [*TINY, f"--data={tmp_path}", "--batch-size=2", "--epochs=1", "--workers=0"]
+    assert main(["train", *settings, f"--output={tmp_path / 'run'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if "unreadable images" in line)
+    column = [name.strip() for name in lines[header].split("┃")].index("unreadable images")
+    assert lines[header + 2].split("│")[column].strip() == "1"
+    assert main(["eval", str(tmp_path / "run"), f"--data={tmp_path}"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["images"] == 1
+    assert err.splitlines()[-1] == "1 of 2 images were unreadable and left out"
+    (tmp_path / "val" / "dog" / "0.png").write_bytes(b"")
+    assert main(["plot", str(tmp_path / "run"), f"--data={tmp_path}", f"--output={tmp_path / 'f.png'}"]) == 0
+
+
 def test_predict_gives_a_line_an_image_and_names_what_it_cannot_read(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     paths = [str(tmp_path / name) for name in ("a.png", "none.png", "a.png")]
@@ -113,6 +144,7 @@ def test_resume_of_a_finished_run(run, capsys):
         (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
         (["train", "--resume=nowhere", "--config=x.yaml"], "--config does not go with --resume"),
         (["train", "--set=lr"], "--set takes key=value"),
+        (["train", "--set=model_args.img_size="], "--set takes key=value, where null is no value"),
         (["eval", "nowhere", "--data=digits"], "nowhere does not exist"),
         (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
         (["fit", "gelo"], "did you mean 'gelu'"),
@@ -150,10 +182,22 @@ def test_interruption(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop._Run, "_optimise", interrupt)
     line = _fails(capsys, ["train", *TINY, f"--output={tmp_path / 'run'}"], status=130)
     assert line == f"grkan: interrupted; go on with: grkan train --resume {tmp_path / 'run'}"
+    monkeypatch.chdir(tmp_path)
+    line = _fails(capsys, ["train", *TINY], status=130)
+    assert line == "grkan: interrupted; go on with: grkan train --resume runs/kat_micro_patch2_8-digits"
+
+
+def test_interruption_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    from grkan.train import loop
+
+    def interrupt(run, source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_load_data", interrupt)
+    assert _fails(capsys, ["train", *TINY, f"--output={tmp_path / 'run'}"], status=130) == "grkan: interrupted"
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "grkan.train.config", None)
     monkeypatch.setattr(cli, "training_settings", lambda options: __import__("accelerate_that_is_missing"))
     assert 'pip install "grkan[train]"' in _fails(capsys, ["train"])
 

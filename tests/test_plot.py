@@ -84,6 +84,22 @@ def test_curves_of_several_runs():
         plot_curves({"a": [{"step": 1, "train_loss": 3.0}]})
 
 
+@pytest.mark.parametrize(("losses", "scale"), [((2.3, 2.2), "linear"), ((2.3, 0.01), "log"), ((2.3, 0.0), "linear")])
+def test_all_of_a_curve_is_seen(losses, scale):
+    accuracies = (12.0, 95.0)
+    lines = [
+        {"epoch": e, "train_loss": x, "train_top1": y, "loss": x, "top1": y}
+        for e, (x, y) in enumerate(zip(losses, accuracies, strict=True), 1)
+    ]
+    figure = plot_curves({"a": lines})
+    assert figure.axes[0].get_yscale() == scale
+    for axis, values in zip(figure.axes, (losses, accuracies), strict=True):
+        low, high = axis.get_ylim()
+        assert low < min(values) < max(values) < high
+        drawn = axis.transData.transform([(1, v) for v in values])[:, 1]
+        assert abs(drawn[0] - drawn[1]) > 0.8 * axis.bbox.height  # and nothing but it
+
+
 def test_a_fit_and_its_error():
     figure = plot_fit(lambda x: x + 0.01, lambda x: x, (-2.0, 2.0), "identity")
     error = figure.axes[1].get_lines()[0]

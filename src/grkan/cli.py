@@ -2,22 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
 from ._version import __version__
-
-_EXTRAS = {
-    "timm": "models",
-    "safetensors": "models",
-    "scipy": "fit",
-    "numpy": "fit",
-    "matplotlib": "plot",
-    "tensorboard": "tensorboard",
-}
-"""The extra that brings a package; all others come with `train`."""
+from .command import Parser, run
+from .train.config import add_training_options, training_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,46 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (argparse ends the process with 2 for arguments that it does not know.)
     """
     return run(_parser(), arguments)
-
-
-def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
-    """Parse arguments, call what the parser's default `run` names, and turn errors into one line; as `main`."""
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        hint = f"; go on with: grkan train --resume {options.folder}" if getattr(options, "folder", None) else ""
-        return _fail(f"interrupted{hint}", 130)
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        return _fail(f'{package} is missing; install it with: pip install "grkan[{_EXTRAS.get(package, "train")}]"')
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        if os.environ.get("GRKAN_DEBUG"):
-            raise
-        if isinstance(error, OSError) and error.strerror:
-            where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror}")
-        return _fail(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _fail(message: str, status: int = 1) -> int:
-    rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f" (process {rank})"
-    print(f"grkan{process}: {message}", file=sys.stderr, flush=True)
-    return status
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake gets one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,36 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The settings that have an option of their own; `--set` reaches every other."""
-    parser.add_argument("--data", help="digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/ and val/")
-    parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per optimiser step, over all processes")
-    parser.add_argument("--lr", type=float, metavar="X", help="the highest learning rate")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--init", metavar="FILE", help="a model file or a run's folder to start from")
-    parser.add_argument("--trainable", help="all, or coefficients: the rational functions' alone")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
-    parser.add_argument(
-        "--set",
-        dest="assignments",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting, such as mixup=0.8 or model_args.num_groups=4; config.yaml of a run lists them all",
-    )
-
-
-def training_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    from .train.config import parse_assignments
-
-    names = ("data", "model", "epochs", "batch_size", "lr", "seed", "init", "trainable", "workers")
-    given = {name: getattr(options, name, None) for name in names}
-    settings = parse_assignments(options.assignments)
-    return {**settings, **{name: value for name, value in given.items() if value is not None}}
-
-
 def _train(options: argparse.Namespace) -> None:
     settings = training_settings(options)
     if options.output:
@@ -166,23 +86,32 @@ def _train(options: argparse.Namespace) -> None:
     from .train.config import make_config, read_yaml
 
     config = make_config(read_yaml(options.config) if options.config else {}, settings)
-    from .train.loop import train
+    from .train.loop import resolve, train
 
+    config = resolve(config)
     options.folder = config.output
     train(config)
 
 
 def _eval(options: argparse.Namespace) -> None:
+    import math
+
     from .train.data import UnreadableImages
     from .train.evaluate import load_trained, score, test_loader
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
     loader = test_loader(trained, options.data, options.batch_size, options.workers)
+    unreadable = UnreadableImages()
     with evaluation_bar(len(loader)) as advance:
-        result = score(trained.model, loader, trained.device, UnreadableImages(), advance)
+        result = score(trained.model, loader, trained.device, unreadable, advance)
     if not result.images:
         raise ValueError(f"--data {options.data} has no readable image")
+    if not math.isfinite(result.loss):
+        raise ValueError(f"the loss of {options.model} is {result.loss}: its weights or its outputs are not finite")
+    if unreadable.names:
+        total = result.images + len(unreadable.names)
+        print(f"{len(unreadable.names)} of {total} images were unreadable and left out", file=sys.stderr)
     print(json.dumps(result.to_dict()))
 
 
@@ -204,15 +133,18 @@ def _predict(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
     from .train.checkpoint import write_file
-    from .train.evaluate import load_trained, load_weights, test_loader
+    from .train.data import UnreadableImages
+    from .train.evaluate import first_images, load_trained, load_weights, test_loader
 
+    inputs = None
     if options.data:
         trained = load_trained(options.model)
         model = trained.model
-        batch = next(iter(test_loader(trained, options.data, batch_size=256, workers=0)))
-        inputs = record_inputs(model, [batch.images.to(trained.device)])
+        images = first_images(test_loader(trained, options.data, batch_size=256, workers=0), UnreadableImages())
+        if images is not None:
+            inputs = record_inputs(model, [images.to(trained.device)])
     else:
-        model, inputs = load_weights(options.model), None
+        model = load_weights(options.model)
     figure = plot_functions(model, inputs)
     write_file(options.output, lambda path: save_figure(figure, path))
     print(options.output)

@@ -182,18 +182,15 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 x, [line[tested] for line in epochs], color=color, linewidth=1.5, marker=marker, label=f"{name}, test"
             )
     losses.set_ylabel("cross entropy")
-    losses.set_yscale("log")
     values = [
         line[key] for lines in runs.values() for line in lines if "top1" in line for key in ("train_loss", "loss")
     ]
-    losses.set_ylim(min(0.8 * min(values), max(values) / 10), 1.3 * max(values))
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_locator(NullLocator())
+    if 0 < 10 * min(values) < max(values):
+        losses.set_yscale("log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter("{x:g}")
+        losses.yaxis.set_minor_locator(NullLocator())
     accuracies.set_ylabel("accuracy (%)")
-    best = max(line["top1"] for lines in runs.values() for line in lines if "top1" in line)
-    if best > 90:  # the differences are at the top
-        accuracies.set_ylim(80, 100.4)
     for axis in (losses, accuracies):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -291,6 +291,15 @@ class TestRefused:
             save_model(micro(), tmp_path / "nowhere" / "m.safetensors")
 
 
+def test_others_may_read_a_model_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(micro(), tmp_path / "m.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("failing", ["write", "sync"])
 def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch, failing):
     path = tmp_path / "m.safetensors"

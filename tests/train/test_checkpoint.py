@@ -1,4 +1,5 @@
 import pickle
+import resource
 
 import pytest
 import torch
@@ -64,6 +65,35 @@ def test_metrics_are_cut_back_to_where_the_state_was(tmp_path):
     log = MetricsLog(path, size)
     log.append({"step": 20})
     assert read_metrics(path) == [{"step": 1}, {"step": 20}]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 1}\n', b'{"step": 1}\n{"st'])
+def test_metrics_that_have_lost_lines_are_not_filled_up(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    MetricsLog(path, size=1000).append({"step": 3})
+    assert path.read_bytes() == content[: content.rfind(b"\n") + 1] + b'{"step": 3}\n'
+
+
+def test_metrics_are_json(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.append({"loss": float("nan")})
+    assert log.size() == 0
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/state\.pt'"):
+            save_state(tmp_path / "state.pt", {"weights": torch.zeros(1000)})
+        with pytest.raises(OSError, match=r"File too large: '.*/metrics\.jsonl'"):
+            log.append({"text": "x" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_line_that_was_cut_is_left_out(tmp_path):

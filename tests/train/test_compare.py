@@ -1,4 +1,6 @@
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,10 +42,26 @@ def test_a_folder_with_other_settings_is_refused(compared):
         compare({"KAT": {**RUNS["KAT"], "epochs": 2}}, compared[0])
 
 
+def test_a_run_that_saved_nothing_starts_afresh(tmp_path):
+    folder = tmp_path / "ViT"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("lr: 1.0e+20")
+    summaries = compare({"ViT": RUNS["ViT"]}, tmp_path)
+    assert summaries["ViT"]["epochs"] == 1
+
+
 def test_a_mistake_in_any_run_is_found_before_the_first_starts(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'epoch'"):
         compare({"KAT": RUNS["KAT"], "ViT": {"epoch": 1}}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_does_not_import_what_stands_above_it():
+    for path in Path(module.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            names |= set((node.module or "").split(".")) if isinstance(node, ast.ImportFrom) else set()
+            assert not names & {"cli", "bench"}, path
 
 
 def test_no_runs(tmp_path):

@@ -38,7 +38,11 @@ def test_values_as_yaml_reads_them(key, value, converted):
         ({"epochs": 2.5}, TypeError, r"epochs must be a whole number; got 2.5"),
         ({"epochs": True}, TypeError, r"epochs must be a whole number; got True"),
         ({"lr": "fast"}, TypeError, r"lr must be a number; got 'fast'"),
-        ({"lr": float("nan")}, ValueError, r"lr must be a number; got nan"),
+        ({"lr": float("nan")}, ValueError, r"lr must be a finite number; got nan"),
+        ({"lr": float("inf")}, ValueError, r"lr must be a finite number; got inf"),
+        ({"mixup": "1e400"}, ValueError, r"mixup must be a finite number; got inf"),
+        ({"lr": 10**400}, TypeError, r"lr must be a number; got 10+"),
+        ({"clip_grad": 0}, ValueError, r"clip_grad must be more than 0, or null for no limit; got 0"),
         ({"hflip": 2}, ValueError, r"hflip must be in \[0, 1\]; got 2"),
         ({"trainable": "some"}, ValueError, r"trainable must be all or coefficients; got 'some'"),
         ({"warmup_epochs": 3, "epochs": 3}, ValueError, r"warmup_epochs must be less than epochs, 3; got 3"),
@@ -65,6 +69,7 @@ def test_assignments_are_read_as_yaml():
     [
         ("lr", "takes key=value"),
         ("lr=[", "not a YAML value"),
+        ("model_args={depth: 1, depth: 2}", r"not a YAML value \(depth is set twice\)"),
         ("lr.x=1", "only model_args"),
         ("lx=1", "did you mean lr"),
     ],
@@ -74,7 +79,16 @@ def test_bad_assignments_are_named(assignment, message):
         parse_assignments([assignment])
 
 
-@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2", "\udc80".encode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [",
+        "lr: 1\nlr: 2",
+        "model_args: {depth: 1, depth: 2}",
+        "- 1\n- 2",
+        "\udc80".encode("utf-8", "surrogateescape"),
+    ],
+)
 def test_bad_yaml_is_named(tmp_path, content):
     path = tmp_path / "c.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -84,6 +98,11 @@ def test_bad_yaml_is_named(tmp_path, content):
 
 def test_nearest_names_come_first():
     assert nearest("kat_tini", ["vit", "kat_tiny", "resnet"]) == "did you mean kat_tiny?"
+
+
+def test_of_many_names_a_few_are_shown():
+    assert nearest("?", ["vit", "kat"]) == "known are vit, kat"
+    assert nearest("?", ["vit", "kat", "resnet"], shown=1) == "known are vit and 2 more"
 
 
 @pytest.mark.parametrize(("name", "drop_path"), [("kat_tiny", 0.1), ("kat_small", 0.1), ("kat_base", 0.4)])

@@ -12,6 +12,7 @@ from grkan.train.data import (
     ImageData,
     TrainingSampler,
     UnreadableImages,
+    absolute,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -19,6 +20,7 @@ from grkan.train.data import (
     training_loader,
     training_transform,
 )
+from grkan.train.randomness import seeded
 
 GRAY = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "interpolation": "bicubic", "crop_pct": 1.0}
 RGB = {**GRAY, "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -158,6 +160,15 @@ def test_the_papers_augmentation_runs(preprocessing):
         assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+def test_the_strongest_posterisation_leaves_something(policy):
+    transform = training_transform(RGB, Config(auto_augment=policy, hflip=0.0, color_jitter=0.0))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    for i in range(100):
+        with seeded("policy", i):
+            assert transform(image).isfinite().all()
+
+
 def test_an_unknown_augmentation_is_named():
     with pytest.raises(ValueError, match="auto_augment 'rend-m9' is not understood"):
         training_transform(RGB, Config(auto_augment="rend-m9", hflip=0.0, color_jitter=0.0))
@@ -246,6 +257,26 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(image_folder, capsy
         unreadable.add(batch)
     assert unreadable.names == {str(image_folder / "train" / "cat" / "2.png")}
     assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_an_unreadable_image_is_told_by_whoever_is_asked_for_it(image_folder):
+    for i in (1, 2):
+        _spoil(image_folder / "train" / "cat" / f"{i}.png")
+    data = find_source(str(image_folder)).load("train")
+    samplers = [TrainingSampler(len(data), 12, 2, [part], seed=0) for part in (0, 1)]
+    loaders = [
+        training_loader(data, training_transform(GRAY, Config(**SETTINGS)), s, Config(**SETTINGS), False)
+        for s in samplers
+    ]
+    told = [name for loader in loaders for batch in loader for name in batch.unreadable]
+    assert sorted(told) == [str(image_folder / "train" / "cat" / f"{i}.png") for i in (1, 2)]
+
+
+def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("images") == str(tmp_path / "images")
+    assert absolute("fashion-mnist:files") == f"fashion-mnist:{tmp_path / 'files'}"
+    assert [absolute(name) for name in ("digits", "fashion-mnist")] == ["digits", "fashion-mnist"]
 
 
 def test_an_unreadable_test_image_is_left_out(image_folder):

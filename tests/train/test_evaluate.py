@@ -8,7 +8,7 @@ from torch import nn
 
 from grkan import save_model
 from grkan.train.data import UnreadableImages, evaluation_loader
-from grkan.train.evaluate import describe, load_trained, model_file, predict, score, test_loader
+from grkan.train.evaluate import describe, first_images, load_trained, model_file, predict, score, test_loader
 
 make_loader = test_loader
 del test_loader  # pytest would take it for a test
@@ -72,6 +72,24 @@ def test_predict_gives_probabilities_in_order(trained, tmp_path):
     assert result["top5"] == [["dog", pytest.approx(p, abs=1e-5)], ["cat", pytest.approx(1 - p, abs=1e-5)]]
 
 
+def test_outputs_that_are_not_finite_are_no_prediction(trained, tmp_path):
+    trained.model = lambda x: torch.full((1, 2), float("nan"))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"the model's outputs for .*a\.png are not finite"):
+        predict(trained, tmp_path / "a.png")
+
+
+def test_the_first_images_are_those_that_can_be_read(trained, image_folder):
+    paths = sorted((image_folder / "val").rglob("*.png"))
+    loader = make_loader(trained, str(image_folder), batch_size=2, workers=0)
+    for path in paths[:3]:
+        path.write_bytes(b"")
+    assert len(first_images(loader, UnreadableImages())) == 1
+    for path in paths:
+        path.write_bytes(b"")
+    assert first_images(loader, UnreadableImages()) is None
+
+
 def test_an_unreadable_image_is_named(trained, tmp_path):
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
@@ -92,6 +110,14 @@ def test_the_best_weights_of_a_folder_come_first(tmp_path):
 def test_a_model_of_other_classes_is_refused(trained):
     with pytest.raises(ValueError, match="the model has no class '0'"):
         make_loader(trained, "digits", batch_size=4, workers=0)
+
+
+def test_a_name_that_is_like_no_other_gets_ours():
+    with pytest.raises(
+        ValueError, match=r"unknown model 'nope'; known are kat_base_patch16_224, .* and \d+ more"
+    ) as caught:
+        describe("nope")
+    assert len(str(caught.value)) < 300
 
 
 def test_a_model_next_to_its_twin():

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from grkan.train.checkpoint import load_state, read_metrics
-from grkan.train.loop import resume
+from grkan.train.config import make_config, read_yaml
+from grkan.train.loop import resume, train
 
 # Everything that draws random numbers or keeps a state is on.
 SETTINGS = {
@@ -126,6 +128,40 @@ def test_resuming_a_finished_run_says_so(undisturbed, capsys):
     assert {p: p.read_bytes() for p in undisturbed.glob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_finished_run_without_its_metrics(undisturbed, tmp_path, kept):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    expected = resume(undisturbed)
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:kept]))
+    for name in ("curves.png", "functions.png"):
+        (tmp_path / "run" / name).unlink()
+    assert {**resume(tmp_path / "run"), "output": expected["output"]} == expected
+    assert b"\0" not in metrics.read_bytes()
+    assert (tmp_path / "run" / "functions.png").exists()
+
+
+def test_neither_the_start_nor_the_place_of_the_data_is_needed(undisturbed, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(undisturbed / "best.safetensors", "start.safetensors")
+    settings = {"data": "images", "init": "start.safetensors", "epochs": 1, "batch_size": 4, "workers": 0}
+    train(make_config(settings, {"output": "run"}))
+    recorded = read_yaml("run/config.yaml")
+    assert recorded["data"] == str(tmp_path / "images")
+    Path("start.safetensors").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
+    assert resume("../run")["epochs"] == 1
+    image_folder.rename("moved")
+    assert resume("../run", {"data": "moved"})["epochs"] == 1
+    assert read_yaml("../run/config.yaml")["data"] == str(tmp_path / "elsewhere" / "moved")
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
+    next(Path("moved/train/cat").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"is of another run: training images was 12 there, and is 11"):
+        resume("../run", {"data": "moved"})
+
+
 def test_only_harmless_settings_may_change(undisturbed):
     with pytest.raises(ValueError, match="lr cannot change when a run is resumed; only workers"):
         resume(undisturbed, {"lr": 0.1})
@@ -137,7 +173,7 @@ def test_a_state_of_another_run_is_refused(undisturbed, tmp_path):
     (folder / "state" / "state.pt").write_bytes((undisturbed / "state" / "state.pt").read_bytes())
     config = (undisturbed / "config.yaml").read_text().replace("embed_dim: 16", "embed_dim: 24")
     (folder / "config.yaml").write_text(config)
-    with pytest.raises(ValueError, match=r"state\.pt is of another run"):
+    with pytest.raises(ValueError, match=r"state\.pt is of another run: model_args was"):
         resume(folder)
 
 

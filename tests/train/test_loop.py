@@ -131,6 +131,18 @@ def test_training_coefficients_needs_some(tiny):
         train(make_config({"model": "vit_micro_patch2_8", "trainable": "coefficients", "output": tiny["output"]}))
 
 
+def test_fine_tuning_takes_the_files_arguments_and_those_given(tiny, tmp_path, finished):
+    settings = {"init": str(finished[0]), "model": None, "model_args": {"drop_path_rate": 0.5}}
+    folder = tmp_path / "run"
+    train(make_config({**tiny, **settings}, {"epochs": 1}))
+    recorded = read_yaml(folder / "config.yaml")
+    assert recorded["model"] == "kat_micro_patch2_8"
+    assert recorded["model_args"].items() >= {**tiny["model_args"], "drop_path_rate": 0.5}.items()
+    assert recorded["init"] == str(finished[0] / "best.safetensors")
+    ours, theirs = (read_metadata(path / "best.safetensors") for path in (folder, finished[0]))
+    assert ours["arguments"] == {**theirs["arguments"], **recorded["model_args"], "num_classes": 10}
+
+
 def test_fine_tuning_gets_a_new_head(tiny, tmp_path, finished, image_folder):
     settings = {"data": str(image_folder), "init": str(finished[0] / "best.safetensors"), "batch_size": 4, "workers": 0}
     folder = _run(tmp_path, "run", tiny, **settings)
@@ -163,6 +175,16 @@ def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
         ({"batch_size": 255, "accumulate": 2}, r"batch_size 255 must be a multiple of processes x accumulate, 1 x 2"),
         ({"batch_size": 255, "mixup": 1.0}, r"batch_size must be a multiple of 2 x processes x accumulate, 2; got 255"),
         ({"init": "nowhere"}, r"nowhere does not exist"),
+        ({"model_args": {"weight_init": "x"}}, r"model_args do not fit .*: AssertionError .*weight_init='x'\)"),
+        ({"model_args": {"norm_layer": "x"}}, r"model_args do not fit .*: KeyError 'x' .*norm_layer='x'\)"),
+        ({"model_args": {"num_heads": 3}}, r"model_args do not fit .*divisible by num_heads .*num_heads=3"),
+        ({"model_args": {"patch_size": 0}}, r"model_args do not fit .*zero .*patch_size=0"),
+        ({"model_args": {"patch_size": 16}}, r"model_args do not fit .*Kernel size.* .*patch_size=16"),
+        ({"model_args": {"depth": 2, "drop_path_rate": 2}}, r"model_args do not fit .*bernoulli.*drop_path_rate=2"),
+        ({"model_args": {"global_pool": ""}}, r"model_args do not fit .*has shape \(2, 17, 10\), not \(2, 10\)"),
+        ({"model_args": {"features_only": True}}, r"features_only is not for them"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, r"checkpoint_path is not for them"),
+        ({"model_args": {"num_classes": 3}}, r"num_classes is not for them"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(tiny, tmp_path, settings, message):
@@ -174,6 +196,56 @@ def test_what_does_not_fit_is_named_before_anything_is_written(tiny, tmp_path, s
 def test_a_run_is_not_overwritten(finished, tiny):
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
         train(make_config(tiny, {"output": str(finished[0])}))
+
+
+def test_starting_from_another_model_is_refused(finished, tiny, tmp_path):
+    settings = {"init": str(finished[0]), "model": "vit_micro_patch2_8"}
+    with pytest.raises(ValueError, match="init holds a kat_micro_patch2_8, not a vit_micro_patch2_8"):
+        train(make_config(tiny, settings))
+    with pytest.raises(
+        ValueError, match=r"best\.safetensors does not fit the model: .*has shape \(16,\) instead of \(32,\)"
+    ):
+        train(make_config(tiny, {"init": str(finished[0]), "model_args": {"embed_dim": 32}}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_step_that_fails_leaves_nothing_in_the_way(tiny, tmp_path, caplog):
+    settings = {"epochs": 1, "batch_size": 1442, "warmup_epochs": 0}
+    for _ in range(2):
+        with pytest.raises(
+            TrainingError, match=r"the test loss is nan at step 1 \(epoch 1\); no epoch had been finished"
+        ):
+            train(make_config(tiny, settings, {"lr": 1e20}))
+        assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert train(make_config(tiny, settings))["last_loss"] > 0
+    assert caplog.text == ""  # timm thinks little of a cosine of one step
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "what"),
+    [
+        (4, {}, r"the weight head\.weight is not finite at step 10 \(epoch 2\)"),
+        (1, {"save_every": 1}, r"the weight head\.weight is not finite at step 7 \(epoch 2\)"),
+        (4, {"ema_decay": 0.5}, r"the averaged weight head\.weight is not finite at step 10 \(epoch 2\)"),
+    ],
+)
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch, step, settings, what):
+    optimise = loop._Run._optimise
+
+    def spoils(run, batches):
+        loss = optimise(run, batches)
+        if (run.epoch, run.step) == (1, step):
+            with torch.no_grad():
+                (run.model if run.ema is None else run.ema.module).head.weight[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop._Run, "_optimise", spoils)
+    with pytest.raises(TrainingError, match=what + r"; .*last\.safetensors is of the last good epoch"):
+        train(make_config(tiny, settings))
+    state = load_state(tmp_path / "run" / "state" / "state.pt")
+    saved = load_file(tmp_path / "run" / "last.safetensors")
+    assert all(t.isfinite().all() for tensors in (state["model"], saved) for t in tensors.values())
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(tiny, tmp_path, monkeypatch):
@@ -203,7 +275,7 @@ def test_a_full_disk_is_named_and_the_last_state_stays(tiny, tmp_path, monkeypat
 
     monkeypatch.setattr(loop._Run, "_optimise", fills)
     try:
-        with pytest.raises(OSError, match=r"last\.safetensors|File too large"):
+        with pytest.raises(OSError, match=r"cannot write .*last\.safetensors: .*File too large"):
             train(make_config(tiny))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -220,6 +292,19 @@ def test_unreadable_images_are_counted(tiny, tmp_path, image_folder):
     assert [line["unreadable"] for line in read_metrics(folder / "metrics.jsonl") if "top1" in line] == [2, 2]
     with pytest.raises(ValueError, match=r"cannot read the image .*1\.png"):
         _run(tmp_path, "stop", tiny, data=str(image_folder), batch_size=12, workers=0, on_corrupt="stop")
+
+
+@pytest.mark.parametrize("lost", [2, 6])
+def test_pictures_do_not_need_the_first_test_images(tiny, tmp_path, image_folder, lost, monkeypatch):
+    # Where none is left, they became unreadable after the last test.
+    if lost == 6:
+        monkeypatch.setattr(loop, "first_images", lambda loader, unreadable: None)
+    for path in sorted((image_folder / "val").rglob("*.png"))[: lost % 6]:
+        path.write_bytes(b"")
+    settings = {"data": str(image_folder), "batch_size": 2, "workers": 0, "epochs": 1}
+    summary = train(make_config(tiny, settings))
+    assert summary["unreadable"] == lost % 6
+    assert (tmp_path / "run" / "functions.png").exists()
 
 
 def test_no_readable_image_at_all(tiny, tmp_path, image_folder):

@@ -21,7 +21,7 @@ _KEY = "grkan"
 
 # Arguments of timm.create_model that say where weights come from or go to, not what the model is. A file that could set
 # them could make a loader fetch or unpickle something.
-_NOT_ARCHITECTURE = (
+NOT_ARCHITECTURE = (
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -74,8 +74,11 @@ def save_model(
     metadata = _metadata(model, classes, preprocessing, arguments)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; safetensors makes files for their owner alone
         safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
         with open(temporary, "rb+") as file:
+            temporary.chmod(mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except safetensors.SafetensorError as error:
@@ -159,7 +162,7 @@ def _metadata(
         outputs = getattr(model, "num_classes", len(classes))
         if outputs != len(classes):
             raise ValueError(f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}")
-    arguments = {key: value for key, value in (arguments or {}).items() if key not in _NOT_ARCHITECTURE}
+    arguments = {key: value for key, value in (arguments or {}).items() if key not in NOT_ARCHITECTURE}
     for key, value in {**arguments, "preprocessing": preprocessing}.items():
         try:
             json.dumps(value)
@@ -258,7 +261,7 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
     timm = import_module("timm")
     if not timm.is_model(name):
         raise ValueError(f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)")
-    arguments = {key: value for key, value in metadata["arguments"].items() if key not in _NOT_ARCHITECTURE}
+    arguments = {key: value for key, value in metadata["arguments"].items() if key not in NOT_ARCHITECTURE}
     # How the weights started is of no use here, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
     try:

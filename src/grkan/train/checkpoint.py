@@ -1,33 +1,44 @@
 """Files of a run's folder, written so that an interruption or a full disk leaves the previous ones whole."""
 
+import contextlib
 import errno
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-STATE_FORMAT = "grkan training state 1"
+STATE_FORMAT = "grkan training state 2"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError: the system does so where one is opened, but not where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name beside `path`, flush it to the disk, and rename it to `path`.
 
     Raises:
-        OSError: the file cannot be written; nothing is left of it, and an older one stays.
+        OSError: the file, which is named, cannot be written; nothing is left of it, and an older one stays.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _naming(path):
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -82,18 +93,26 @@ class MetricsLog:
 
     Args:
         path: the file.
-        size: cut it to so many bytes first: to what it held when the state was saved that a run resumes from.
+        size: cut it to so many bytes first: to what it held when the state was saved that a run resumes from. Of a file
+            that has lost some since, the whole lines stay.
     """
 
     def __init__(self, path: str | Path, size: int = 0) -> None:
         self.path = Path(path)
-        with open(self.path, "ab") as file:
-            file.truncate(size)
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            file.truncate(file.read(size).rfind(b"\n") + 1)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Write one line.
+
+        Raises:
+            ValueError: a number is not finite, which JSON cannot say.
+            OSError: the file cannot be written.
+        """
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
 
     def size(self) -> int:
         """The bytes written so far."""

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.table import Table
 
-from .. import cli
+from ..command import Parser, run
 from ..plot import plot_curves, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
-from .config import make_config, read_yaml
-from .loop import resume, train
+from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
+from .loop import holds_run, resolve, resume, train
 from .progress import make_console
 
 
@@ -42,29 +42,28 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path) -> dict[s
         raise ValueError("runs must name at least one; give --models or a configuration with runs")
     output = Path(output)
     # All configurations are checked before the first run starts.
-    configs = {name: make_config(settings, {"output": str(output / name)}) for name, settings in runs.items()}
+    configs = {name: resolve(make_config(settings, {"output": str(output / name)})) for name, settings in runs.items()}
     summaries = {}
     for name, config in configs.items():
-        known = output / name / "config.yaml"
-        if known.is_file():
-            _check_same(runs[name], known)
+        if holds_run(output / name):
+            _check_same(config, output / name)
             summaries[name] = resume(output / name)
         else:
             summaries[name] = train(config)
     write_bytes(output / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
-    figure = plot_curves({name: read_metrics(output / name / "metrics.jsonl") for name in runs})
-    write_file(output / "curves.png", lambda path: save_figure(figure, path))
+    lines = {name: read_metrics(output / name / "metrics.jsonl") for name in runs}
+    if any("top1" in line for run in lines.values() for line in run):
+        figure = plot_curves(lines)
+        write_file(output / "curves.png", lambda path: save_figure(figure, path))
     return summaries
 
 
-def _check_same(settings: Mapping[str, Any], known: Path) -> None:
-    recorded = read_yaml(known)
-    wanted = vars(make_config(settings))
-    for key in settings:
-        value = list(wanted[key]) if isinstance(wanted[key], tuple) else wanted[key]
-        if value is not None and recorded.get(key) != value:
+def _check_same(config: Config, folder: Path) -> None:
+    recorded = read_yaml(folder / "config.yaml")
+    for key, value in to_dict(config).items():
+        if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
             raise ValueError(
-                f"{known.parent} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
+                f"{folder} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
             )
 
 
@@ -91,12 +90,12 @@ def _main(options: argparse.Namespace) -> None:
         variants = {name: {"model": name} for name in options.models}
     if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
         raise ValueError(f"{options.config}: runs must map names to settings")
-    given = cli.training_settings(options)
+    given = training_settings(options)
     runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
     summaries = compare(runs, options.output)
     console = make_console()
     console.print(_table(summaries))
-    pictures = [options.output / "curves.png"]
+    pictures = sorted(options.output.glob("*.png"))
     pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
     for path in [options.output / "comparison.json", *pictures]:
         console.print(str(path), soft_wrap=True)
@@ -112,10 +111,10 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = cli.Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
-    cli.add_training_options(parser)
+    parser = Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
+    add_training_options(parser)
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.set_defaults(run=_main)
-    sys.exit(cli.run(parser))
+    sys.exit(run(parser))

@@ -1,18 +1,20 @@
 """Every setting of a training run: one dataclass, filled from a YAML file and then from the command line.
 
 Where None means "what suits the data set", the value is filled in before training, and the run's config.yaml has it.
+PyYAML is imported where it is used: `grkan --help` shows the options without it.
 """
 
+import argparse
 import dataclasses
 import difflib
+import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 
 @dataclass
@@ -26,14 +28,15 @@ class Config:
 
     data: str = "digits"
     """digits, fashion-mnist, fashion-mnist:FOLDER, or a folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE."""
-    model: str = "kat_micro_patch2_8"
-    """A name of timm's registry."""
+    model: str | None = None
+    """A name of timm's registry; None is that of `init`, else kat_micro_patch2_8."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ..."""
+    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; None is the model's default."""
     output: str | None = None
     """The run's folder; None is runs/MODEL-DATA."""
     init: str | None = None
-    """A model file or a run's folder whose weights are the start; another number of classes gets a new head."""
+    """A model file or a run's folder whose weights are the start. The model's arguments are the file's, overridden by
+    `model_args`; another number of classes gets a new head."""
     trainable: Literal["all", "coefficients"] = "all"
     """What learns: everything, or the coefficients of the rational functions alone."""
     seed: int = 0
@@ -93,6 +96,8 @@ class Config:
             if value is not None and not low <= value <= high:
                 limits = f"at least {low:g}" if high == _INFINITY else f"in [{low:g}, {high:g}]"
                 raise ValueError(f"{name} must be {limits}; got {value!r}")
+        if self.clip_grad == 0:
+            raise ValueError("clip_grad must be more than 0, or null for no limit; got 0")
         if self.lr < self.min_lr:
             raise ValueError(f"min_lr must not exceed lr, {self.lr:g}; got {self.min_lr:g}")
         if self.warmup_epochs is None:
@@ -128,7 +133,8 @@ _RANGES = [
 ]
 
 RESUMABLE = ("workers", "on_corrupt", "save_every", "log_every", "tensorboard")
-"""The settings that a resumed run may change: they do not change the weights that it ends with."""
+"""The settings that a resumed run may change, for they do not change the weights that it ends with; and `data`, for the
+same images may have moved."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -136,17 +142,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no YAML, or no mapping.
+        ValueError: it is no YAML, has a key twice, or is no mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
     return content
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values; ValueError where PyYAML finds a mistake, and for a key that a mapping has twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [value for i, (tag, value) in enumerate(keys) if (tag, value) in keys[:i]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is set twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
@@ -172,11 +195,14 @@ def check_name(key: Any) -> None:
         raise ValueError(f"unknown setting {key!r}; {nearest(str(key), names)}")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence about an unknown name: which of the known ones were perhaps meant."""
+def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
+    """The end of a sentence about an unknown name: those that were perhaps meant, or the first few."""
     longer = sorted(k for k in known if name and k.startswith(name))
     close = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    more = f" and {len(known) - shown} more" if len(known) > shown else ""
+    return f"known are {', '.join(known[:shown])}{more}"
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -188,12 +214,13 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes key=value; got {assignment!r}")
+        if not equals or not text.strip():
+            raise ValueError(f"--set takes key=value, where null is no value; got {assignment!r}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
+            value = _parse_yaml(text)
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--set {key}: {text!r} is not a YAML value ({reason})") from None
         key, dot, argument = key.partition(".")
         if dot and key != "model_args":
             raise ValueError(f"--set {assignment}: only model_args has parts")
@@ -205,13 +232,51 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The settings that have an option of their own; `--set` reaches every other."""
+    parser.add_argument("--data", help="digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/ and val/")
+    parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per optimiser step, over all processes")
+    parser.add_argument("--lr", type=float, metavar="X", help="the highest learning rate")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--init", metavar="FILE", help="a model file or a run's folder to start from")
+    parser.add_argument("--trainable", help="all, or coefficients: the rational functions' alone")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting, such as mixup=0.8 or model_args.num_groups=4; config.yaml of a run lists them all",
+    )
+
+
+def training_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line.
+
+    Raises:
+        ValueError: as `parse_assignments`.
+    """
+    names = ("data", "model", "epochs", "batch_size", "lr", "seed", "init", "trainable", "workers")
+    given = {name: getattr(options, name, None) for name in names}
+    settings = parse_assignments(options.assignments)
+    return {**settings, **{name: value for name, value in given.items() if value is not None}}
+
+
 def to_dict(config: Config) -> dict[str, Any]:
-    """All settings as plain values that YAML and `torch.save` keep."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+    """All settings as the plain values that JSON and YAML give back: a tuple is a list.
+
+    Raises:
+        TypeError: one of `model_args` has no such value.
+    """
+    return json.loads(json.dumps(vars(config)))
 
 
 def to_yaml(config: Config) -> str:
     """All settings in YAML, in the order in which `Config` declares them."""
+    import yaml
+
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -238,11 +303,11 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise TypeError(f"{name} must be a number; got {value!r}") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
         raise TypeError(f"{name} must be {wanted[kind]}; got {value!r}")
-    if kind is float and value != value:
-        raise ValueError(f"{name} must be a number; got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
     return value

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
@@ -131,6 +132,14 @@ def find_source(data: str) -> Source:
         workers=min(8, os.cpu_count() or 1),
         normalisation=None,
     )
+
+
+def absolute(data: str) -> str:
+    """`--data` for a process in any working directory."""
+    name, _, folder = data.partition(":")
+    if data == "digits" or (name == "fashion-mnist" and not folder):
+        return data
+    return f"{name}:{os.path.abspath(folder)}" if name == "fashion-mnist" else os.path.abspath(data)
 
 
 def _load_digits(split: str) -> ImageData:
@@ -252,11 +261,20 @@ def training_transform(preprocessing: dict[str, Any], config: Config) -> Callabl
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
+    for augment in second.transforms:
+        for op in chain(getattr(augment, "ops", ()), *getattr(augment, "policy", ())):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
     if config.shift is not None:
         size = preprocessing["input_size"][-2:]
         first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
         first = T.Compose(first)
     return T.Compose([_Convert(preprocessing), first, second, last])
+
+
+def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
+    """timm's, which at some levels keeps no bit at all: a black image formerly, an error since Pillow checks it."""
+    return auto_augment.posterize(image, max(bits, 1), **arguments)
 
 
 class _Convert:
@@ -283,9 +301,10 @@ class Batch:
 
 
 class _Samples(Dataset):
-    """(epoch, index) -> the transformed image or None, its label, and the unreadable images met, name: reason.
+    """(epoch, index) -> the transformed image or None, its label, and the image's {name: reason} if it is unreadable.
 
     In training the place of an unreadable image is taken by the next one that can be read, so that every batch is full.
+    Unreadable ones on the way to it are not told: each is told by whoever is asked for it, which is one process.
     """
 
     def __init__(self, data: ImageData, transform: Callable[..., Tensor], seed: int | None) -> None:
@@ -299,7 +318,8 @@ class _Samples(Dataset):
             try:
                 image = self.data.open(index)
             except UNREADABLE as error:
-                unreadable[self.data.name(index)] = " ".join(str(error).split())
+                if step == 0:
+                    unreadable[self.data.name(index)] = " ".join(str(error).split())
                 continue
             label = int(self.data.labels[index])
             if self.seed is None:

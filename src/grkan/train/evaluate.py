@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..models.files import load_model, read_metadata
@@ -62,6 +62,15 @@ def score(
             total.images += len(labels)
         after_batch(batch)
     return total
+
+
+def first_images(loader: DataLoader, unreadable: UnreadableImages) -> Tensor | None:
+    """The images of the first batch that has any."""
+    for batch in loader:
+        unreadable.add(batch)
+        if len(batch.labels):
+            return batch.images
+    return None
 
 
 def model_file(path: str | Path) -> Path:
@@ -150,7 +159,9 @@ def describe(model: str) -> dict[str, dict[str, int]]:
 def check_model_name(name: str) -> None:
     """Raise ValueError, with the nearest names, if timm's registry has no such model."""
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models())}")
+        ours = timm.list_models("kat_*")
+        others = [other for other in timm.list_models() if other not in ours]
+        raise ValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
 
 
 @torch.inference_mode()
@@ -161,7 +172,7 @@ def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
         path; label, the most probable class; probability, in [0, 1]; top5, a list of [label, probability].
 
     Raises:
-        ValueError: the image cannot be read.
+        ValueError: the image cannot be read, or the model's outputs are not finite.
     """
     try:
         image = open_image(path)
@@ -169,6 +180,8 @@ def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
     x = evaluation_transform(trained.preprocessing)(image).unsqueeze(0).to(trained.device)
     probabilities = trained.model(x).float().softmax(dim=-1)[0].cpu()
+    if not probabilities.isfinite().all():
+        raise ValueError(f"the model's outputs for {path} are not finite")
     values, indices = probabilities.topk(min(5, len(probabilities)))
     top5 = [[trained.classes[i], round(p, 6)] for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
     return {"path": str(path), "label": top5[0][0], "probability": top5[0][1], "top5": top5}

@@ -4,11 +4,16 @@ Whatever is drawn at random is a function of the seed and of the place in the ru
 interrupted at any point and resumed from its last state ends, on a CPU, with the same bits as one that was left alone.
 """
 
+import atexit
 import contextlib
+import copy
 import dataclasses
-import json
 import math
+import os
+import reprlib
 import time
+import warnings
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +24,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.table import Table
 from timm.data import Mixup, resolve_data_config
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..models.files import load_model, read_metadata, save_model
+from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
 from ..nn import no_weight_decay
 from .checkpoint import (
     MetricsLog,
@@ -42,6 +48,7 @@ from .data import (
     Source,
     TrainingSampler,
     UnreadableImages,
+    absolute,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -49,9 +56,14 @@ from .data import (
     training_loader,
     training_transform,
 )
-from .evaluate import Score, check_model_name, model_file, score
+from .evaluate import Score, check_model_name, first_images, model_file, score
 from .progress import Reporter
 from .randomness import derive_seed, seeded
+
+_DEFAULT_MODEL = "kat_micro_patch2_8"
+
+_NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
+"""Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
 
 
 class TrainingError(RuntimeError):
@@ -63,18 +75,17 @@ def train(config: Config) -> dict[str, Any]:
 
     Returns:
         What the run's summary says: output, model, epochs, top1 of the best epoch (percent), best_epoch, last_top1,
-        last_loss, parameters, seconds.
+        last_loss, parameters, unreadable images, seconds.
 
     Raises:
         ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a weight is not finite, or another process of the run has failed.
         OSError: a file cannot be written.
     """
-    source = find_source(config.data)
-    return _Run(_resolve(config, source), source, resumed=False).train()
+    return _run(resolve(config), resumed=False)
 
 
-def resume(folder: str | Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Go on with an interrupted run from its last state, or from the start if it had not come to one.
 
     Args:
@@ -82,72 +93,150 @@ def resume(folder: str | Path, changes: dict[str, Any] | None = None) -> dict[st
         changes: settings to change, of those that do not change the outcome (`RESUMABLE`).
 
     Returns, raises:
-        As `train`; ValueError, too, if the folder holds no run or its state is damaged.
+        As `train`; ValueError, too, if the folder holds no run, or its state is damaged or of other data.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run to resume (no config.yaml)")
-    for key in changes or {}:
-        if key not in RESUMABLE:
-            raise ValueError(f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} can")
-    config = make_config(read_yaml(folder / "config.yaml"), changes or {}, {"output": str(folder)})
+    changes = dict(changes or {})
+    for key in changes:
+        if key not in (*RESUMABLE, "data"):
+            raise ValueError(f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} and data can")
+    config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
+    return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has saved anything there that a new one would overwrite."""
+    return any((folder / name).exists() for name in ("state/state.pt", "last.safetensors", "best.safetensors"))
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with everything filled in that depends on the data set, on the model to start from or on the
+    working directory. A run is resumed from it alone.
+
+    Raises:
+        ValueError: there is no such data set or model to start from, or `model` is another than that one.
+    """
     source = find_source(config.data)
-    return _Run(_resolve(config, source), source, resumed=True).train()
-
-
-def _resolve(config: Config, source: Source) -> Config:
-    """The configuration with everything filled in that depends on the data set or on the model to start from."""
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"data": absolute(config.data), "model": config.model or _DEFAULT_MODEL}
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
     if config.init:
-        chosen["model"] = read_metadata(model_file(config.init)).get("model") or config.model
+        path = model_file(config.init)
+        metadata = read_metadata(path)
+        name = metadata["model"]
+        if name is None:
+            raise ValueError(f"init must hold a model of timm's registry; {path} does not say which")
+        if config.model not in (None, name):
+            raise ValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init")
+        arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
+        chosen |= {"init": os.path.abspath(path), "model": name, "model_args": {**arguments, **config.model_args}}
     if config.output is None:
-        name = f"{chosen.get('model', config.model)}-{Path(config.data.replace(':', '-')).name}"
-        chosen["output"] = str(Path("runs") / name)
+        chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
 
 
-def _build_model(config: Config, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The model at its start, and its preprocessing."""
-    if config.init:
-        path = model_file(config.init)
-        model: Any = load_model(path)
-        if model.num_classes != classes:
-            model.reset_classifier(classes)
-        preprocessing = read_metadata(path).get("preprocessing")
-        if preprocessing:
-            return model, preprocessing
-        return model, dict(resolve_data_config({}, model=model))
-    check_model_name(config.model)
-    arguments = _arguments(config, classes)
+def _run(config: Config, resumed: bool) -> dict[str, Any]:
     try:
-        model = timm.create_model(config.model, **arguments)
-    except TypeError as error:
-        raise ValueError(f"model_args do not fit {config.model}: {error}") from None
-    size = {key: arguments[key] for key in ("img_size", "in_chans") if key in arguments}
-    preprocessing = dict(resolve_data_config({}, model=model))
-    channels, height, width = preprocessing["input_size"]
-    if "img_size" in size:
-        height, width = torch.Size(torch.broadcast_to(torch.tensor(size["img_size"]), (2,)).tolist())
-    preprocessing["input_size"] = (size.get("in_chans", channels), height, width)
+        return _Run(config, resumed).train()
+    except RuntimeError as error:
+        # What NCCL and gloo raise in a process that waits for one that is gone. That one has said why.
+        if isinstance(error, torch.distributed.DistError) or "gloo/" in str(error):
+            raise TrainingError("another process of this run has failed") from error
+        raise
+
+
+def _make_accelerator(config: Config) -> Accelerator:
+    """The device, the precision and the processes, which `torchrun` or `accelerate launch` has started."""
+    accelerator = Accelerator(
+        # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        step_scheduler_with_optimizer=False,
+    )
+    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if started != accelerator.num_processes:
+        raise RuntimeError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate connects {accelerator.num_processes} on "
+            f"{accelerator.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
+        )
+    if started > 1:
+        # The group outlives the run, for another run of this process, but not the interpreter, which may abort then.
+        atexit.register(accelerator.end_training)
+    return accelerator
+
+
+def _make_model(
+    config: Config, classes: int, source: Source, preprocessing: dict[str, Any] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model at its start, and its preprocessing; that of a state means that weights from there will follow."""
+    check_model_name(config.model or "")
+    torch.manual_seed(derive_seed("model", config.seed))
+    if config.init and preprocessing is None:
+        path = model_file(config.init)
+        metadata = read_metadata(path)
+        model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
+        if model.num_classes != classes:
+            model.reset_classifier(classes)  # type: ignore[operator]
+        preprocessing = _fit_preprocessing(config, model, source, metadata.get("preprocessing"))
+    else:
+        model = _create_model(config, classes)
+        preprocessing = preprocessing or _fit_preprocessing(config, model, source, None)
+    with _blaming_model_args(config), torch.no_grad():
+        trial = copy.deepcopy(model).train()  # a copy, because running statistics move
+        shape = tuple(trial(torch.zeros(2, *preprocessing["input_size"])).shape)
+        if shape != (2, classes):
+            raise ValueError(f"its output for two images has shape {shape}, not {(2, classes)}")
     return model, preprocessing
 
 
-def _arguments(config: Config, classes: int) -> dict[str, Any]:
-    """Those of `timm.create_model`."""
-    return {**config.model_args, "num_classes": classes}
+def _create_model(config: Config, classes: int | None) -> nn.Module:
+    if refused := [name for name in config.model_args if name in _NOT_MODEL_ARGS]:
+        raise ValueError(
+            f"model_args say what the model is; {refused[0]} is not for them: weights come from --init, the number of "
+            "classes from --data"
+        )
+    with _blaming_model_args(config):
+        return timm.create_model(config.model, num_classes=classes, **config.model_args)
 
 
-def _fit_preprocessing(preprocessing: dict[str, Any], source: Source) -> dict[str, Any]:
-    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file."""
-    channels, height, width = preprocessing["input_size"]
+@contextlib.contextmanager
+def _blaming_model_args(config: Config) -> Iterator[None]:
+    """Say of any error that the arguments do not fit: timm and PyTorch have no type for those of a wrong argument."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows
+            yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        if " " not in reason:  # no sentence
+            reason = f"{type(error).__name__} {reason}".rstrip()
+        given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
+        raise ValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
+
+
+def _fit_preprocessing(
+    config: Config, model: nn.Module, source: Source, known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
+
+    Args:
+        known: what the file that the model comes from says.
+    """
+    found = {**resolve_data_config({}, model=model), **(known or {})}
+    channels, height, width = found["input_size"]
+    given = {key: value for key, value in config.model_args.items() if value is not None}
+    channels = given.get("in_chans", channels)
+    height, width = to_2tuple(given.get("img_size", (height, width)))
     if channels not in (1, 3):
         raise ValueError(f"images are gray or RGB; the model takes in_chans={channels}")
-    mean, std = preprocessing["mean"], preprocessing["std"]
-    crop = preprocessing["crop_pct"]
-    if source.normalisation is not None:
+    mean, std, crop = found["mean"], found["std"], found["crop_pct"]
+    if source.normalisation is not None and not known:
         mean, std = ([value] for value in source.normalisation)
         crop = 1.0  # the object fills the image
     if len(mean) != channels:
@@ -156,7 +245,7 @@ def _fit_preprocessing(preprocessing: dict[str, Any], source: Source) -> dict[st
         "input_size": [channels, height, width],
         "mean": list(mean),
         "std": list(std),
-        "interpolation": preprocessing["interpolation"],
+        "interpolation": found["interpolation"],
         "crop_pct": crop,
     }
 
@@ -164,36 +253,35 @@ def _fit_preprocessing(preprocessing: dict[str, Any], source: Source) -> dict[st
 class _Run:
     """One training run, in one of its processes."""
 
-    def __init__(self, config: Config, source: Source, resumed: bool) -> None:
+    def __init__(self, config: Config, resumed: bool) -> None:
         self.config = config
         self.folder = Path(config.output or "")
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-            step_scheduler_with_optimizer=False,
-        )
+        self.accelerator = _make_accelerator(config)
         self.main = self.accelerator.is_main_process
-        if self.main and not resumed and (self.folder / "config.yaml").exists():
+        if self.main and not resumed and holds_run(self.folder):
             raise ValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
             )
-        self.finished = False
+        state_path = self.folder / "state" / "state.pt"
+        state = load_state(state_path) if resumed and state_path.exists() else None
+        source = find_source(config.data)
         self.training, self.test = self._load_data(source)
-        torch.manual_seed(derive_seed("model", config.seed))
-        self.model, preprocessing = _build_model(config, len(self.training.classes))
-        self.preprocessing = preprocessing if config.init else _fit_preprocessing(preprocessing, source)
+        if state is not None:
+            self._check_same(state["fingerprint"], state_path)
+        self.model, self.preprocessing = _make_model(
+            config, len(self.training.classes), source, state and state["preprocessing"]
+        )
         self._choose_trainable()
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.last: dict[str, Any] = {}
         self.epoch = self.step = 0
         self.running = _Running()
         self.seconds = 0.0
-        state_path = self.folder / "state" / "state.pt"
-        state = load_state(state_path) if resumed and state_path.exists() else None
         if state is not None:
-            self._restore(state, state_path)
+            self._restore(state)
         if self.main:
             (self.folder / "state").mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
@@ -263,7 +351,7 @@ class _Run:
         # A pure function of the step: nothing of it has to be saved.
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=max(total - warmup, 1),
+            t_initial=max(total - warmup, 2),  # of a cosine of one step timm says that it has no effect
             lr_min=config.min_lr,
             warmup_t=warmup,
             warmup_prefix=True,
@@ -320,7 +408,9 @@ class _Run:
             if config.log_every and count % config.log_every == 0:
                 self._write_metrics({"epoch": self.epoch + 1, "step": count, "lr": self._lr(), "train_loss": loss})
             if config.save_every and count % config.save_every == 0 and self.step < self.steps:
+                self._check_weights()
                 self._save_state()
+        self._check_weights()
         began = time.perf_counter()
         result = self._evaluate()
         self.seconds += time.perf_counter() - began
@@ -352,12 +442,7 @@ class _Run:
             sums[1] += float((logits.argmax(dim=-1) == labels).sum())
         loss_sum, correct = self._over_processes(sums)
         if not math.isfinite(loss_sum):
-            kept = self.folder / "last.safetensors"
-            left = f"{kept} is of the last good epoch" if kept.exists() else "no epoch had been finished"
-            raise TrainingError(
-                f"the loss is {loss_sum} at step {count + 1} (epoch {self.epoch + 1}); {left}; "
-                "a lower --lr, a longer warmup_epochs or clip_grad may help"
-            )
+            raise self._diverged(f"the loss is {loss_sum}", count + 1)
         if config.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self.stepper.step()
@@ -373,14 +458,33 @@ class _Run:
         loss, correct, images = self._over_processes([own.loss, own.correct, own.images])
         if not images:
             raise ValueError(f"none of the {len(self.test)} test images of {self.config.data} can be read")
+        if not math.isfinite(loss):
+            raise self._diverged(f"the test loss is {loss}", (self.epoch + 1) * self.steps)
         return Score(loss, int(correct), int(images)).to_dict()
+
+    def _check_weights(self) -> None:
+        """Raise before a weight that is not finite takes the place of one that was saved."""
+        modules = {"weight": self.model} | ({} if self.ema is None else {"averaged weight": self.ema.module})
+        for kind, module in modules.items():
+            for name, parameter in module.named_parameters():
+                if not parameter.isfinite().all():
+                    raise self._diverged(f"the {kind} {name} is not finite", self.epoch * self.steps + self.step)
+
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        kept = self.folder / "last.safetensors"
+        left = f"{kept} is of the last good epoch" if kept.exists() else "no epoch had been finished"
+        return TrainingError(
+            f"{what} at step {step} (epoch {self.epoch + 1}); {left}; "
+            "a lower --lr, a longer warmup_epochs or clip_grad may help"
+        )
 
     def _end_epoch(self, result: dict[str, Any]) -> None:
         is_best = result["top1"] > self.best["top1"]
         if is_best:
             self.best = {"top1": result["top1"], "epoch": self.epoch + 1}
+        self.last = {"top1": result["top1"], "loss": result["loss"]}
         count = (self.epoch + 1) * self.steps
-        unreadable = len(set(gather_object(sorted(self.unreadable.names))))
+        self._share_unreadable()
         metrics = {
             "epoch": self.epoch + 1,
             "step": count,
@@ -388,7 +492,7 @@ class _Run:
             **self.running.means(),
             "top1": result["top1"],
             "loss": result["loss"],
-            "unreadable": unreadable,
+            "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 3),
         }
         if self.main:
@@ -406,16 +510,16 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         """The pictures and the summary."""
-        last = [line for line in read_metrics(self.folder / "metrics.jsonl") if "top1" in line][-1] if self.main else {}
         summary = {
             "output": str(self.folder),
             "model": self.config.model,
             "epochs": self.config.epochs,
             "top1": self.best["top1"],
             "best_epoch": self.best["epoch"],
-            "last_top1": last.get("top1"),
-            "last_loss": last.get("loss"),
+            "last_top1": self.last["top1"],
+            "last_loss": self.last["loss"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 1),
         }
         if self.main:
@@ -426,6 +530,7 @@ class _Run:
                 "last accuracy": f"{summary['last_top1']:.2f} %",
                 "last loss": f"{summary['last_loss']:.4f}",
                 "parameters": f"{summary['parameters']:,}",
+                "unreadable images": f"{summary['unreadable']:,}",
                 "seconds": f"{summary['seconds']:.0f}",
             }
             for column in columns:
@@ -440,10 +545,14 @@ class _Run:
     def _draw(self) -> list[Path]:
         from .. import plot
 
-        figures = {"curves.png": plot.plot_curves({self.config.model: read_metrics(self.folder / "metrics.jsonl")})}
+        figures = {}
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        if any("top1" in line for line in lines):
+            figures["curves.png"] = plot.plot_curves({self.config.model or "": lines})
         if no_weight_decay(self.model):
-            batch = next(iter(self.test_loader))
-            inputs = plot.record_inputs(self._evaluated(), [batch.images.to(self.accelerator.device)])
+            images, inputs = first_images(self.test_loader, self.unreadable), None
+            if images is not None:
+                inputs = plot.record_inputs(self._evaluated(), [images.to(self.accelerator.device)])
             figures["functions.png"] = plot.plot_functions(self._evaluated(), inputs)
         for name, figure in figures.items():
             write_file(self.folder / name, partial(plot.save_figure, figure))
@@ -463,6 +572,10 @@ class _Run:
             torch.tensor(values, dtype=torch.float64, device=self.accelerator.device), "sum"
         )
         return total.tolist()
+
+    def _share_unreadable(self) -> None:
+        """So that no process names an image again that another one has named."""
+        self.unreadable.names.update(gather_object(sorted(self.unreadable.names)))
 
     def _lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -490,10 +603,11 @@ class _Run:
             path,
             classes=self.training.classes,
             preprocessing=self.preprocessing,
-            arguments=None if self.config.init else _arguments(self.config, len(self.training.classes)),
+            arguments={**self.config.model_args, "num_classes": len(self.training.classes)},
         )
 
     def _save_state(self) -> None:
+        self._share_unreadable()
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -505,7 +619,9 @@ class _Run:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "preprocessing": self.preprocessing,
             "best": self.best,
+            "last": self.last,
             "running": vars(self.running),
             "unreadable": sorted(self.unreadable.names),
             "seconds": self.seconds,
@@ -513,23 +629,30 @@ class _Run:
         }
         save_state(self.folder / "state" / "state.pt", state)
 
-    def _restore(self, state: dict[str, Any], path: Path) -> None:
-        if state["fingerprint"] != self._fingerprint():
-            raise ValueError(f"{path} is of another run: its settings are not those of {self.folder / 'config.yaml'}")
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.best, self.seconds = state["epoch"], state["step"], state["best"], state["seconds"]
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.best, self.last = state["best"], state["last"]
         self.running = _Running(**state["running"])
         self.unreadable.names.update(state["unreadable"])
 
-    def _fingerprint(self) -> str:
-        """The settings that decide the outcome."""
-        fixed = {key: value for key, value in to_dict(self.config).items() if key not in (*RESUMABLE, "output", "data")}
-        return json.dumps({**fixed, "images": len(self.training)}, sort_keys=True)
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decides the outcome of the rest of the run."""
+        elsewhere = (*RESUMABLE, "output", "data", "init")
+        settings = {key: value for key, value in to_dict(self.config).items() if key not in elsewhere}
+        counts = {"training images": len(self.training), "test images": len(self.test)}
+        return {**settings, **counts, "classes": list(self.training.classes)}
+
+    def _check_same(self, recorded: dict[str, Any], path: Path) -> None:
+        for key, value in self._fingerprint().items():
+            if recorded.get(key) != value:
+                was, now = reprlib.repr(recorded.get(key)), reprlib.repr(value)
+                raise ValueError(f"{path} is of another run: {key} was {was} there, and is {now}")
 
 
 @dataclasses.dataclass
