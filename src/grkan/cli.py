@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--order", nargs=2, type=int, default=[5, 4], metavar=("M", "N"), help="degrees of P and Q (5 4)")
     sub.add_argument("--form", default="abs_of_sum", help="abs_of_sum (default) or sum_of_abs")
     sub.add_argument("--output", metavar="FILE", help="save a picture of target, fit and error")
+
+    sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
+    sub.add_argument("suite", choices=("ops", "layers", "models"), metavar="ops|layers|models")
+    sub.add_argument("--rounds", type=_positive, default=15, metavar="N", help="turns of each rival (15)")
+    sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
+    sub.add_argument("--json", metavar="FILE", help="write all that was measured")
     return parser
 
 
@@ -183,6 +189,12 @@ def _fit(options: argparse.Namespace) -> None:
         figure = plot_fit(result, lambda x: target(torch.from_numpy(x)).numpy(), result.interval, options.name)
         write_file(options.output, lambda path: save_figure(figure, path))
         print(options.output)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import bench
+
+    bench(options.suite, options.rounds, options.threads, options.json)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,724 @@
+"""Side by side with peers, in one run: the rational function, the layer and the model, each against what it replaces.
+
+`grkan bench ops|layers|models` runs one of the suites at the end of this file. The speed of a machine drifts, so the
+rivals of a contest take turns: in every round each of them runs one block of calls, the order rotates, and a ratio is
+taken within a round. The tables show the median and the quartiles of these ratios, and the ratio of the best times.
+
+All rivals of a contest do the same job: the same input and the same gradient of the output; gradients for all that can
+learn are returned, not added to `.grad`; compilation and warm-up come before the clock.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from ._version import __version__
+from .nn import GRKAN, GroupRational
+from .rational import op
+from .rational.op import group_rational
+from .train.checkpoint import write_bytes
+from .train.progress import make_console
+
+BLOCK = 0.01
+"""Seconds of a block: long against the clock's resolution, short against the drift of the machine's speed."""
+
+SLOW, TURNS_OF_SLOW = 0.25, 3
+"""A call of more seconds than this, and of twenty times the quickest rival's, gets few turns: it would take nearly all
+of the time, for digits that nobody needs."""
+
+GROUPS = 8
+GRID, SPLINE_ORDER = 8, 3
+"""Of all B-splines here. A layer then has 12 weights for each of d_in d_out; with both layers d to d, a ViT comes to what
+the paper reports for its "ViT with KAN": 12.8, 50.4 and 199.8 million parameters."""
+
+
+# Measuring.
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of a rival in units of another's."""
+
+    median: float
+    low: float
+    high: float
+    minima: float
+
+    @classmethod
+    def of(cls, times: Sequence[float], others: Sequence[float]) -> "Ratio":
+        """Median and quartiles of the ratios round by round, and the ratio of the smallest times."""
+        ratios = [a / b for a, b in zip(times, others, strict=False)]  # slow rivals leave after the first rounds
+        low, median, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
+        return cls(median, low, high, min(times) / min(others))
+
+    @classmethod
+    def mean(cls, ratios: Sequence["Ratio"]) -> "Ratio":
+        """The geometric mean of each figure."""
+        return cls(*(statistics.geometric_mean(getattr(r, name) for r in ratios) for name in cls.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What is called, and what is known about it without a clock, such as its number of parameters."""
+
+    call: Callable[[], object]
+    facts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call, in each round from the first on; `calls` of them made a block."""
+
+    seconds: list[float]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        return min(self.seconds)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One job for several rivals. They are made when the contest starts, so that only its own tensors take memory."""
+
+    job: Mapping[str, Any]
+    baseline: str
+    enter: Callable[[], Mapping[str, Rival]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contest that took place."""
+
+    job: Mapping[str, Any]
+    baseline: str
+    measurements: Mapping[str, Measurement]
+    facts: Mapping[str, Mapping[str, int]]
+
+    def ratio(self, rival: str, other: str | None = None) -> Ratio:
+        """Time of `rival` / time of `other`, by default the baseline."""
+        measured = self.measurements
+        return Ratio.of(measured[rival].seconds, measured[other or self.baseline].seconds)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a ratio has to reach."""
+
+    name: str
+    limit: float
+    ratio: Ratio
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.ratio.median >= self.limit if self.at_least else self.ratio.median <= self.limit
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Contests, the bars that their results are held against, and what a reader of the tables has to know."""
+
+    contests: Sequence[Contest]
+    bars: Callable[[Sequence[Result]], list[Bar]]
+    notes: Sequence[str] = ()
+
+
+def compete(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    block: float,
+    clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Measurement]:
+    """Let rivals take turns.
+
+    Args:
+        calls: by name, what each does.
+        rounds: how often each has its turn; see SLOW.
+        block: how long a turn takes, in seconds, if a single call does not take longer.
+        clock: gives seconds.
+        advance: called after every round.
+    """
+
+    def turn(call: Callable[[], object], repetitions: int) -> float:
+        if repetitions > 1:  # brings back to the caches what the rival before threw out
+            call()
+        start = clock()
+        for _ in range(repetitions):
+            call()
+        return (clock() - start) / repetitions
+
+    names = list(calls)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        # The first of the two calls warms up, and compiles what is compiled.
+        expected = {name: max(1e-9, min(turn(calls[name], 1) for _ in range(2))) for name in names}
+        repetitions = {name: max(1, round(block / expected[name])) for name in names}
+        slow = {name for name in names if expected[name] > max(SLOW, 20 * min(expected.values()))}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                if number < TURNS_OF_SLOW or name not in slow:
+                    seconds[name].append(turn(calls[name], repetitions[name]))
+            advance()
+    finally:
+        if collects:
+            gc.enable()
+    return {name: Measurement(seconds[name], repetitions[name]) for name in names}
+
+
+def bytes_kept(module: nn.Module, x: Tensor) -> int:
+    """Bytes that `module(x)` keeps for its backward: those of all storages that it saves, except its parameters'."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.detach()
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        module(x)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+
+FORWARD, TRAINING = "forward", "forward + backward"
+
+
+def _task(pass_: str, function: Callable[..., Tensor], x: Tensor, learned: Sequence[Tensor], grad: Tensor) -> Rival:
+    """One pass of function(x, *learned)."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(x, *learned)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(x, *learned), (x, *learned), grad)
+
+    return Rival(forward if pass_ == FORWARD else forward_and_backward)
+
+
+# Rivals of the rational function. x is (..., C), C a multiple of the groups G; a is (G, m + 1), b is (G, n). As in
+# grkan, the arithmetic is float32 for half types. All are F with the denominator 1 + |A(x)|, as one would write it.
+
+
+def rational_by_loop(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A loop that takes one power of x after the other."""
+    z = _grouped(x, a)
+    numerator = sum(a[:, i, None] * z**i for i in range(a.shape[1]))
+    inner = sum(b[:, j, None] * z ** (j + 1) for j in range(b.shape[1]))
+    return (numerator / (1 + inner.abs())).flatten(-2).to(x.dtype)  # type: ignore[union-attr]
+
+
+def rational_by_powers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """All powers at once, in a dimension of their own, and a matrix product with the coefficients."""
+    z = _grouped(x, a)
+    powers = z.unsqueeze(-1) ** torch.arange(max(a.shape[1], b.shape[1] + 1), device=x.device)
+    numerator = powers[..., : a.shape[1]] @ a.unsqueeze(-1)
+    inner = powers[..., 1 : b.shape[1] + 1] @ b.unsqueeze(-1)
+    return (numerator / (1 + inner.abs())).flatten(-3).to(x.dtype)
+
+
+def rational_by_horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Horner's method: what `rational/reference.py` does, without its care for extreme x."""
+    z = _grouped(x, a)
+    numerator, inner = a[:, -1, None], b[:, -1, None]
+    for i in range(a.shape[1] - 2, -1, -1):
+        numerator = torch.addcmul(a[:, i, None], numerator, z)
+    for j in range(b.shape[1] - 2, -1, -1):
+        inner = torch.addcmul(b[:, j, None], inner, z)
+    return (numerator / (1 + (inner * z).abs())).flatten(-2).to(x.dtype)
+
+
+def spline(x: Tensor, coefficients: Tensor) -> Tensor:
+    """For every group of channels a B-spline of order 3 on [-1, 1]; coefficients is (G, 11), for 8 intervals.
+
+    As the rational function, one spline serves a group of channels. (In the first KANs, each weight had its own.)
+    """
+    return (spline_bases(_grouped(x, coefficients)) @ coefficients.unsqueeze(-1)).flatten(-3).to(x.dtype)
+
+
+def spline_bases(x: Tensor, grid: int = GRID, order: int = SPLINE_ORDER) -> Tensor:
+    """The grid + order B-splines that do not vanish on [-1, 1], in a new last dimension.
+
+    By Cox and de Boor's recursion, vectorised as usual in KANs, over the scalars and the knots. The knots are uniform,
+    and `order` of them lie beyond each end.
+    """
+    knots = torch.arange(-order, grid + order + 1, dtype=x.dtype, device=x.device) * (2 / grid) - 1
+    x = x.unsqueeze(-1)
+    bases = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
+    for k in range(1, order + 1):
+        rising = (x - knots[: -k - 1]) / (knots[k:-1] - knots[: -k - 1])
+        falling = (knots[k + 1 :] - x) / (knots[k + 1 :] - knots[1:-k])
+        bases = rising * bases[..., :-1] + falling * bases[..., 1:]
+    return bases
+
+
+def _grouped(x: Tensor, coefficients: Tensor) -> Tensor:
+    """(..., C) to (..., G, C / G), float32 or wider."""
+    return x.unflatten(-1, (coefficients.shape[0], -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SplineKAN(nn.Module):
+    """The layer of the first KANs, with a spline for every weight: y_j = sum_i w_ji SiLU(x_i) + sum_ik c_jik B_k(x_i).
+
+    The bases are the same for all outputs, so the second sum is a linear layer on d_in (grid + order) inputs.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
+        self.spline = nn.Parameter(torch.randn(out_features, in_features, GRID + SPLINE_ORDER) / in_features**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(F.silu(x), self.base) + F.linear(spline_bases(x).flatten(-2), self.spline.flatten(1))
+
+
+# The suites.
+
+OPS_SHAPES = ((8, 197, 192), (8, 197, 768), (8, 197, 3072))
+"""8 images of 197 tokens: the width of tiny; its hidden width, which is the width of base; the hidden width of base."""
+
+LAYER_WIDTHS = (192, 384, 768)
+"""Tiny, small and base."""
+
+
+def ops(
+    shapes: Sequence[tuple[int, ...]] = OPS_SHAPES, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> Suite:
+    """Activations: grkan's rational function, others' ways to compute it, and other functions."""
+    notes = _notes()
+    reason = _why_no_compiler()
+    if reason:
+        notes.append(f"torch.compile does not work here, so the compiled rivals are left out: {reason}")
+    contests = [
+        Contest(
+            {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch."), "pass": pass_},
+            "GELU",
+            partial(_activations, shape, dtype, pass_, reason is None),
+        )
+        for dtype in dtypes
+        for pass_ in (FORWARD, TRAINING)
+        for shape in shapes
+    ]
+    # What a call costs when there is nothing to compute; its name keeps it out of the means below.
+    contests += [
+        Contest({"shape": "1x192", "dtype": "float32", "pass": f"one call, {pass_}"}, "GELU", partial(_door, pass_))
+        for pass_ in (FORWARD, TRAINING)
+    ]
+
+    def bars(results: Sequence[Result]) -> list[Bar]:
+        ours, longer, float32 = "grkan (5,4)", "grkan (7,6)", {"dtype": "float32"}
+        found = [
+            ("forward / GELU", 0.60, float32, FORWARD, ours, "GELU"),
+            ("forward + backward / GELU", 0.75, float32, TRAINING, ours, "GELU"),
+            ("forward + backward / compiled Horner", 0.40, float32, TRAINING, ours, "Horner, compiled"),
+            ("bfloat16, forward + backward / GELU", 0.80, {"dtype": "bfloat16"}, TRAINING, ours, "GELU"),
+            ("(7,6) / (5,4), forward + backward", 1.35, float32, TRAINING, longer, ours),
+            ("B-spline / grkan, forward", 9.3, float32, FORWARD, "B-spline", ours),
+        ]
+        made = []
+        for name, limit, job, pass_, rival, other in found:
+            wanted = {**job, "pass": pass_}.items()
+            ratios = [
+                r.ratio(rival, other)
+                for r in results
+                if wanted <= r.job.items() and {rival, other} <= r.measurements.keys()
+            ]
+            if ratios:
+                made.append(Bar(name, limit, Ratio.mean(ratios), at_least=rival == "B-spline"))
+        return made
+
+    return Suite(contests, bars, notes)
+
+
+def _activations(shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compiles: bool) -> dict[str, Rival]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    rational, longer = (tuple(GroupRational(GROUPS, "swish", order).parameters()) for order in ((5, 4), (7, 6)))
+    curve = (torch.randn(GROUPS, GRID + SPLINE_ORDER, generator=generator).requires_grad_(),)
+    entries: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "clone": (torch.clone, ()),
+        "GELU": (F.gelu, ()),
+        "SiLU": (F.silu, ()),
+        "powers in a loop": (rational_by_loop, rational),
+        "powers at once": (rational_by_powers, rational),
+        "Horner": (rational_by_horner, rational),
+        "B-spline": (spline, curve),
+        "grkan (5,4)": (group_rational, rational),
+        "grkan (7,6)": (group_rational, longer),
+    }
+    if compiles:
+        entries["Horner, compiled"] = (_compiled(rational_by_horner), rational)
+        entries["B-spline, compiled"] = (_compiled(spline), curve)
+    return {name: _task(pass_, function, x, learned, grad) for name, (function, learned) in entries.items()}
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for one shape, which gives faster code than for any."""
+    torch.compiler.reset()  # a function may be compiled for a few shapes only
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _why_no_compiler() -> str | None:
+    try:
+        _compiled(torch.sin)(torch.zeros(16))
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+class _Nothing(torch.autograd.Function):
+    """An operation of three arguments that computes nothing: what autograd in Python costs in itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def _door(pass_: str) -> dict[str, Rival]:
+    """A call with a gradient on 192 scalars, and the parts of ours."""
+    x, grad = torch.randn(2, 1, 192, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    a, b = learned = tuple(GroupRational(GROUPS, "swish").parameters())
+    kernel = op.KERNELS.get("cpu", op.REFERENCE)
+
+    def alone() -> None:
+        with torch.no_grad():
+            kernel.forward(x, a, b, "abs_of_sum", 192 // GROUPS)
+            if pass_ == TRAINING:
+                kernel.backward(grad, x, a, b, "abs_of_sum", 192 // GROUPS, False)
+
+    def task(function: Callable[..., Tensor], *learned: Tensor) -> Rival:
+        # Unlike elsewhere the forward is recorded: that is a part of the call.
+        return Rival(partial(function, x, *learned)) if pass_ == FORWARD else _task(pass_, function, x, learned, grad)
+
+    return {
+        "GELU": task(F.gelu),
+        "SiLU": task(F.silu),
+        "grkan": task(group_rational, *learned),
+        "its kernel, without autograd": Rival(alone),
+        "an empty autograd.Function": task(_Nothing.apply, *learned),
+    }
+
+
+def layers(widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
+    """The MLP of a transformer, pairs of B-spline KAN layers, and GRKAN, of widths d, 4d, d; input (8, 197, d)."""
+    from .models import kat  # noqa: F401  (its ImportError names the extra that brings timm)
+
+    contests = [
+        Contest({"width": width, "pass": pass_}, "Mlp", partial(_layers, width, (batch, tokens, width), pass_))
+        for width in widths
+        for pass_ in (FORWARD, TRAINING)
+    ]
+
+    def bars(results: Sequence[Result]) -> list[Bar]:
+        trained = [r for r in results if r.job["pass"] == TRAINING]
+        return [_bytes_bar(f"bytes kept, GRKAN / Mlp, width {r.job['width']}", 0.60, r, "GRKAN") for r in trained]
+
+    return Suite(contests, bars, _notes())
+
+
+def _layers(width: int, shape: tuple[int, ...], pass_: str) -> dict[str, Rival]:
+    from timm.layers import Mlp
+
+    from .models.operations import count_operations
+
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    hidden = 4 * width
+    products = 2 * 2 * width * hidden
+    # Operations a token as the paper counts them: a B-spline KAN evaluates the bases for every weight anew.
+    edge = round(9 * SPLINE_ORDER * (GRID + 1.5 * SPLINE_ORDER) + 2 * GRID - 2.5 * SPLINE_ORDER + 3)
+    entries = {
+        "Mlp": (Mlp(width, hidden), products),
+        "B-spline KAN": (_spline_pair(width, hidden), 2 * width * hidden * edge),
+        "B-spline KAN, hidden d": (_spline_pair(width, width), 2 * width * width * edge),
+        "GRKAN": (GRKAN(width, hidden, num_groups=GROUPS), products + (2 * 5 + 2 * 4 + 3) * (width + hidden)),
+    }
+    rivals = {}
+    for name, (module, operations) in entries.items():
+        call = _task(pass_, _functional(module), x, tuple(module.parameters()), grad).call
+        facts = {}
+        if pass_ == TRAINING:
+            facts = {
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "operations a token": operations,
+                "multiply-adds a token": count_operations(module, shape[1:])["multiply_adds"] // shape[1],
+                "bytes kept": bytes_kept(module, x),
+            }
+        rivals[name] = Rival(call, facts)
+    return rivals
+
+
+def _spline_pair(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(SplineKAN(width, hidden), SplineKAN(hidden, width))
+
+
+def _functional(module: nn.Module) -> Callable[..., Tensor]:
+    """The module with its own parameters, which are passed only for their gradients to be asked for."""
+    return lambda x, *parameters: module(x)
+
+
+def models(
+    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"), batches: Sequence[int] = (8, 32)
+) -> Suite:
+    """A Vision Transformer against the KAT of its size: a whole training step with AdamW, and inference."""
+    from .models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
+
+    contests = [
+        Contest({"batch": batch, "pass": pass_}, names[0], partial(_models, names, batch, pass_))
+        for batch in batches
+        for pass_ in ("training step", "inference")
+    ]
+
+    def bars(results: Sequence[Result]) -> list[Bar]:
+        made = [
+            Bar(f"{r.job['pass']}, batch {r.job['batch']}, KAT / ViT", 1.03, r.ratio(names[1], names[0]))
+            for r in results
+        ]
+        return [
+            *made,
+            *(
+                _bytes_bar(f"bytes kept, batch {r.job['batch']}, KAT / ViT", 0.80, r, names[1])
+                for r in results
+                if r.job["pass"] == "training step"
+            ),
+        ]
+
+    return Suite(contests, bars, _notes())
+
+
+def _models(names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
+    import timm
+
+    torch.manual_seed(0)
+    rivals = {}
+    for name in names:
+        model = timm.create_model(name)
+        images = torch.randn(batch, *model.default_cfg["input_size"])
+        if pass_ == "inference":
+            rivals[name] = Rival(partial(_infer, model.eval(), images))
+            continue
+        labels = torch.randint(model.num_classes, (batch,))
+        # A rate so low that the model stays what it is while the clock runs.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8)
+        parameters = sum(p.numel() for p in model.parameters())
+        facts = {"parameters": parameters, "bytes kept": bytes_kept(model, images)}
+        rivals[name] = Rival(partial(_train_step, model, optimizer, images, labels), facts)
+    return rivals
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+def _bytes_bar(name: str, limit: float, result: Result, rival: str) -> Bar:
+    ratio = result.facts[rival]["bytes kept"] / result.facts[result.baseline]["bytes kept"]
+    return Bar(name, limit, Ratio(ratio, ratio, ratio, ratio))
+
+
+def _notes() -> list[str]:
+    if "cpu" in op.KERNELS:
+        return []
+    return [f"this installation has no native kernel: grkan is plain PyTorch here; to build it: {op.BUILD_COMMAND}"]
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"ops": ops, "layers": layers, "models": models}
+
+
+# The command.
+
+
+def bench(
+    suite: str, rounds: int = 15, threads: int | None = None, path: str | Path | None = None
+) -> tuple[list[Result], list[Bar]]:
+    """Run a suite, with a progress bar on a terminal; print its tables, and write everything that was measured as JSON.
+
+    Args:
+        suite: "ops", "layers" or "models".
+        rounds: how often the rivals take turns.
+        threads: of PyTorch; None: as many as it takes by itself.
+        path: the JSON file; None: none.
+
+    Raises:
+        ValueError: there is no such suite, or rounds or threads are less than 1.
+        ImportError: timm is missing; "ops" does without.
+        OSError: the file cannot be written.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(map(repr, SUITES))}; got {suite!r}")
+    for name, value in (("rounds", rounds), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if path is not None and not Path(path).parent.is_dir():  # known before the work, not after it
+        raise FileNotFoundError(2, "there is no such folder", str(Path(path).parent))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
+    try:
+        made = SUITES[suite]()
+        command = f"grkan bench {suite} --rounds {rounds} --threads {torch.get_num_threads()}"
+        about = {"command": command, **describe_machine()}
+        results = _run(made, suite, rounds)
+    finally:
+        torch.set_num_threads(threads_before)
+    bars = made.bars(results)
+    console = make_console()
+    for result in results:
+        console.print(_table(result))
+        if result.facts[result.baseline]:
+            console.print(_facts_table(result))
+    console.print(_bars_table(bars))
+    for line in (*made.notes, ", ".join(f"{key} {value}" for key, value in about.items())):
+        console.print(line, soft_wrap=True)
+    if path is not None:
+        report = {
+            "suite": suite,
+            **about,
+            "notes": list(made.notes),
+            "contests": [_as_json(result) for result in results],
+            "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
+        }
+        write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
+    return results, bars
+
+
+def _run(suite: Suite, name: str, rounds: int) -> list[Result]:
+    results = []
+    console = make_console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=len(suite.contests) * rounds)
+        for contest in suite.contests:
+            bar.update(task, description=f"{name}: {_title(contest.job)}")
+            rivals = contest.enter()
+            calls = {name: rival.call for name, rival in rivals.items()}
+            measurements = compete(calls, rounds, block=BLOCK, advance=partial(bar.advance, task))
+            facts = {name: rival.facts for name, rival in rivals.items()}
+            results.append(Result(contest.job, contest.baseline, measurements, facts))
+    return results
+
+
+def describe_machine() -> dict[str, Any]:
+    """What figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "native kernel": "cpu" in op.KERNELS,
+        "grkan": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    rivals = {}
+    for name, measured in result.measurements.items():
+        figures: dict[str, Any] = {"median": measured.median, "minimum": measured.minimum}
+        if "batch" in result.job:
+            figures["images per second"] = result.job["batch"] / measured.median
+        ratio = {"ratio": asdict(result.ratio(name))}
+        rivals[name] = {**figures, **ratio, **result.facts[name], **asdict(measured)}
+    return {"job": dict(result.job), "baseline": result.baseline, "rivals": rivals}
+
+
+def _table(result: Result) -> Table:
+    per_image = "batch" in result.job
+    table = Table(title=f"{_title(result.job)}; ratios to {result.baseline}", title_justify="left")
+    table.add_column("")
+    for column in ("median", "minimum", "ratio", "quartiles", "of minima", *(["images/s"] if per_image else [])):
+        table.add_column(column, justify="right")
+    for name, measured in result.measurements.items():
+        cells = [_time(measured.median), _time(measured.minimum), *_cells(result.ratio(name))]
+        if per_image:
+            cells.append(f"{result.job['batch'] / measured.median:.1f}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _facts_table(result: Result) -> Table:
+    table = Table()
+    table.add_column("")
+    for column in result.facts[result.baseline]:
+        table.add_column(column, justify="right")
+    for name, facts in result.facts.items():
+        table.add_row(name, *(f"{value:,}" for value in facts.values()))
+    return table
+
+
+def _bars_table(bars: Sequence[Bar]) -> Table:
+    table = Table(title="bars; a ratio over several shapes is the geometric mean", title_justify="left")
+    table.add_column("")
+    for column in ("bar", "median", "quartiles", "of minima", "met"):
+        table.add_column(column, justify="right")
+    for bar in bars:
+        limit = f"{'≥' if bar.at_least else '≤'} {bar.limit:.3g}"
+        table.add_row(bar.name, limit, *_cells(bar.ratio), "yes" if bar.met else "no")
+    return table
+
+
+def _title(job: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" if isinstance(value, int) else str(value) for key, value in job.items())
+
+
+def _cells(ratio: Ratio) -> tuple[str, str, str]:
+    return _short(ratio.median), f"{_short(ratio.low)}-{_short(ratio.high)}", _short(ratio.minima)
+
+
+def _short(ratio: float) -> str:
+    """Three digits at least."""
+    return f"{ratio:#.3g}".rstrip(".") if ratio < 1000 else f"{ratio:.0f}"
+
+
+def _time(seconds: float) -> str:
+    unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{_short(seconds * factor)} {unit}"

@@ -1,0 +1,354 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grkan import bench, cli
+from grkan.bench import FORWARD, TRAINING, Ratio, bytes_kept, compete
+from grkan.rational import op, reference
+
+VALUES = [bench.rational_by_loop, bench.rational_by_powers, bench.rational_by_horner]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Suites of the same rivals on next to no work; what is compiled elsewhere is called as it is."""
+    ops, layers, models = bench.ops, bench.layers, bench.models
+    monkeypatch.setitem(bench.SUITES, "ops", lambda: ops(shapes=((2, 16), (1, 3, 8))))
+    monkeypatch.setitem(bench.SUITES, "layers", lambda: layers(widths=(8, 16), batch=2, tokens=3))
+    names = ("vit_micro_patch2_8", "kat_micro_patch2_8")
+    monkeypatch.setitem(bench.SUITES, "models", lambda: models(names, batches=(1, 2)))
+    monkeypatch.setattr(bench, "BLOCK", 0.0)
+    monkeypatch.setattr(bench, "_compiled", lambda function: function)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is so small only waits for other threads
+    yield
+    torch.set_num_threads(threads)
+
+
+class Clock:
+    """Time passes when a rival works, and at no other time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def rival(self, *seconds):
+        """A call that takes the first of these times, the next time the second, and so on, over and over."""
+        times = list(seconds)
+
+        def work():
+            times.append(times.pop(0))
+            self.now += times[-1]
+
+        return work
+
+
+# Measuring.
+
+
+def test_ratios_by_a_clock_of_our_own():
+    clock = Clock()
+    found = compete({"a": clock.rival(0.001), "b": clock.rival(0.003)}, rounds=5, block=0.009, clock=clock)
+    assert [found[name].calls for name in "ab"] == [9, 3]
+    assert [found[name].median for name in "ab"] == pytest.approx([0.001, 0.003])
+    ratio = Ratio.of(found["b"].seconds, found["a"].seconds)
+    assert [ratio.median, ratio.low, ratio.high, ratio.minima] == pytest.approx([3, 3, 3, 3])
+
+
+def test_a_drift_of_the_machine_is_not_in_the_ratios():
+    clock = Clock()
+    drift = [1.0, 1.0, 1.0, 2.0, 4.0, 8.0]  # the first two are the warm-up
+    rivals = {"a": clock.rival(*drift), "b": clock.rival(*(1.5 * t for t in drift))}
+    found = compete(rivals, rounds=4, block=0.0, clock=clock)
+    assert found["a"].seconds == pytest.approx(drift[2:])
+    ratio = Ratio.of(found["b"].seconds, found["a"].seconds)
+    assert [ratio.low, ratio.high] == pytest.approx([1.5, 1.5])
+
+
+def test_quartiles_and_minima():
+    ratio = Ratio.of([1.0, 2.0, 3.0, 4.0, 10.0], [1.0, 1.0, 1.0, 1.0, 2.0])
+    assert (ratio.low, ratio.median, ratio.high, ratio.minima) == (2.0, 3.0, 4.0, 1.0)
+    assert Ratio.of([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5, 1.5)
+    mean = Ratio.mean([Ratio(1, 2, 3, 4), Ratio(4, 8, 3, 1)])
+    assert [mean.median, mean.low, mean.high, mean.minima] == pytest.approx([2, 4, 3, 2])
+
+
+def test_the_order_rotates_and_every_round_has_all():
+    turns = []
+    found = compete({name: lambda name=name: turns.append(name) for name in "abc"}, rounds=4, block=0.0)
+    assert "".join(turns[6:]) == "abc" + "bca" + "cab" + "abc"
+    assert all(len(measured.seconds) == 4 for measured in found.values())
+
+
+def test_a_slow_rival_gets_few_turns_and_is_compared_within_them():
+    clock = Clock()
+    drift = [1.0, 1.0, 1.0, 2.0, 3.0, 9.0, 9.0]
+    rivals = {"a": clock.rival(*(0.01 * t for t in drift)), "slow": clock.rival(*(0.5 * t for t in drift))}
+    found = compete(rivals, rounds=5, block=0.0, clock=clock)
+    assert [len(found[name].seconds) for name in rivals] == [5, 3]
+    assert Ratio.of(found["slow"].seconds, found["a"].seconds).high == pytest.approx(50)
+
+
+def test_the_collector_of_garbage_waits():
+    import gc
+
+    states = []
+    compete({"a": lambda: states.append(gc.isenabled())}, rounds=2, block=0.0)
+    assert not any(states)
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        compete({"a": lambda: 1 / 0}, rounds=1, block=0.0)
+    assert gc.isenabled()
+
+
+def test_bytes_kept():
+    x = torch.randn(5, 4, requires_grad=True)
+    # the linear layer keeps x, GELU the 5 x 3 that it gets; weights are no activations
+    assert bytes_kept(nn.Sequential(nn.Linear(4, 3), nn.GELU()), x) == 4 * (5 * 4 + 5 * 3)
+    # what two operations share counts once: sigmoid keeps its output, the linear layer its input, which is the same
+    assert bytes_kept(nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), x) == 4 * (5 * 4)
+    assert bytes_kept(nn.Identity(), x) == 0
+
+
+# Rivals.
+
+
+def _problem(order=(5, 4), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((3, 5, 8), (2, order[0] + 1))]
+    tensors += [torch.randn(2, order[1], generator=generator, dtype=torch.float64), torch.randn(3, 5, 8)]
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("order", [(5, 4), (7, 6), (1, 1)])
+@pytest.mark.parametrize("function", VALUES)
+def test_rationals_agree_with_the_reference(function, order):
+    x, a, b, grad = _problem(order)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    expected = reference.rational(x.unflatten(-1, (2, 4)), a, b, "abs_of_sum").flatten(-2)
+    found = function(x, a, b)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(expected, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), gradients)
+
+
+@pytest.mark.parametrize("function", VALUES)
+def test_half_types_get_float32_arithmetic(function):
+    x, a, b, _ = _problem(dtype=torch.float32)
+    half = x.bfloat16()
+    assert torch.equal(function(half, a, b), function(half.float(), a, b).bfloat16())
+
+
+def test_the_spline_is_that_of_scipy():
+    interpolate = pytest.importorskip("scipy.interpolate")
+    x = torch.linspace(-2, 2, 401, dtype=torch.float64)  # past the last knots, where it is 0
+    coefficients = torch.randn(1, 11, dtype=torch.float64)
+    knots = np.linspace(-1 - 3 / 4, 1 + 3 / 4, 15)
+    bases = [interpolate.BSpline.basis_element(knots[i : i + 5], extrapolate=False)(x.numpy()) for i in range(11)]
+    expected = sum(c * np.nan_to_num(basis) for c, basis in zip(coefficients[0].tolist(), bases, strict=True))
+    np.testing.assert_allclose(bench.spline(x, coefficients).numpy(), expected, atol=1e-12)
+    inside = x[x.abs() < 1]
+    whole = interpolate.BSpline(knots, coefficients[0].numpy(), 3)
+    np.testing.assert_allclose(bench.spline(inside, coefficients).numpy(), whole(inside.numpy()), atol=1e-12)
+
+
+def test_each_group_has_its_spline():
+    x, coefficients = torch.randn(4, 6), torch.randn(2, 11)
+    halves = [bench.spline(half, row[None]) for half, row in zip(x.chunk(2, -1), coefficients, strict=True)]
+    torch.testing.assert_close(bench.spline(x, coefficients), torch.cat(halves, -1))
+
+
+def test_the_spline_layer_is_a_sum_over_inputs_and_bases():
+    layer, x = bench.SplineKAN(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    curves = torch.einsum("nik,jik->nj", bench.spline_bases(x), layer.spline)
+    torch.testing.assert_close(layer(x), torch.nn.functional.silu(x) @ layer.base.T + curves)
+
+
+# Suites.
+
+OPS = [
+    "clone", "GELU", "SiLU", "powers in a loop", "powers at once", "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)",
+    "Horner, compiled", "B-spline, compiled",
+]  # fmt: skip
+
+
+def test_ops():
+    results, bars = bench.bench("ops", rounds=2)
+    jobs = [(r.job["shape"], r.job["dtype"], r.job["pass"]) for r in results]
+    shapes, dtypes = ("2x16", "1x3x8"), ("float32", "bfloat16")
+    expected = [(shape, dtype, pass_) for dtype in dtypes for pass_ in (FORWARD, TRAINING) for shape in shapes]
+    assert jobs[:8] == expected
+    assert [job[0] for job in jobs[8:]] == ["1x192", "1x192"]
+    for result in results[:8]:
+        assert list(result.measurements) == OPS
+        assert all(len(m.seconds) == 2 and m.minimum > 0 for m in result.measurements.values())
+    assert {"GELU", "grkan", "an empty autograd.Function"} <= results[-1].measurements.keys()
+    assert [bar.limit for bar in bars] == [0.60, 0.75, 0.40, 0.80, 1.35, 9.3]
+    by_hand = [r.ratio("grkan (5,4)", "Horner, compiled").median for r in results[2:4]]
+    assert bars[2].ratio.median == pytest.approx((by_hand[0] * by_hand[1]) ** 0.5)
+    by_hand = [r.ratio("B-spline", "grkan (5,4)").minima for r in results[0:2]]
+    assert bars[5].ratio.minima == pytest.approx((by_hand[0] * by_hand[1]) ** 0.5)
+
+
+def test_every_rival_gives_its_gradients():
+    rivals = bench._activations((2, 16), torch.bfloat16, TRAINING, compiles=True)
+    for name, rival in rivals.items():
+        gradients = rival.call()
+        assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * (len(gradients) - 1), name
+        assert len(gradients) == (1 if name in OPS[:3] else 2 if "spline" in name else 3), name
+
+
+def test_layers():
+    results, bars = bench.bench("layers", rounds=1)
+    assert [(r.job["width"], r.job["pass"]) for r in results] == [(w, p) for w in (8, 16) for p in (FORWARD, TRAINING)]
+    facts = results[1].facts
+    assert list(facts) == ["Mlp", "B-spline KAN", "B-spline KAN, hidden d", "GRKAN"]
+    products = 2 * 8 * 32
+    assert facts["Mlp"]["parameters"] == products + 32 + 8
+    assert facts["GRKAN"]["parameters"] == products + 32 + 8 + 2 * 8 * (6 + 4)
+    assert facts["B-spline KAN"]["parameters"] == 12 * products
+    assert facts["B-spline KAN, hidden d"]["parameters"] == 12 * 2 * 8 * 8
+    assert facts["Mlp"]["operations a token"] == 2 * products
+    assert facts["GRKAN"]["operations a token"] == 2 * products + 21 * (8 + 32)
+    assert facts["Mlp"]["multiply-adds a token"] == facts["GRKAN"]["multiply-adds a token"] == products
+    assert facts["B-spline KAN"]["multiply-adds a token"] == 12 * products
+    assert facts["Mlp"]["bytes kept"] == 4 * 2 * 3 * (8 + 32 + 32)
+    assert [bar.limit for bar in bars] == [0.60, 0.60]
+    assert bars[0].ratio.median == facts["GRKAN"]["bytes kept"] / facts["Mlp"]["bytes kept"]
+
+
+def test_models():
+    results, bars = bench.bench("models", rounds=1)
+    assert [(r.job["batch"], r.job["pass"]) for r in results] == [
+        (batch, pass_) for batch in (1, 2) for pass_ in ("training step", "inference")
+    ]
+    assert all(list(r.measurements) == ["vit_micro_patch2_8", "kat_micro_patch2_8"] for r in results)
+    assert [bar.limit for bar in bars] == [1.03] * 4 + [0.80] * 2
+    assert bars[1].ratio == results[1].ratio("kat_micro_patch2_8")
+
+
+def test_a_training_step_trains():
+    model, images, labels = nn.Linear(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 1])
+    before = model.weight.clone()
+    bench._train_step(model, torch.optim.AdamW(model.parameters(), lr=0.1), images, labels)
+    assert not torch.equal(model.weight, before)
+
+
+def test_without_the_kernel(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    monkeypatch.setattr(op, "_noticed", True)
+    suite = bench.ops(shapes=((2, 16),), dtypes=(torch.float32,))
+    assert "no native kernel: grkan is plain PyTorch here" in suite.notes[0]
+    for contest in suite.contests:
+        for rival in contest.enter().values():
+            rival.call()
+
+
+def test_without_a_compiler(monkeypatch, capsys):
+    def fail(function):
+        raise RuntimeError("g++ is not there\nand more")
+
+    monkeypatch.setattr(bench, "_compiled", fail)
+    suite = bench.ops(shapes=((2, 16),), dtypes=(torch.float32,))
+    monkeypatch.setitem(bench.SUITES, "ops", lambda: suite)
+    results, bars = bench.bench("ops", rounds=1)
+    assert list(results[0].measurements) == OPS[:9]
+    assert [bar.limit for bar in bars] == [0.60, 0.75, 1.35, 9.3]  # not those of what did not run
+    assert "the compiled rivals are left out: g++ is not there\n" in capsys.readouterr().out
+
+
+def test_a_missing_timm_is_named_with_its_extra():
+    code = """
+    import sys, warnings
+    sys.modules["timm"] = None
+    warnings.simplefilter("ignore")
+    from grkan.cli import main
+    sys.exit(main(["bench", "layers"]) + main(["bench", "models"]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2
+    assert done.stderr.count('pip install "grkan[models]"') == 2
+
+
+# The command.
+
+
+def test_the_command_prints_tables_and_writes_json(tmp_path, capsys):
+    path, threads = tmp_path / "layers.json", torch.get_num_threads()
+    assert cli.main(["bench", "layers", "--rounds=3", "--threads=1", "--json", str(path)]) == 0
+    assert torch.get_num_threads() == threads
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    assert "grkan bench layers --rounds 3 --threads 1" in out
+    assert {"width 8, forward; ratios to Mlp", "B-spline KAN, hidden d"} <= {
+        part.strip() for line in out.splitlines() for part in (line, line.strip("│ ").partition("│")[0])
+    }
+    report = json.loads(path.read_text())
+    assert report["suite"] == "layers"
+    assert report["threads"] == 1
+    assert {"processor", "cores", "vectors", "native kernel", "torch", "grkan", "python", "date"} <= report.keys()
+    contest = report["contests"][1]
+    assert contest["job"] == {"width": 8, "pass": TRAINING}
+    figures = contest["rivals"]["GRKAN"]
+    assert sorted(figures["seconds"])[1] == figures["median"]
+    assert min(figures["seconds"]) == figures["minimum"]
+    assert figures["ratio"].keys() == {"median", "low", "high", "minima"}
+    assert figures["bytes kept"] > 0
+    assert report["bars"][0].keys() == {"name", "limit", "ratio", "at_least", "met"}
+
+
+def test_json_of_models_has_images_per_second(tmp_path):
+    path = tmp_path / "models.json"
+    bench.bench("models", rounds=1, path=path)
+    figures = json.loads(path.read_text())["contests"][2]["rivals"]["kat_micro_patch2_8"]
+    assert figures["images per second"] == pytest.approx(2 / figures["median"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["oops"], 2, "invalid choice: 'oops'"),
+        (["ops", "--rounds=0"], 2, "--rounds: must be at least 1; got 0"),
+        (["ops", "--threads=-1"], 2, "--threads: must be at least 1; got -1"),
+        (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "_run", None)  # nothing is measured
+    try:
+        assert cli.main(["bench", *arguments]) == status
+    except SystemExit as end:
+        assert end.code == status  # noqa: PT017
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_errors_of_the_function():
+    with pytest.raises(ValueError, match="suite must be one of 'ops', 'layers', 'models'; got 'kernels'"):
+        bench.bench("kernels")
+    with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
+        bench.bench("ops", rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234, "1.23 s"), (0.0124, "12.4 ms"), (5e-6, "5.00 µs"), (0.1, "100 ms")]
+)
+def test_times_have_a_unit(seconds, text):
+    assert bench._time(seconds) == text
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(0.7512, "0.751"), (1.0, "1.00"), (124.4, "124"), (1251.2, "1251")])
+def test_ratios_have_three_digits(ratio, text):
+    assert bench._short(ratio) == text
