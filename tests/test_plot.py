@@ -100,6 +100,14 @@ def test_all_of_a_curve_is_seen(losses, scale):
         assert abs(drawn[0] - drawn[1]) > 0.8 * axis.bbox.height  # and nothing but it
 
 
+def test_a_single_epoch_has_whole_ticks_and_two_kinds_of_points():
+    figure = plot_curves({"a": [{"epoch": 1, "train_loss": 2.3, "train_top1": 11.0, "loss": 2.2, "top1": 15.0}]})
+    for axis in figure.axes:
+        assert all(tick == round(tick) for tick in axis.get_xticks())
+        trained, tested = axis.get_lines()
+        assert trained.get_markerfacecolor() != tested.get_markerfacecolor()
+
+
 def test_a_fit_and_its_error():
     figure = plot_fit(lambda x: x + 0.01, lambda x: x, (-2.0, 2.0), "identity")
     error = figure.axes[1].get_lines()[0]

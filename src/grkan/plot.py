@@ -176,6 +176,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 linewidth=1.1,
                 linestyle=":",
                 marker=marker,
+                markerfacecolor="white",
                 label=f"{name}, training",
             )
             axis.plot(
@@ -193,7 +194,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     accuracies.set_ylabel("accuracy (%)")
     for axis in (losses, accuracies):
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(color="0.92", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = losses.get_legend_handles_labels()
