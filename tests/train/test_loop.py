@@ -176,7 +176,7 @@ def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
         ({"batch_size": 255, "mixup": 1.0}, r"batch_size must be a multiple of 2 x processes x accumulate, 2; got 255"),
         ({"init": "nowhere"}, r"nowhere does not exist"),
         ({"model_args": {"weight_init": "x"}}, r"model_args do not fit .*: weight_init must be '' or 'jax'.*; got 'x'"),
-        ({"model_args": {"global_pool": "foo"}}, r"model_args do not fit .*: AssertionError .*global_pool='foo'\)"),
+        ({"model_args": {"pos_embed": "x"}}, r"model_args do not fit .*: AssertionError .*pos_embed='x'\)"),
         ({"model_args": {"norm_layer": "x"}}, r"model_args do not fit .*: KeyError 'x' .*norm_layer='x'\)"),
         ({"model_args": {"num_heads": 3}}, r"model_args do not fit .*divisible by num_heads .*num_heads=3"),
         ({"model_args": {"patch_size": 0}}, r"model_args do not fit .*zero .*patch_size=0"),
