@@ -37,13 +37,14 @@ from .train.progress import make_console
 BLOCK = 0.01
 """Seconds of a block: long against the clock's resolution, short against the drift of the machine's speed."""
 
-SLOW, TURNS_OF_SLOW = 0.25, 3
-"""A call of more seconds than this, and of twenty times the quickest rival's, gets few turns: it would take nearly all
-of the time, for digits that nobody needs."""
+HEAVY, TURNS_OF_HEAVY = 6, 3
+"""A rival of more than six times the baseline's time takes part in the last three rounds only. Those that are a hundred
+times slower would take nearly all of the time for digits that nobody needs; and they leave caches and allocator in a
+state in which whoever comes next takes up to twice its time."""
 
 GROUPS = 8
 GRID, SPLINE_ORDER = 8, 3
-"""Of all B-splines here. A layer then has 12 weights for each of d_in d_out; with both layers d to d, a ViT comes to what
+"""Of all B-splines here. Then a layer has 12 weights for each of d_in d_out, and a ViT with layers d to d comes to what
 the paper reports for its "ViT with KAN": 12.8, 50.4 and 199.8 million parameters."""
 
 
@@ -62,7 +63,8 @@ class Ratio:
     @classmethod
     def of(cls, times: Sequence[float], others: Sequence[float]) -> "Ratio":
         """Median and quartiles of the ratios round by round, and the ratio of the smallest times."""
-        ratios = [a / b for a, b in zip(times, others, strict=False)]  # slow rivals leave after the first rounds
+        common = min(len(times), len(others))  # a heavy rival was in the last rounds only
+        ratios = [a / b for a, b in zip(times[-common:], others[-common:], strict=True)]
         low, median, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
         return cls(median, low, high, min(times) / min(others))
 
@@ -82,7 +84,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one call, in each round from the first on; `calls` of them made a block."""
+    """Seconds of one call, in each round or in the last few, see HEAVY; `calls` of them made a block."""
 
     seconds: list[float]
     calls: int
@@ -145,6 +147,7 @@ class Suite:
 
 def compete(
     calls: Mapping[str, Callable[[], object]],
+    baseline: str,
     rounds: int,
     *,
     block: float,
@@ -155,7 +158,8 @@ def compete(
 
     Args:
         calls: by name, what each does.
-        rounds: how often each has its turn; see SLOW.
+        baseline: one of these names.
+        rounds: how often each has its turn, but for heavy ones, see HEAVY.
         block: how long a turn takes, in seconds, if a single call does not take longer.
         clock: gives seconds.
         advance: called after every round.
@@ -177,12 +181,12 @@ def compete(
         # The first of the two calls warms up, and compiles what is compiled.
         expected = {name: max(1e-9, min(turn(calls[name], 1) for _ in range(2))) for name in names}
         repetitions = {name: max(1, round(block / expected[name])) for name in names}
-        slow = {name for name in names if expected[name] > max(SLOW, 20 * min(expected.values()))}
+        heavy = {name for name in names if expected[name] > HEAVY * expected[baseline]}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for number in range(rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                if number < TURNS_OF_SLOW or name not in slow:
+                if name not in heavy or number >= rounds - TURNS_OF_HEAVY:
                     seconds[name].append(turn(calls[name], repetitions[name]))
             advance()
     finally:
@@ -629,7 +633,7 @@ def _run(suite: Suite, name: str, rounds: int) -> list[Result]:
             bar.update(task, description=f"{name}: {_title(contest.job)}")
             rivals = contest.enter()
             calls = {name: rival.call for name, rival in rivals.items()}
-            measurements = compete(calls, rounds, block=BLOCK, advance=partial(bar.advance, task))
+            measurements = compete(calls, contest.baseline, rounds, block=BLOCK, advance=partial(bar.advance, task))
             facts = {name: rival.facts for name, rival in rivals.items()}
             results.append(Result(contest.job, contest.baseline, measurements, facts))
     return results
@@ -647,6 +651,8 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        # What others were doing just before: two busy cores make figures of two threads worthless.
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
