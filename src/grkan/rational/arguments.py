@@ -24,6 +24,8 @@ def check_flag(name: str, value: bool) -> bool:
 
 def check_integer(name: str, value: int) -> int:
     """An int, also from one of numpy or torch."""
+    if type(value) is int:
+        return value
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -66,7 +68,8 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def check_form(form: str) -> str:
-    return str(check_choice("form", form, FORMS))
+    # Asked at every call of group_rational: the answer comes before the message is made.
+    return form if form in FORMS else str(check_choice("form", form, FORMS))
 
 
 def check_order(order: tuple[int, int]) -> tuple[int, int]:

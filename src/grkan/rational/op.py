@@ -160,7 +160,8 @@ def group_rational(
     if _composite_needed():
         return _composite(x, numerator, denominator, form, dim, groups)
     if _is_eager(x, numerator, denominator):
-        return _GroupRational.apply(x, numerator, denominator, form, dim)
+        run = _GroupRational.apply if torch.is_grad_enabled() else _forward
+        return run(x, numerator, denominator, form, dim)
     return torch.ops.grkan.group_rational(x, numerator, denominator, form, dim)
 
 
@@ -203,7 +204,8 @@ def rational_linear(
     if _composite_needed():
         return F.linear(_composite(x, numerator, denominator, form, dim, groups), weight, bias)
     if _is_eager(x, numerator, denominator, weight, bias):
-        return _RationalLinear.apply(x, numerator, denominator, weight, bias, form)
+        run = _RationalLinear.apply if torch.is_grad_enabled() else _linear_forward
+        return run(x, numerator, denominator, weight, bias, form)
     if torch.compiler.is_compiling():
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)
     # Whoever counts or intercepts operations is to see the linear one.
@@ -229,12 +231,15 @@ def _composite_needed() -> bool:
 
 def _is_eager(*tensors: Tensor | None) -> bool:
     """Whether nobody looks at the operations: no compiler, no mode, no subclass of Tensor, no batch of gradients."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0  # since 2.0
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and not any(t is not None and (t.is_meta or torch._C._functorch.is_legacy_batchedtensor(t)) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # since 2.0
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_meta or torch._C._functorch.is_legacy_batchedtensor(t)):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check_backend(device_type: str) -> None:
@@ -452,7 +457,7 @@ def _dense(x: Tensor, dim: int, groups: int) -> tuple[Tensor, int]:
     """
     width = x.shape[dim] // groups
     if x.is_contiguous():
-        return x, width * math.prod(x.shape[dim + 1 :])
+        return x, width if dim == x.dim() - 1 else width * math.prod(x.shape[dim + 1 :])
     strides = torch.empty_like(x, device="meta").stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
     return _like(x, x, strides), width * math.prod(x.shape[d] for d in order[order.index(dim) + 1 :])
@@ -472,37 +477,38 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
             raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(x.dtype)}")
-    if x.dim() == 0:
+    shape, device = x.shape, x.device
+    if not shape:
         raise ValueError("x must have at least one dimension; got a scalar tensor")
     check_form(form)
     for name, value in (("numerator", numerator), ("denominator", denominator)):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must have a floating dtype; got {_name(value.dtype)}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {value.device}")
-    if numerator.dim() != 2 or numerator.shape[0] == 0 or numerator.shape[1] == 0:
-        raise ValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(numerator.shape)}")
-    if denominator.dim() != 2 or denominator.shape[0] == 0:
-        raise ValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(denominator.shape)}")
-    rows = (numerator.shape[0], denominator.shape[0])
-    groups = max(rows)
-    if min(rows) not in (1, groups):
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}; got {value.device}")
+    of_a, of_b = numerator.shape, denominator.shape
+    if len(of_a) != 2 or of_a[0] == 0 or of_a[1] == 0:
+        raise ValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(of_a)}")
+    if len(of_b) != 2 or of_b[0] == 0:
+        raise ValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(of_b)}")
+    groups = max(of_a[0], of_b[0])
+    if min(of_a[0], of_b[0]) not in (1, groups):
         raise ValueError(
             f"numerator and denominator must have the same number of rows, or one of them a single row; "
-            f"got {rows[0]} and {rows[1]}"
+            f"got {of_a[0]} and {of_b[0]}"
         )
     channel_dim = check_integer("channel_dim", channel_dim)
-    if not -x.dim() <= channel_dim < x.dim():
+    if not -len(shape) <= channel_dim < len(shape):
         raise ValueError(
-            f"channel_dim must lie in [{-x.dim()}, {x.dim() - 1}] for x of shape {tuple(x.shape)}; got {channel_dim}"
+            f"channel_dim must lie in [{-len(shape)}, {len(shape) - 1}] for x of shape {tuple(shape)}; "
+            f"got {channel_dim}"
         )
-    dim = channel_dim % x.dim()
-    if x.shape[dim] % groups:
+    if shape[channel_dim] % groups:
         raise ValueError(
             f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "
-            f"got {x.shape[dim]} channels in dimension {channel_dim} of shape {tuple(x.shape)}"
+            f"got {shape[channel_dim]} channels in dimension {channel_dim} of shape {tuple(shape)}"
         )
-    return groups, dim
+    return groups, channel_dim % len(shape)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
