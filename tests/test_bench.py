@@ -5,9 +5,12 @@ import textwrap
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import Mlp
 from torch import nn
 
+import grkan
 from grkan import bench, cli
 from grkan.bench import FORWARD, TRAINING, Ratio, bytes_kept, compete
 from grkan.rational import op, reference
@@ -357,3 +360,18 @@ def test_times_have_a_unit(seconds, text):
 @pytest.mark.parametrize(("ratio", "text"), [(0.7512, "0.751"), (1.0, "1.00"), (124.4, "124"), (1251.2, "1251")])
 def test_ratios_have_three_digits(ratio, text):
     assert bench._short(ratio) == text
+
+
+@pytest.mark.parametrize("width", [192, 384])
+def test_a_block_keeps_at_most_three_fifths_of_what_the_mlp_keeps(width):
+    """x and the output of fc1, 5 d floats a token, where the MLP keeps 9 d."""
+    x = torch.randn(2, 197, width, requires_grad=True)
+    kept = bytes_kept(grkan.GRKAN(width, 4 * width), x)
+    assert kept == 5 * x.numel() * 4
+    assert kept <= 0.60 * bytes_kept(Mlp(width, 4 * width), x)
+
+
+def test_kat_tiny_keeps_at_most_four_fifths_of_what_vit_tiny_keeps():
+    x = torch.randn(2, 3, 224, 224)
+    kat, vit = (timm.create_model(f"{name}_tiny_patch16_224").train() for name in ("kat", "vit"))
+    assert bytes_kept(kat, x) <= 0.80 * bytes_kept(vit, x)
