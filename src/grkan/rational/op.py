@@ -117,8 +117,8 @@ class set_backend:
             raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}; got {name!r}")
         if name == "native" and not KERNELS:
             raise RuntimeError(
-                "backend 'native' is not available: this installation of grkan has no compiled kernel; "
-                "use 'auto' or 'reference'"
+                "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
+                f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}"
             )
         self._previous, _backend = _backend, name
 
