@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -212,32 +211,3 @@ def test_lesser_instruction_sets(capability):
     command += ["--import-mode=importlib", str(here / "test_cpu.py"), str(here / "test_reference.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parents[1])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-
-
-def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
-    """Built for another PyTorch, say: the reference computes, and a warning says what to do."""
-    broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"no library")
-    program = (
-        "import warnings; from pathlib import Path; from grkan.rational import cpu\n"
-        f"cpu.LIBRARY = Path({str(broken)!r})\n"
-        "from grkan.rational import op\n"
-        "op.KERNELS.clear()\n"
-        "with warnings.catch_warnings(record=True) as found:\n"
-        "    warnings.simplefilter('always'); op._load_cpu_kernel()\n"
-        "print(len(op.KERNELS), found[0].message)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("0 grkan's kernel cannot be loaded")
-    assert "pip install --no-build-isolation" in result.stdout
-
-
-def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(op, "KERNELS", {})
-    monkeypatch.setattr(op, "_noticed", False)
-    x, _, a, b = inputs((3, 4, 8))
-    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --no-build-isolation"):
-        op.group_rational(x.flatten(1), a, b)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        op.group_rational(x.flatten(1), a, b)

@@ -1,6 +1,9 @@
 """The door: one grid that every backend passes, and everything that PyTorch can do with a function."""
 
 import itertools
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -699,3 +702,34 @@ def test_every_pair_of_shared_rows():
     for rows_a, rows_b in itertools.product((1, 4), repeat=2):
         a, b = torch.randn(rows_a, 6), torch.randn(rows_b, 4)
         assert_agrees(x, a.requires_grad_(), b.requires_grad_())
+
+
+# Without a kernel.
+
+
+def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
+    """Built for another PyTorch, say: the reference computes, and a warning says what to do."""
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"no library")
+    program = (
+        "import warnings; from pathlib import Path; from grkan.rational import cpu\n"
+        f"cpu.LIBRARY = Path({str(broken)!r})\n"
+        "from grkan.rational import op\n"
+        "op.KERNELS.clear()\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warnings.simplefilter('always'); op._load_cpu_kernel()\n"
+        "print(len(op.KERNELS), found[0].message)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("0 grkan's kernel cannot be loaded")
+    assert "pip install --no-build-isolation" in result.stdout
+
+
+def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    monkeypatch.setattr(op, "_noticed", False)
+    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --no-build-isolation"):
+        op.group_rational(X, A, B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.group_rational(X, A, B)
