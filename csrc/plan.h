@@ -1,11 +1,12 @@
-// How a tensor is cut into vectors, and these into tiles. Files that are compiled for different instruction sets include this
-// one, so there are no functions in it: the linker keeps one copy of an inline function, whatever the machine can run.
+// How a tensor is cut into vectors, and these into tiles. Files that are compiled for different instruction sets include
+// this one, so there are no functions in it: the linker keeps one copy of an inline function, whatever the machine can run.
 //
 // The data are [rows, groups, width], contiguous, so a row is groups * width scalars. It is covered from its start on by
-// units: a unit is what one vector holds, or a pair of vectors for bfloat16. The coefficients that a unit needs are an entry
-// of a table: one for each group, for the units that lie within it, and one for each unit that several groups share, where
-// every lane has the coefficients of its group. A run is a sequence of units with the same entry. So a group of 384 channels
-// is a run of 24 units whose coefficients stay in registers, and groups of 1, 7 or 24 channels fill their vectors as well.
+// units: a unit is what one vector holds, or a pair of vectors for bfloat16. The coefficients that a unit needs are an
+// entry of a table: one for each group, for the units that lie within it, and one for each unit that several groups share,
+// where every lane has the coefficients of its group. A run is a sequence of units with the same entry. So a group of 384
+// channels is a run of 24 units whose coefficients stay in registers, and groups of 1, 7 or 24 channels fill their vectors
+// as well.
 
 #pragma once
 
@@ -51,7 +52,8 @@ struct Kernels {
   // dx, y = F(x) if y is not null, and the sums for da_0 .. da_m, db_1 .. db_n, added to sums: for each entry that many
   // vectors. `skip` leaves out every scalar beyond the limits: it adds nothing to the sums.
   bool (*backward)(
-      Storage, const void* plan, const Tile&, bool skip, const void* grad, const void* x, void* dx, void* y, void* sums);
+      Storage, const void* plan, const Tile&, bool skip, const void* grad, const void* x, void* dx, void* y,
+      void* sums);
 };
 
 const Kernels* portable_kernels();

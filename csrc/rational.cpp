@@ -221,8 +221,8 @@ S limit_of(const Coefficients& c) {
   return static_cast<S>(std::ldexp(1.0, 96 / std::max({c.m, c.n, 1})));
 }
 
-// The smallest |x| for which A, which has a sign for every x, has one as a float, too. That is every one, because a fused
-// multiply-add keeps the sign of what underflows, unless b_1 is zero or nearly so and another coefficient decides.
+// The smallest |x| for which A, which has a sign for every x, has one as a float, too. That is every one, because the
+// vector code keeps the sign of what underflows, unless b_1 is zero or nearly so and another coefficient decides.
 template <class S>
 S smallest_of(const Coefficients& c) {
   if (sizeof(S) == 8 || c.absolute || c.n == 0) return 0;
@@ -263,7 +263,9 @@ struct Work {
     sums = m + 1 + n;
     make_runs();
     make_table(derivatives);
-    plan = Plan<S>{scalars / (groups * width), groups * width, m, n, absolute, smallest_of<S>(coefficients), limit_of<S>(coefficients), runs.data(), table->data};
+    const S smallest = smallest_of<S>(coefficients), limit = limit_of<S>(coefficients);
+    const int64_t size = groups * width;
+    plan = Plan<S>{scalars / size, size, m, n, absolute, smallest, limit, runs.data(), table->data};
     make_tiles();
   }
 
@@ -290,7 +292,8 @@ struct Work {
       }
       if (shared || group != last_group) add_entry(at, shared);
       last_group = shared ? -1 : group;
-      for (; units > kTile / unit; units -= kTile / unit, at += kTile) runs.push_back({at, kTile / unit, 0, entries() - 1});
+      for (const int64_t most = kTile / unit; units > most; units -= most, at += kTile)
+        runs.push_back({at, most, 0, entries() - 1});
       runs.push_back({at, units, tail, entries() - 1});
       at += units * unit + tail;
     }

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, reference
-from .arguments import check_form, check_integer
+from .arguments import check_choice, check_form, check_integer
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "reference", "native")
@@ -107,14 +107,13 @@ class set_backend:
             operations, differentiated by autograd, which any exporter understands; "native", the kernel or an error.
 
     Raises:
-        ValueError: for another name.
+        TypeError, ValueError: for another name.
         RuntimeError: for "native" when this installation has no kernel; a call on a device without one raises it, too.
     """
 
     def __init__(self, name: str) -> None:
         global _backend
-        if name not in _BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}; got {name!r}")
+        check_choice("backend", name, _BACKENDS)
         if name == "native" and not KERNELS:
             raise RuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
@@ -140,7 +139,8 @@ def group_rational(
 
     Args:
         x: any shape of at least one dimension, any strides; float16, bfloat16, float32 or float64. Arithmetic is
-            float64 for float64 and float32 otherwise, and right for every finite x; F(+-inf) is the limit, NaN is NaN.
+            float64 for float64 and float32 otherwise, and right for every finite x, up to rounding errors relative to
+            the sum of the absolute terms of a polynomial; F(+-inf) is the limit, NaN is NaN.
         numerator: (G, m + 1), a_0 first; or (1, m + 1), shared by all groups.
         denominator: (G, n), b_1 first, n >= 0; or (1, n), shared by all groups. G is the larger number of rows.
             Coefficients may have any floating dtype; their gradients have theirs.
