@@ -466,6 +466,19 @@ def test_rational_linear(backend, bias, form):
     assert torch.autograd.gradgradcheck(f, inputs, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_of_rational_linear_under_autocast(backend, create_graph):
+    """The forward was outside: its dtypes are those of the backward, as if nothing had changed."""
+    inputs = linear_inputs(dtype=torch.float32)
+    loss = grkan.rational_linear(*inputs).square().sum()
+    wanted = torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=create_graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(loss, inputs, create_graph=create_graph)
+    if backend != "reference":  # whose linear layer is PyTorch's, which rounds
+        torch.testing.assert_close(actual, wanted)
+    assert [t.dtype for t in actual] == [torch.float32] * 5
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2), (3,), (4,), (3, 4), (0, 1, 2, 3)], ids=str)
 def test_rational_linear_with_frozen_inputs(backend, frozen):
     inputs = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(linear_inputs())]

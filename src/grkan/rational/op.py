@@ -293,7 +293,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
     kernel = KERNELS.get(x.device.type, REFERENCE)
-    return kernel.backward(_like(grad, x), x, numerator, denominator, form, width, False)[:3]
+    return kernel.backward(_with_strides(grad, x.stride()), x, numerator, denominator, form, width, False)[:3]
 
 
 def _linear_forward(
@@ -313,15 +313,14 @@ def _linear_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`; else empty."""
-    if not needs_f:
-        dweight = (
-            _rows(grad).T @ _rows(_forward(x, numerator, denominator, form, x.dim() - 1)) if needs_weight else None
-        )
-        return x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0) if dweight is None else dweight
-    x, width = _dense(x, x.dim() - 1, max(numerator.shape[0], denominator.shape[0]))
-    kernel = KERNELS.get(x.device.type, REFERENCE)
-    df = _like(grad @ weight, x)
-    dx, da, db, f = kernel.backward(df, x, numerator, denominator, form, width, needs_weight)
+    if needs_f:
+        x, width = _dense(x, x.dim() - 1, max(numerator.shape[0], denominator.shape[0]))
+        kernel = KERNELS.get(x.device.type, REFERENCE)
+        df = _with_strides(grad @ weight, x.stride())
+        dx, da, db, f = kernel.backward(df, x, numerator, denominator, form, width, needs_weight)
+    else:
+        dx, da, db = (x.new_empty(0) for _ in range(3))
+        f = _forward(x, numerator, denominator, form, x.dim() - 1) if needs_weight else None
     return dx, da, db, x.new_empty(0) if f is None else _rows(grad).T @ _rows(f)
 
 
@@ -406,6 +405,9 @@ def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, numerator, denominator, weight = ctx.saved_tensors
+    if _autocasts(x.device.type):  # the backward has the dtypes of the forward, wherever it is called
+        with torch.autocast(x.device.type, enabled=False):
+            return _linear_autograd(ctx, grad)
     needs_f, needs_weight, needs_bias = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3], ctx.needs_input_grad[4]
     dx = da = db = dweight = None
     if torch.is_grad_enabled() or _composite_needed():
@@ -460,14 +462,14 @@ def _dense(x: Tensor, dim: int, groups: int) -> tuple[Tensor, int]:
         return x, width if dim == x.dim() - 1 else width * math.prod(x.shape[dim + 1 :])
     strides = torch.empty_like(x, device="meta").stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
-    return _like(x, x, strides), width * math.prod(x.shape[d] for d in order[order.index(dim) + 1 :])
+    return _with_strides(x, strides), width * math.prod(x.shape[d] for d in order[order.index(dim) + 1 :])
 
 
-def _like(t: Tensor, x: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
-    """The same numbers with the strides of a dense x, or with those of `empty_like(x)`."""
-    if t.stride() == (x.stride() if strides is None else strides):
-        return t
-    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+def _with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same numbers with other strides; no copy where they are the same."""
+    return (
+        t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    )
 
 
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int) -> tuple[int, int]:
