@@ -137,6 +137,7 @@ coefficient = st.floats(-16, 16, width=32).filter(lambda c: c == 0 or abs(c) > 1
 )
 @example(x=-0.0, a=[0.0, 1.0], b=[0.0, 0.0], form="abs_of_sum")
 @example(x=524288.0, a=[1.0] * 6, b=[1.0] * 4, form="abs_of_sum")
+@example(x=16777216.0, a=[0.0] * 5 + [1e6], b=[0.0] * 3 + [1e6], form="abs_of_sum")  # room for the coefficients, too
 @example(x=5442924.0, a=[1.0], b=[0.0, 0.0, 1.0], form="abs_of_sum")  # 1/Q^2 is no normal float32, F' is
 @example(x=1e-30, a=[1.0], b=[0.0, 0.0, -1.0], form="abs_of_sum")  # A is no float32, but it has a sign
 @example(x=-1e-30, a=[1.0], b=[1e-30, -1.0], form="abs_of_sum")
