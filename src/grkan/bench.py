@@ -28,6 +28,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ._version import __version__
+from .models import spline as spline_layers
+from .models.spline import GRID
+from .models.spline import ORDER as SPLINE_ORDER
 from .nn import GRKAN, GroupRational
 from .rational import op
 from .rational.op import group_rational
@@ -43,9 +46,6 @@ times slower would take nearly all of the time for digits that nobody needs; and
 state in which whoever comes next takes up to twice its time."""
 
 GROUPS = 8
-GRID, SPLINE_ORDER = 8, 3
-"""Of all B-splines here. Then a layer has 12 weights for each of d_in d_out, and a ViT with layers d to d comes to what
-the paper reports for its "ViT with KAN": 12.8, 50.4 and 199.8 million parameters."""
 
 
 # Measuring.
@@ -286,20 +286,11 @@ def _grouped(x: Tensor, coefficients: Tensor) -> Tensor:
     return x.unflatten(-1, (coefficients.shape[0], -1)).to(torch.promote_types(x.dtype, torch.float32))
 
 
-class SplineKAN(nn.Module):
-    """The layer of the first KANs, with a spline for every weight: y_j = sum_i w_ji SiLU(x_i) + sum_ik c_jik B_k(x_i).
+class SplineKAN(spline_layers.SplineKAN):
+    """The layer of the first KANs, with a spline for every weight, and the bases as usual."""
 
-    The bases are the same for all outputs, so the second sum is a linear layer on d_in (grid + order) inputs.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.base = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
-        self.spline = nn.Parameter(torch.randn(out_features, in_features, GRID + SPLINE_ORDER) / in_features**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        return F.linear(F.silu(x), self.base) + F.linear(spline_bases(x).flatten(-2), self.spline.flatten(1))
+    def bases(self, x: Tensor) -> Tensor:
+        return spline_bases(x)
 
 
 # The suites.

@@ -202,6 +202,32 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def plot_scores(scores: Mapping[str, Sequence[float]]) -> Figure:
+    """The accuracies of several runs: a dot for each seed, and a line at their mean.
+
+    Args:
+        scores: by the run's name, the accuracies in percent.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    if not scores or not all(scores.values()):
+        raise ValueError("scores must hold at least one accuracy for each run")
+    figure = Figure(figsize=(7.0, 1.2 + 0.26 * len(scores)), layout="constrained", dpi=150)
+    axis = figure.subplots()
+    for row, (name, values) in enumerate(scores.items()):
+        color = _COLORS["vit" in name.lower()]
+        axis.plot(values, [row] * len(values), "o", color=color, markersize=4, markerfacecolor="white")
+        mean = float(np.mean(values))
+        axis.plot([mean, mean], [row - 0.32, row + 0.32], color=color, linewidth=2)
+    axis.set_yticks(range(len(scores)), list(scores), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("test accuracy (%), a dot for each seed and their mean")
+    axis.grid(axis="x", color="0.92", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def plot_fit(
     fit: Callable[[np.ndarray], np.ndarray],
     target: Callable[[np.ndarray], np.ndarray],

@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold Transformers in timm's registry, and Vision Transformers to compare the small ones with.
+"""Kolmogorov-Arnold Transformers in timm's registry, and what the small ones are compared with.
 
 Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..nn import GRKAN, no_weight_decay, variance_gain
 from ..nn.init import WEIGHT_INITS, init_linear_
 from ..rational.arguments import check_choice
+from .spline import SplineMlp
 
 __all__ = ["KAT"]  # register_model adds the entrypoints
 
@@ -212,6 +213,7 @@ default_cfgs = generate_default_cfgs(
         "kat_micro_patch4_32": _micro_cfg(3, 32),
         "vit_micro_patch2_8": _micro_cfg(1, 8),
         "vit_micro_patch4_28": _micro_cfg(1, 28),
+        "vit_kan_micro_patch4_28": _micro_cfg(1, 28),
         "vit_micro_patch4_32": _micro_cfg(3, 32),
     }
 )
@@ -274,3 +276,10 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransf
 def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch4_32`; takes mlp_init, too."""
     return _create(_vit, "vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
+
+
+@register_model
+def vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
+    size = {"patch_size": 4, "mlp_ratio": 1.0, "mlp_layer": SplineMlp, **_MICRO}
+    return _create(VisionTransformer, "vit_kan_micro_patch4_28", pretrained, kwargs, **size)

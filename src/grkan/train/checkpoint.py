@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-STATE_FORMAT = "grkan training state 2"
+STATE_FORMAT = "grkan training state 3"
 
 
 @contextlib.contextmanager

@@ -1,85 +1,211 @@
 """Train several models, or variants of one, with the same budget, and put them side by side.
 
     python -m grkan.train.compare --data digits --models kat_micro_patch2_8 vit_micro_patch2_8 --output runs/digits
-    python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
+    python -m grkan.train.compare --config configs/study.yaml --output runs/study --jobs 2
 
 The configuration is that of `grkan train`, and may have a mapping `runs` besides: by name, the settings in which a run
-differs from the others. Runs that are finished are not repeated, and an interrupted one goes on where it was.
+differs from the others. With `seeds: N`, for all or for one of them, a run is made with the seeds 0 to N - 1, and
+`against: NAME` compares it with another, seed by seed. Runs that are finished are not repeated, and an interrupted one
+goes on where it was.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ..command import Parser, run
-from ..plot import plot_curves, save_figure
+from ..plot import plot_curves, plot_scores, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
 from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
 from .loop import holds_run, resolve, resume, train
 from .progress import make_console
 
 
-def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path) -> dict[str, dict[str, Any]]:
-    """Train each run in the folder `output/NAME`; then write `comparison.json` and `curves.png` beside these folders.
+def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int = 1) -> dict[str, dict[str, Any]]:
+    """Train each run, in the folder `output/NAME`, or `output/NAME/seed-K` if it has seeds; then write comparison.json,
+    comparison.md and a picture beside these folders.
 
     Args:
-        runs: by name, the settings of each, as in `Config`; `output` is not among them.
+        runs: by name, the settings of each, as in `Config`; `output` is not among them. `seeds` is a number of seeds,
+            in place of `seed`; `against` the name of the run to compare with.
         output: the folder of all.
+        jobs: how many runs are trained at a time, each in a process of its own and with its share of the processors.
 
     Returns:
-        By name, the summary of each run, see `train`.
+        By the name of the folder, the summary of each run, see `train`.
 
     Raises:
-        ValueError: there is no run, or a folder holds a run with other settings.
-        As `train`.
+        ValueError: there is no run, seeds or against make no sense, or a folder holds a run with other settings.
+        As `train`; runs that were finished before stay.
     """
     if not runs:
         raise ValueError("runs must name at least one; give --models or a configuration with runs")
     output = Path(output)
+    members = {name: list(_members(name, settings)) for name, settings in runs.items()}
+    against = {name: settings["against"] for name, settings in runs.items() if settings.get("against") is not None}
+    for name, other in against.items():
+        if other not in runs or other == name:
+            raise ValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
     # All configurations are checked before the first run starts.
-    configs = {name: resolve(make_config(settings, {"output": str(output / name)})) for name, settings in runs.items()}
-    summaries = {}
-    for name, config in configs.items():
-        if holds_run(output / name):
-            _check_same(config, output / name)
-            summaries[name] = resume(output / name)
-        else:
-            summaries[name] = train(config)
-    write_bytes(output / "comparison.json", (json.dumps(summaries, indent=2) + "\n").encode())
-    lines = {name: read_metrics(output / name / "metrics.jsonl") for name in runs}
-    if any("top1" in line for run in lines.values() for line in run):
-        figure = plot_curves(lines)
-        write_file(output / "curves.png", lambda path: save_figure(figure, path))
-    return summaries
+    configs = {}
+    for name, settings in runs.items():
+        own = {key: value for key, value in settings.items() if key not in ("seeds", "against")}
+        for folder, seed in members[name]:
+            configs[folder] = resolve(make_config(own, seed, {"output": str(output / folder)}))
+    for config in configs.values():
+        if holds_run(Path(config.output or "")):
+            _check_same(config)
+
+    summaries: dict[str, dict[str, Any]] = {}
+    for folder, summary in _train_all(configs, jobs):
+        summaries[folder] = summary
+        done = {folder: summaries[folder] for folder in configs if folder in summaries}  # in the order of the runs
+        scores = {
+            name: {seed.get("seed"): done[folder] for folder, seed in members[name] if folder in done} for name in runs
+        }
+        variants = {
+            name: _variant(scores[name], scores.get(against.get(name, ""), {})) for name in runs if scores[name]
+        }
+        _write(output, done, variants, against)
+    return done
 
 
-def _check_same(config: Config, folder: Path) -> None:
-    recorded = read_yaml(folder / "config.yaml")
+def _members(name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, int]]]:
+    """The folders of a run, and the seed of each, as settings."""
+    seeds = settings.get("seeds")
+    if seeds is None:
+        yield name, {}
+    elif isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds must be a number of seeds, at least 1; got {seeds!r} for {name}")
+    else:
+        for seed in range(seeds):
+            yield f"{name}/seed-{seed}", {"seed": seed}
+
+
+def _check_same(config: Config) -> None:
+    recorded = read_yaml(Path(config.output or "") / "config.yaml")
     for key, value in to_dict(config).items():
         if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
             raise ValueError(
-                f"{folder} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
+                f"{config.output} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another "
+                "--output"
             )
 
 
-def _table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table()
-    table.add_column("run")
-    for column in ("test accuracy", "best epoch", "parameters", "training time"):
-        table.add_column(column, justify="right")
-    for name, summary in summaries.items():
-        table.add_row(
+def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if jobs == 1:
+        for folder, config in configs.items():
+            yield folder, _train_or_resume(config)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Forking a process whose threads are at work is not safe.
+    context = multiprocessing.get_context("spawn")
+    console = make_console()
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
+        waiting = {pool.submit(_train_or_resume, config): folder for folder, config in configs.items()}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    folder, summary = waiting.pop(future), future.result()
+                    left = f"{len(waiting)} of {len(configs)} to do"
+                    console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
+                    yield folder, summary
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
+
+
+def _train_or_resume(config: Config) -> dict[str, Any]:
+    folder = Path(config.output or "")
+    return resume(folder) if holds_run(folder) else train(config)
+
+
+def _variant(scores: Mapping[Any, Mapping[str, Any]], others: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, and what the run gains on another with the same seed: `others` is that one's scores."""
+    summaries = list(scores.values())
+    common = [seed for seed in scores if seed in others]
+    return {
+        "seeds": len(summaries),
+        "top1": _spread([s["last_top1"] for s in summaries]),
+        "loss": _spread([s["last_loss"] for s in summaries]),
+        "gain": _spread([scores[seed]["last_top1"] - others[seed]["last_top1"] for seed in common]) if common else None,
+        "parameters": summaries[0]["parameters"],
+        "cpu_seconds": statistics.fmean(s["cpu_seconds"] for s in summaries),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    """The values, their mean and their standard deviation, which a single one has not."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
+
+
+def _write(
+    output: Path,
+    summaries: Mapping[str, Mapping[str, Any]],
+    variants: Mapping[str, Mapping[str, Any]],
+    against: Mapping[str, str],
+) -> None:
+    content = {"runs": summaries, "variants": variants, "against": against}
+    write_bytes(output / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
+    rows = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *_rows(variants, against)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    write_bytes(output / "comparison.md", text.encode())
+    if summaries.keys() != variants.keys():  # several seeds of a run
+        figure = plot_scores({name: variant["top1"]["values"] for name, variant in variants.items()})
+        write_file(output / "scores.png", lambda path: save_figure(figure, path))
+        return
+    lines = {name: read_metrics(output / name / "metrics.jsonl") for name in summaries}
+    if any("top1" in line for run in lines.values() for line in run):
+        figure = plot_curves(lines)
+        write_file(output / "curves.png", lambda path: save_figure(figure, path))
+
+
+_COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
+
+
+def _rows(variants: Mapping[str, Mapping[str, Any]], against: Mapping[str, str]) -> list[list[str]]:
+    return [
+        [
             name,
-            f"{summary['last_top1']:.2f} %",
-            f"{summary['top1']:.2f} % ({summary['best_epoch']})",
-            f"{summary['parameters']:,}",
-            f"{summary['seconds']:.0f} s",
-        )
+            str(variant["seeds"]),
+            _plus_minus(variant["top1"], 2),
+            _plus_minus(variant["loss"], 4),
+            _plus_minus(variant["gain"], 2, sign="+") if variant["gain"] else "",
+            against.get(name, ""),
+            f"{variant['parameters']:,}",
+            f"{variant['cpu_seconds']:.0f}",
+        ]
+        for name, variant in variants.items()
+    ]
+
+
+def _plus_minus(spread: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.{digits}f}"
+    return f"{spread['mean']:{sign}.{digits}f}{deviation}"
+
+
+def _table(output: Path) -> Table:
+    comparison = json.loads((output / "comparison.json").read_text())
+    table = Table(caption="Mean ± standard deviation over the seeds; a gain is taken seed by seed.")
+    for i, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if i else "left")
+    for row in _rows(comparison["variants"], comparison["against"]):
+        table.add_row(*row)
     return table
 
 
@@ -90,14 +216,17 @@ def _main(options: argparse.Namespace) -> None:
         variants = {name: {"model": name} for name in options.models}
     if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
         raise ValueError(f"{options.config}: runs must map names to settings")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
     given = training_settings(options)
     runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
-    summaries = compare(runs, options.output)
+    summaries = compare(runs, options.output, options.jobs)
     console = make_console()
-    console.print(_table(summaries))
+    console.print(_table(options.output))
     pictures = sorted(options.output.glob("*.png"))
-    pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
-    for path in [options.output / "comparison.json", *pictures]:
+    if options.jobs == 1:
+        pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
+    for path in [options.output / "comparison.json", options.output / "comparison.md", *pictures]:
         console.print(str(path), soft_wrap=True)
 
 
@@ -116,5 +245,6 @@ if __name__ == "__main__":
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each with fewer threads")
     parser.set_defaults(run=_main)
     sys.exit(run(parser))

@@ -37,8 +37,8 @@ class Config:
     init: str | None = None
     """A model file or a run's folder whose weights are the start. The model's arguments are the file's, overridden by
     `model_args`; another number of classes gets a new head."""
-    trainable: Literal["all", "coefficients"] = "all"
-    """What learns: everything, or the coefficients of the rational functions alone."""
+    trainable: Literal["all", "coefficients", "weights"] = "all"
+    """What learns: everything, the coefficients of the rational functions alone, or everything but them."""
     seed: int = 0
 
     epochs: int = 30
@@ -55,6 +55,8 @@ class Config:
     """Linear warm-up from 0, part of `epochs`; a half-cosine follows. None is a tenth of `epochs`."""
     weight_decay: float = 0.05
     """Not applied to biases, norms, position embeddings and rational coefficients."""
+    coefficient_weight_decay: float = 0.0
+    """Applied to the rational coefficients, which it pulls towards F = 0."""
     clip_grad: float | None = None
     """The largest norm of the gradient of all parameters."""
     ema_decay: float | None = None
@@ -117,6 +119,7 @@ _RANGES = [
     ("min_lr", 0, _INFINITY),
     ("warmup_epochs", 0, _INFINITY),
     ("weight_decay", 0, _INFINITY),
+    ("coefficient_weight_decay", 0, _INFINITY),
     ("clip_grad", 0, _INFINITY),
     ("ema_decay", 0, 1),
     ("smoothing", 0, 1),
@@ -240,7 +243,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, metavar="X", help="the highest learning rate")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--init", metavar="FILE", help="a model file or a run's folder to start from")
-    parser.add_argument("--trainable", help="all, or coefficients: the rational functions' alone")
+    parser.add_argument("--trainable", help="all, coefficients (the rational functions' alone), or weights (all else)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
     parser.add_argument(
         "--set",

@@ -12,6 +12,7 @@ import math
 import os
 import reprlib
 import time
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -75,7 +76,8 @@ def train(config: Config) -> dict[str, Any]:
 
     Returns:
         What the run's summary says: output, model, epochs, top1 of the best epoch (percent), best_epoch, last_top1,
-        last_loss, parameters, unreadable images, seconds.
+        last_loss, parameters, unreadable images, seconds of training and testing, and cpu_seconds: those that the
+        threads of the main process were at work.
 
     Raises:
         ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
@@ -279,7 +281,7 @@ class _Run:
         self.last: dict[str, Any] = {}
         self.epoch = self.step = 0
         self.running = _Running()
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         if state is not None:
             self._restore(state)
         if self.main:
@@ -307,9 +309,9 @@ class _Run:
             return
         coefficients = no_weight_decay(self.model)
         if not coefficients:
-            raise ValueError(f"trainable: coefficients; {self.config.model} has no rational functions")
+            raise ValueError(f"trainable: {self.config.trainable}; {self.config.model} has no rational functions")
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in coefficients)
+            parameter.requires_grad_((name in coefficients) == (self.config.trainable == "coefficients"))
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -344,8 +346,14 @@ class _Run:
         config = self.config
         self.model.to(self.accelerator.device)
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
-        undecayed = no_weight_decay(self.model) | set(getattr(self.model, "no_weight_decay", set)())
+        coefficients = no_weight_decay(self.model)
+        undecayed = coefficients | set(getattr(self.model, "no_weight_decay", set)())
         groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=undecayed)
+        if config.coefficient_weight_decay:
+            decayed = [p for name, p in self.model.named_parameters() if name in coefficients and p.requires_grad]
+            apart = {id(p) for p in decayed}
+            groups = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
+            groups.append({"params": decayed, "weight_decay": config.coefficient_weight_decay})
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
         total, warmup = config.epochs * self.steps, round((config.warmup_epochs or 0) * self.steps)
         # A pure function of the step: nothing of it has to be saved.
@@ -391,12 +399,10 @@ class _Run:
         self.sampler.start_at(self.epoch, self.step)
         batches = iter(self.training_loader)
         while self.step < self.steps:
-            began = time.perf_counter()
-            loss = self._optimise(batches)
+            with self._clock() as clock:
+                loss = self._optimise(batches)
             self.step += 1
-            taken = time.perf_counter() - began
-            self.seconds += taken
-            self.running.seconds += taken
+            self.running.seconds += clock.seconds
             means = self.running.means()
             self.reporter.step(
                 f"epoch {self.epoch + 1}/{config.epochs}",
@@ -411,9 +417,8 @@ class _Run:
                 self._check_weights()
                 self._save_state()
         self._check_weights()
-        began = time.perf_counter()
-        result = self._evaluate()
-        self.seconds += time.perf_counter() - began
+        with self._clock():
+            result = self._evaluate()
         self._end_epoch(result)
 
     def _optimise(self, batches: Any) -> float:
@@ -494,6 +499,7 @@ class _Run:
             "loss": result["loss"],
             "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
         }
         if self.main:
             for name in ["last.safetensors"] + ["best.safetensors"] * is_best:
@@ -521,6 +527,7 @@ class _Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
         }
         if self.main:
             pictures = self._draw()
@@ -559,6 +566,16 @@ class _Run:
         return [self.folder / name for name in figures]
 
     # Small parts
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[types.SimpleNamespace]:
+        """Add what the block takes to the run's time; `seconds` of the result is it, afterwards."""
+        taken = types.SimpleNamespace(seconds=0.0)
+        began, worked = time.perf_counter(), time.process_time()
+        yield taken
+        taken.seconds = time.perf_counter() - began
+        self.seconds += taken.seconds
+        self.cpu_seconds += time.process_time() - worked
 
     def _evaluated(self) -> nn.Module:
         """The weights that are tested and saved."""
@@ -625,6 +642,7 @@ class _Run:
             "running": vars(self.running),
             "unreadable": sorted(self.unreadable.names),
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "metrics_size": self.log.size(),
         }
         save_state(self.folder / "state" / "state.pt", state)
@@ -636,7 +654,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.best, self.last = state["best"], state["last"]
         self.running = _Running(**state["running"])
         self.unreadable.names.update(state["unreadable"])
