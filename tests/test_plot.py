@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from grkan import GroupRational, RationalLinear
-from grkan.plot import plot_curves, plot_fit, plot_functions, record_inputs, save_figure
+from grkan.plot import plot_curves, plot_fit, plot_functions, plot_scores, record_inputs, save_figure
 
 
 @pytest.fixture
@@ -122,3 +122,17 @@ def test_pictures_are_written(tmp_path, ending):
     path = tmp_path / f"p.{ending}"
     save_figure(plot_fit(np.tanh, np.tanh, (-2.0, 2.0), "tanh"), path)
     assert path.stat().st_size > 1000
+
+
+def test_scores_are_dots_with_their_mean():
+    axis = plot_scores({"kat": [80.0, 82.0, 87.0], "vit": [79.5]}).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["kat", "vit"]
+    dots, mean, *_ = axis.get_lines()
+    assert list(dots.get_xdata()) == [80.0, 82.0, 87.0]
+    assert list(mean.get_xdata()) == [83.0, 83.0]
+
+
+@pytest.mark.parametrize("scores", [{}, {"kat": []}])
+def test_scores_to_plot(scores):
+    with pytest.raises(ValueError, match="scores must hold at least one accuracy for each run"):
+        plot_scores(scores)

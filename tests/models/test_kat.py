@@ -17,6 +17,7 @@ from grkan.rational.op import set_backend
 
 KATS = timm.list_models("kat_*")
 TWINS = timm.list_models("vit_micro_*")
+SPLINES = timm.list_models("vit_kan_*")
 WEIGHT_INITS = ["", "jax", "jax_nlhb", "moco", "reset", "skip"]
 
 
@@ -41,10 +42,11 @@ def test_registry():
         "kat_tiny_patch16_224",
     ]
     assert [name.replace("kat", "vit") for name in KATS if "micro" in name] == TWINS
-    assert set(KATS) | set(TWINS) <= set(grkan.models.kat.__all__)
+    assert SPLINES == ["vit_kan_micro_patch4_28"]
+    assert {*KATS, *TWINS, *SPLINES} <= set(grkan.models.kat.__all__)
 
 
-@pytest.mark.parametrize("name", KATS + TWINS)
+@pytest.mark.parametrize("name", KATS + TWINS + SPLINES)
 def test_forward_and_backward(name):
     torch.manual_seed(0)
     model = sized(name, num_classes=7).train()
@@ -57,7 +59,7 @@ def test_forward_and_backward(name):
         assert parameter.grad.any(), parameter_name
 
 
-@pytest.mark.parametrize("name", KATS + TWINS)
+@pytest.mark.parametrize("name", KATS + TWINS + SPLINES)
 def test_configuration(name):
     model = timm.create_model(name, device="meta")
     cfg = model.default_cfg

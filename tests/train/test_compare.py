@@ -2,10 +2,13 @@ import ast
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grkan.train import compare as module
 from grkan.train.compare import compare
+from grkan.train.config import make_config
+from grkan.train.loop import TrainingError, train
 
 ARGUMENTS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 RUNS = {
@@ -23,7 +26,7 @@ def compared(tmp_path_factory):
 def test_runs_end_side_by_side(compared):
     folder, summaries = compared
     assert list(summaries) == ["KAT", "ViT"]
-    assert summaries == json.loads((folder / "comparison.json").read_text())
+    assert summaries == json.loads((folder / "comparison.json").read_text())["runs"]
     assert (folder / "curves.png").stat().st_size > 1000
     assert summaries["KAT"]["parameters"] > summaries["ViT"]["parameters"]
 
@@ -62,6 +65,55 @@ def test_training_does_not_import_what_stands_above_it():
             names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
             names |= set((node.module or "").split(".")) if isinstance(node, ast.ImportFrom) else set()
             assert not names & {"cli", "bench"}, path
+
+
+SEEDS = {
+    "ViT": {**RUNS["ViT"], "seeds": 2},
+    "KAT": {**RUNS["KAT"], "seeds": 3, "against": "ViT"},
+}
+
+
+def test_gains_are_taken_seed_by_seed(tmp_path):
+    summaries = compare(SEEDS, tmp_path, jobs=2)
+    assert list(summaries) == ["ViT/seed-0", "ViT/seed-1", "KAT/seed-0", "KAT/seed-1", "KAT/seed-2"]
+    top1 = {name: summary["last_top1"] for name, summary in summaries.items()}
+    found = json.loads((tmp_path / "comparison.json").read_text())["variants"]
+    kat, vit = found["KAT"], found["ViT"]
+    assert (kat["seeds"], vit["seeds"], vit["gain"]) == (3, 2, None)
+    assert kat["top1"]["values"] == [top1[f"KAT/seed-{seed}"] for seed in range(3)]
+    assert kat["top1"]["mean"] == pytest.approx(np.mean(kat["top1"]["values"]))
+    assert kat["top1"]["deviation"] == pytest.approx(np.std(kat["top1"]["values"], ddof=1))
+    expected = [top1[f"KAT/seed-{seed}"] - top1[f"ViT/seed-{seed}"] for seed in range(2)]
+    assert kat["gain"]["values"] == pytest.approx(expected)
+    table = (tmp_path / "comparison.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in table] == ["run", "---", "ViT", "KAT"]
+    assert f"| {np.mean(expected):+.2f} ± {np.std(expected, ddof=1):.2f} | ViT |" in table[3]
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+    assert not (tmp_path / "curves.png").exists()
+    # A run in a process beside others is the same run.
+    alone = train(make_config({**RUNS["KAT"], "seed": 1, "output": str(tmp_path / "alone")}))
+    assert alone["last_loss"] == pytest.approx(summaries["KAT/seed-1"]["last_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds must be a number of seeds, at least 1; got 0 for KAT"),
+        ({"seeds": [1, 2]}, r"seeds must be a number of seeds, at least 1; got \[1, 2\] for KAT"),
+        ({"against": "DeiT"}, "against must be another of the runs KAT, ViT; got 'DeiT' for KAT"),
+        ({"against": "KAT"}, "against must be another of the runs KAT, ViT; got 'KAT' for KAT"),
+    ],
+)
+def test_seeds_and_rivals_that_make_no_sense(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        compare({**RUNS, "KAT": {**RUNS["KAT"], **change}}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_one_of_several_jobs_ends_the_comparison(tmp_path):
+    runs = {**RUNS, "bad": {**RUNS["KAT"], "lr": 1e20, "warmup_epochs": 0}}
+    with pytest.raises(TrainingError, match=r"the (loss|weight .*) is (nan|inf|not finite)"):
+        compare(runs, tmp_path, jobs=2)
 
 
 def test_no_runs(tmp_path):

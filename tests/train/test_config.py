@@ -44,7 +44,7 @@ def test_values_as_yaml_reads_them(key, value, converted):
         ({"lr": 10**400}, TypeError, r"lr must be a number; got 10+"),
         ({"clip_grad": 0}, ValueError, r"clip_grad must be more than 0, or null for no limit; got 0"),
         ({"hflip": 2}, ValueError, r"hflip must be in \[0, 1\]; got 2"),
-        ({"trainable": "some"}, ValueError, r"trainable must be all or coefficients; got 'some'"),
+        ({"trainable": "some"}, ValueError, r"trainable must be all or coefficients or weights; got 'some'"),
         ({"warmup_epochs": 3, "epochs": 3}, ValueError, r"warmup_epochs must be less than epochs, 3; got 3"),
         ({"lr": 1e-6, "min_lr": 1e-5}, ValueError, r"min_lr must not exceed lr"),
         ({"crop_scale": [1.0]}, TypeError, r"crop_scale must be 2 numbers"),

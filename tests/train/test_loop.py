@@ -6,7 +6,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from grkan import load_model, no_weight_decay
+from grkan import GroupRational, load_model, no_weight_decay
 from grkan.models.files import read_metadata
 from grkan.train import loop
 from grkan.train.checkpoint import load_state, read_metrics
@@ -126,9 +126,40 @@ def test_coefficients_alone_can_be_trained(tiny, tmp_path, finished):
     assert len(coefficients) == 4
 
 
-def test_training_coefficients_needs_some(tiny):
-    with pytest.raises(ValueError, match="vit_micro_patch2_8 has no rational functions"):
-        train(make_config({"model": "vit_micro_patch2_8", "trainable": "coefficients", "output": tiny["output"]}))
+def test_everything_but_coefficients_can_be_trained(tiny, tmp_path, finished):
+    folder = _run(tmp_path, "run", tiny, init=str(finished[0]), trainable="weights", lr=0.01)
+    before, after = load_file(finished[0] / "best.safetensors"), load_file(folder / "last.safetensors")
+    kept = {key for key in before if torch.equal(before[key], after[key])}
+    assert kept == no_weight_decay(load_model(folder / "last.safetensors"))
+
+
+@pytest.mark.parametrize("trainable", ["coefficients", "weights"])
+def test_choosing_between_coefficients_and_weights_needs_both(tiny, trainable):
+    with pytest.raises(ValueError, match=f"trainable: {trainable}; vit_micro_patch2_8 has no rational functions"):
+        train(make_config({"model": "vit_micro_patch2_8", "trainable": trainable, "output": tiny["output"]}))
+
+
+def test_weight_decay_reaches_coefficients_only_if_asked_for(tiny, tmp_path):
+    """One step of AdamW moves a parameter by lr, and decay takes lr * decay of it, whatever the gradient."""
+    settings = {"epochs": 1, "batch_size": 1024, "warmup_epochs": 0, "lr": 0.01, "weight_decay": 0.1}
+    plain = load_file(_run(tmp_path, "plain", tiny, **settings) / "last.safetensors")
+    decayed = load_file(_run(tmp_path, "decayed", tiny, **settings, coefficient_weight_decay=0.5) / "last.safetensors")
+    coefficients = [key for key in plain if ".act" in key]
+    assert len(coefficients) == 4
+    initial = GroupRational(4, "swish")
+    torch.testing.assert_close(
+        plain["blocks.0.mlp.act2.numerator"] - decayed["blocks.0.mlp.act2.numerator"],
+        0.01 * 0.5 * initial.numerator.detach(),
+    )
+    for key in plain.keys() - set(coefficients):
+        assert torch.equal(plain[key], decayed[key]), key
+
+
+def test_time_goes_on_when_a_run_is_resumed(tiny, tmp_path):
+    summary = train(make_config({**tiny, "epochs": 1, "output": str(tmp_path / "run")}))
+    assert summary["cpu_seconds"] > 0
+    again = resume(tmp_path / "run")
+    assert (again["seconds"], again["cpu_seconds"]) == (summary["seconds"], summary["cpu_seconds"])
 
 
 def test_fine_tuning_takes_the_files_arguments_and_those_given(tiny, tmp_path, finished):
