@@ -387,11 +387,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = (grad, *ctx.saved_tensors, ctx.form, ctx.dim)
+    tensors = (grad, *ctx.saved_tensors)
+    arguments = (*tensors, ctx.form, ctx.dim)
     # Grad mode is on in a backward that will itself be differentiated (create_graph=True).
     if torch.is_grad_enabled() or _composite_needed():
         gradients = _composite_backward(*arguments)
-    elif _is_eager(grad, *ctx.saved_tensors):
+    elif _is_eager(*tensors):
         gradients = _backward(*arguments)
     else:
         gradients = torch.ops.grkan.group_rational_backward(*arguments)
