@@ -105,11 +105,11 @@ def _join(scalars, LANES: tl.constexpr, VECTOR: tl.constexpr, FIRST: tl.constexp
 
 
 @triton.jit
-def _coefficients(pointer, group, step, COUNT: tl.constexpr, ABSOLUTE: tl.constexpr, DTYPE: tl.constexpr):
+def _coefficients(pointer, COUNT: tl.constexpr, ABSOLUTE: tl.constexpr, DTYPE: tl.constexpr):
     """COUNT scalars of a group; step is their number or, if all groups share a row, 0."""
     values = ()
     for i in tl.static_range(COUNT):
-        value = tl.load(pointer + group * step + i).to(DTYPE)
+        value = tl.load(pointer + i).to(DTYPE)
         if ABSOLUTE:
             value = tl.abs(value)
         values = values + (value + 0.0,)  # +0 for both zeros, whose sign A takes on
@@ -259,14 +259,16 @@ def _sign_is_open(b, N: tl.constexpr):
 
 
 @triton.jit
-def _limits(negative, a, b, M: tl.constexpr, N: tl.constexpr):
+def _limits(negative, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr):
     """How F behaves as x goes to infinity, see `reference.py`: the limit, the slope, and whether it grows."""
-    top_a, degree_a = a[0], 0
+    top_a, degree_a = tl.load(a_ptr).to(tl.float64), 0
     for i in tl.static_range(1, M + 1):
-        top_a, degree_a = tl.where(a[i] != 0, a[i], top_a), tl.where(a[i] != 0, i, degree_a)
-    top_b, degree_b = a[0] * 0.0 + 1.0, 0
+        a = tl.load(a_ptr + i).to(tl.float64)
+        top_a, degree_a = tl.where(a != 0, a, top_a), tl.where(a != 0, i, degree_a)
+    top_b, degree_b = top_a * 0.0 + 1.0, 0
     for j in tl.static_range(N):
-        top_b, degree_b = tl.where(b[j] != 0, tl.abs(b[j]), top_b), tl.where(b[j] != 0, j + 1, degree_b)
+        b = tl.load(b_ptr + j).to(tl.float64)
+        top_b, degree_b = tl.where(b != 0, tl.abs(b), top_b), tl.where(b != 0, j + 1, degree_b)
     ratio = top_a / top_b
     signed = tl.where(negative & (degree_a % 2 == 1), -ratio, ratio)
     slope = tl.where(negative, -signed, signed) * tl.where(degree_a > degree_b + 1, float("inf"), 1.0)
@@ -288,12 +290,14 @@ def forward_kernel(
     DTYPE: tl.constexpr = tl.float64 if STORED == tl.float64 else tl.float32
     chunk, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     end = _end(rows, groups, units, LONG)
-    a = _coefficients(a_ptr, group, a_step, M + 1, False, DTYPE)
-    b = _coefficients(b_ptr, group, b_step, N, ABSOLUTE, DTYPE)
+    a_ptr, b_ptr = a_ptr + group * a_step, b_ptr + group * b_step
+    a = _coefficients(a_ptr, M + 1, False, DTYPE)
+    b = _coefficients(b_ptr, N, ABSOLUTE, DTYPE)
     largest = tl.zeros([LANES], DTYPE)
     offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
     for _ in tl.range(tiles):
-        at, inside = _addresses(offset, VECTOR), (offset < end)[:, None]
+        at = _addresses(offset, VECTOR)
+        inside = at < end * VECTOR
         xs = _split(tl.load(x_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
         ys = ()
         for k in tl.static_range(VECTOR):
@@ -302,28 +306,10 @@ def forward_kernel(
         tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
         offset, column = _next(offset, column, groups, units, LANES)
     if _exceeds(largest, M, N):
-        tl.debug_barrier()  # what has been stored may be overwritten
-        offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
-        for _ in tl.range(tiles):
-            for k in tl.range(VECTOR):
-                at, inside = offset * VECTOR + k, offset < end
-                x = tl.load(x_ptr + at, inside, 0.0).to(DTYPE).to(tl.float64)
-                y = _careful_value(x, a_ptr, b_ptr, group, a_step, b_step, M, N, ABSOLUTE)
-                tl.store(y_ptr + at, _narrow(y, STORED), inside)
-            offset, column = _next(offset, column, groups, units, LANES)
-
-
-@triton.jit
-def _careful_value(
-    x, a_ptr, b_ptr, group, a_step, b_step, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr
-):  # fmt: skip
-    """F of any float64, infinities included."""
-    a = _coefficients(a_ptr, group, a_step, M + 1, False, tl.float64)
-    b = _coefficients(b_ptr, group, b_step, N, ABSOLUTE, tl.float64)
-    infinite = tl.abs(x) == float("inf")
-    y = _value(tl.where(infinite, 0.0, x), a, b, M, N, ABSOLUTE)
-    limit, slope, grows = _limits(x < 0, a, b, M, N)
-    return tl.where(infinite, tl.where(grows, slope * x, limit), y)
+        _careful(
+            x_ptr, x_ptr, a_ptr, b_ptr, y_ptr, y_ptr, a_ptr, chunk, group, end, groups, units, tiles, 0,
+            M, N, ABSOLUTE, False, True, LANES, VECTOR, LONG,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["a_step", "b_step", "rows", "groups", "units", "tiles", "chunks"])
@@ -337,13 +323,15 @@ def backward_kernel(
     DTYPE: tl.constexpr = tl.float64 if STORED == tl.float64 else tl.float32
     chunk, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     end = _end(rows, groups, units, LONG)
-    a = _coefficients(a_ptr, group, a_step, M + 1, False, DTYPE)
-    b = _coefficients(b_ptr, group, b_step, N, ABSOLUTE, DTYPE)
+    a_ptr, b_ptr = a_ptr + group * a_step, b_ptr + group * b_step
+    a = _coefficients(a_ptr, M + 1, False, DTYPE)
+    b = _coefficients(b_ptr, N, ABSOLUTE, DTYPE)
     largest = tl.zeros([LANES], DTYPE)
     sums = _zeros(M + 1 + N, LANES, DTYPE)
     offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
     for _ in tl.range(tiles):
-        at, inside = _addresses(offset, VECTOR), (offset < end)[:, None]
+        at = _addresses(offset, VECTOR)
+        inside = at < end * VECTOR
         xs = _split(tl.load(x_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
         gs = _split(tl.load(grad_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
         dxs, ys = (), ()
@@ -361,39 +349,69 @@ def backward_kernel(
     stride = groups * chunks
     sums_ptr += group * chunks + chunk
     if careful:
-        tl.debug_barrier()
-        wide = _zeros(M + 1 + N, LANES, tl.float64)
-        offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
-        for _ in tl.range(tiles):
-            for k in tl.range(VECTOR):
-                at, inside = offset * VECTOR + k, offset < end
-                x = tl.load(x_ptr + at, inside, 0.0).to(DTYPE).to(tl.float64)
-                g = tl.load(grad_ptr + at, inside, 0.0).to(DTYPE).to(tl.float64)
-                dx, wide = _careful_gradient(g, x, a_ptr, b_ptr, group, a_step, b_step, wide, M, N, ABSOLUTE)
-                tl.store(dx_ptr + at, _narrow(dx, STORED), inside)
-                if OUTPUT:
-                    y = _careful_value(x, a_ptr, b_ptr, group, a_step, b_step, M, N, ABSOLUTE)
-                    tl.store(y_ptr + at, _narrow(y, STORED), inside)
-            offset, column = _next(offset, column, groups, units, LANES)
-        for i in tl.static_range(M + 1 + N):
-            tl.store(sums_ptr + i * stride, tl.sum(wide[i], 0))
+        _careful(
+            grad_ptr, x_ptr, a_ptr, b_ptr, dx_ptr, y_ptr, sums_ptr, chunk, group, end, groups, units, tiles, stride,
+            M, N, ABSOLUTE, True, OUTPUT, LANES, VECTOR, LONG,
+        )  # fmt: skip
     else:
         for i in tl.static_range(M + 1 + N):
             tl.store(sums_ptr + i * stride, tl.sum(sums[i], 0).to(tl.float64))
 
 
 @triton.jit
-def _careful_gradient(
-    g, x, a_ptr, b_ptr, group, a_step, b_step, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr
+def _careful(
+    grad_ptr, x_ptr, a_ptr, b_ptr, dx_ptr, y_ptr, sums_ptr, chunk, group, end, groups, units, tiles, stride,
+    M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, OUTPUT: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """dx of any float64, infinities included, and the sums."""
-    a = _coefficients(a_ptr, group, a_step, M + 1, False, tl.float64)
-    b = _coefficients(b_ptr, group, b_step, N, ABSOLUTE, tl.float64)
-    infinite = tl.abs(x) == float("inf")
-    zero_g, zero_x = tl.where(infinite, 0.0, g), tl.where(infinite, 0.0, x)
-    dx, _, sums = _gradient(zero_g, zero_x, a, b, sums, M, N, ABSOLUTE)
-    _, slope, grows = _limits(x < 0, a, b, M, N)
-    return tl.where(infinite, tl.where(grows, slope * g, 0.0), dx), sums
+    """A chunk once more, in float64; scalar by scalar and in two passes, so that it takes no more registers than before."""
+    STORED: tl.constexpr = x_ptr.dtype.element_ty
+    tl.debug_barrier()  # other lanes have stored what is stored anew
+    sums = _zeros(M + 1 + N if GRADIENT else 0, LANES, tl.float64)
+    for k in tl.range(VECTOR):
+        offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
+        for _ in tl.range(tiles):
+            at, inside = offset * VECTOR + k, offset < end
+            x = _load_wide(x_ptr + at, inside)
+            inside &= tl.abs(x) != float("inf")
+            x = tl.where(inside, x, 0.0)
+            a = _coefficients(a_ptr, M + 1, False, tl.float64)
+            b = _coefficients(b_ptr, N, ABSOLUTE, tl.float64)
+            if GRADIENT:
+                grad = _load_wide(grad_ptr + at, inside)
+                dx, y, sums = _gradient(grad, x, a, b, sums, M, N, ABSOLUTE)
+                tl.store(dx_ptr + at, _narrow(dx, STORED), inside)
+            else:
+                y = _value(x, a, b, M, N, ABSOLUTE)
+            if OUTPUT:
+                tl.store(y_ptr + at, _narrow(y, STORED), inside)
+            offset, column = _next(offset, column, groups, units, LANES)
+    if GRADIENT:
+        for i in tl.static_range(M + 1 + N):
+            tl.store(sums_ptr + i * stride, tl.sum(sums[i], 0))
+    for k in tl.range(VECTOR):
+        offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
+        for _ in tl.range(tiles):
+            at, inside = offset * VECTOR + k, offset < end
+            x = _load_wide(x_ptr + at, inside)
+            inside &= tl.abs(x) == float("inf")
+            limit, slope, grows = _limits(x < 0, a_ptr, b_ptr, M, N)
+            if GRADIENT:
+                grad = _load_wide(grad_ptr + at, inside)
+                tl.store(dx_ptr + at, _narrow(tl.where(grows, slope * grad, 0.0), STORED), inside)
+            if OUTPUT:
+                tl.store(y_ptr + at, _narrow(tl.where(grows, slope * x, limit), STORED), inside)
+            offset, column = _next(offset, column, groups, units, LANES)
+
+
+@triton.jit
+def _load_wide(pointer, inside):
+    """As float64, by way of float32 from 16 bits."""
+    value = tl.load(pointer, inside, 0.0)
+    if value.dtype == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["groups", "chunks", "a_rows", "b_rows"])
