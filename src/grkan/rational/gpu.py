@@ -22,15 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 128
-"""Lanes of a program: 4 warps, or 2 on AMD's GPUs. More would wait for each other more; fewer would not fill a GPU."""
-
 VECTOR_BYTES = 16
 """What one instruction reads or writes at most."""
 
-CHUNK, PROGRAMS, TILES = 4096, 4096, 32
-"""A chunk has about 4096 scalars, so that its sums are less than 2 % of what it reads and writes; more, up to 32 tiles, if
-4096 programs are there nevertheless, several times what any GPU runs at once."""
+SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 16384, 4096
+"""Scalars of a chunk: x is cut into 4096 of them, which is more than any GPU works on at once, if they are not too short
+or too long. The sums of a short one are below 2 % of what it reads and writes, up to order (9, 8)."""
 
 SUM_BLOCK = 1024
 """Sums that the second kernel adds side by side."""
@@ -477,21 +474,21 @@ def backward(
 def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:
     """How many programs, their shape (rows, groups, units, tiles, chunks), and what the kernels are compiled for."""
     groups = max(a.shape[0], b.shape[0])
-    vector = math.gcd(width, VECTOR_BYTES // x.itemsize)
+    vector, lanes = math.gcd(width, VECTOR_BYTES // x.itemsize), _warp_size(x.device)
     units, rows = width // vector, x.numel() // (groups * width)
-    tiles = min(TILES, max(CHUNK // (LANES * vector), groups * rows * units // (LANES * PROGRAMS)))
-    tiles = min(tiles, -(-rows * units // LANES))
-    chunks = -(-rows * units // (LANES * tiles))
+    tiles = min(max(x.numel() // PROGRAMS, SHORTEST_CHUNK), LONGEST_CHUNK) // (lanes * vector)
+    tiles = min(tiles, -(-rows * units // lanes))
+    chunks = -(-rows * units // (lanes * tiles))
     # Lanes behind the last row have offsets, too.
-    last = (rows + 2 + LANES * tiles // units) * groups * width
+    last = (rows + 2 + lanes * tiles // units) * groups * width
     options = {
         "M": a.shape[1] - 1,
         "N": b.shape[1],
         "ABSOLUTE": form == "sum_of_abs",
-        "LANES": LANES,
+        "LANES": lanes,
         "VECTOR": vector,
         "LONG": last >= 2**31,
-        "num_warps": LANES // _warp_size(x.device),
+        "num_warps": 1,
     }
     return groups * chunks, (rows, groups, units, tiles, chunks), options
 
