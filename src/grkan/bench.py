@@ -1,6 +1,6 @@
 """Side by side with peers, in one run: the rational function, the layer and the model, each against what it replaces.
 
-`grkan bench ops|layers|models` runs one of the suites at the end of this file, and `grkan bench kernels` compiles the GPU
+`grkan bench ops|layers|models` runs one of the suites at the end of this file; `grkan bench kernels` compiles the GPU
 kernels and shows what came of it. The speed of a machine drifts, so the
 rivals of a contest take turns: in every round each of them runs one block of calls, the order rotates, and a ratio is
 taken within a round. The tables show the median and the quartiles of these ratios, and the ratio of the best times.
@@ -625,7 +625,7 @@ def bench(
 
 
 def bench_kernels(path: str | Path | None = None) -> None:
-    """Compile the GPU kernels for GPUs that need not be there; print what the compiler made of them, beside others' figures.
+    """Compile the GPU kernels for GPUs that need not be there; print what came of it, and others' figures.
 
     Args:
         path: a file for the same as JSON; None: none.
@@ -659,8 +659,9 @@ def bench_kernels(path: str | Path | None = None) -> None:
         table.add_row(other.name, other.kernel, other.figures, other.source)
     console.print(table)
     console.print(
-        "instructions and bytes are a scalar's: in the loop, and with what is before and behind it (at most); bits are "
-        "those of the widest load and store. The estimate is a roofline's, 10^9 scalars a second; nothing ran on a GPU.",
+        "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, and "
+        "with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and what limits them; "
+        "nothing ran on a GPU.",
         soft_wrap=True,
     )
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
@@ -683,7 +684,9 @@ def _estimate_as_json(estimate: tuple[float, str] | None) -> dict[str, Any] | No
 def _kernels_table(target: str, found: Sequence[Any], rates: Any) -> Table:
     title = target
     if rates:
-        title += f"; estimate for {rates.gpu}: {rates.memory / 1e12:.3g} TB/s, {rates.issue / 1e12:.3g} T instructions/s"
+        title += (
+            f"; estimate for {rates.gpu}: {rates.memory / 1e12:.3g} TB/s, {rates.issue / 1e12:.3g} T instructions/s"
+        )
         title += f", {rates.arithmetic / 1e12:.3g} T of float32 arithmetic"
     table = Table(title=title, title_justify="left")
     for column in ("kernel", "dtype", "order", "form"):

@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels of `gpu.py` for GPUs that need not be there: registers, spills, instructions.
+"""What Triton's compiler makes of the kernels of `gpu.py`, for GPUs that need not be there: registers, spills and so on.
 
 It lies beside `gpu.py`, whose arguments it has to know, and below `bench.py`, which shows what it finds. Everything is
 read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly. Times are
@@ -28,12 +28,12 @@ KERNELS = ("forward", "backward", "backward with F")
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
 
 CHUNK = 4096
-"""Scalars of a chunk, over which the instructions before and behind the loop are spread: those of 17 million scalars."""
+"""Scalars of a chunk, over which the instructions around the loop are spread: as for a tensor of 17 million scalars."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does at most, by its maker's data sheet: bytes of memory, and 10^12 lanes' instructions, a second.
+    """What a GPU does at most a second, by its maker's data sheet: bytes of memory, and instructions of single lanes.
 
     `arithmetic` is the rate of float32's additions and multiplications, fused or not; `issue` that of all instructions.
     """
@@ -159,9 +159,7 @@ def compile_kernel(
     return triton.compile(source, target=TARGETS[target], options={"num_warps": 1})
 
 
-def stats(
-    target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None
-) -> Stats:
+def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None) -> Stats:
     """Compile one kernel and count; the arguments are those of `compile_kernel`."""
     compiled = compile_kernel(target, kernel, dtype, form, order, vector)
     size = DTYPES[dtype][1]
@@ -248,9 +246,7 @@ def _read_amdgcn(code: str) -> tuple[int, int, list[list[str]], list[str]]:
     return registers, max(spilled, value("private_segment_fixed_size")), *_cut(instructions, backward, "s_nop")
 
 
-def _cut(
-    instructions: list[str], backward: list[tuple[int, int]], nothing: str
-) -> tuple[list[list[str]], list[str]]:
+def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str) -> tuple[list[list[str]], list[str]]:
     """Cut the code at its jumps backward, (goal, origin) each, into the outermost loops that load, and the rest."""
     merged: list[list[int]] = []
     for start, end in sorted(backward):

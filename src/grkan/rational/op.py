@@ -75,8 +75,8 @@ def _canonical(t: Tensor, groups: int, width: int) -> Tensor:
 REFERENCE = Kernel(_reference_forward, _reference_backward)
 
 KERNELS: dict[str, Kernel] = {}
-"""Native kernels by device type, "cpu" and "cuda" (which is what PyTorch calls AMD's GPUs, too); a device that is not here
-is served by the reference."""
+"""Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
+served by the reference."""
 
 TRITON = (3, 6)
 """The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
