@@ -659,8 +659,8 @@ def bench_kernels(path: str | Path | None = None) -> None:
         table.add_row(other.name, other.kernel, other.figures, other.source)
     console.print(table)
     console.print(
-        "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, and "
-        "with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and what limits them; "
+        "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, "
+        "and with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and what limits them; "
         "nothing ran on a GPU.",
         soft_wrap=True,
     )

@@ -1,10 +1,10 @@
 """The Triton kernels, in the form that `op.py` wants: float16 to float64 on a GPU, any order, both forms, any width.
 
 The scalars of a group are rows x width. They are walked in vectors of the largest power of two of scalars, up to 16
-bytes, that divides the width. A lane takes one vector at a time, a tile is one vector for each lane, and a program, which
-is a single warp, walks a chunk of successive tiles. The length of a chunk follows from the shape alone, and its sums for
-the coefficients' gradients go to memory, where a second kernel adds them in a fixed order: no atomics, and the same bits
-each time, whatever the number of multiprocessors.
+bytes, that divides the width. A lane takes one vector at a time, a tile is one vector for each lane, and a program,
+which is a single warp, walks a chunk of successive tiles. The length of a chunk follows from the shape alone, and its
+sums for the coefficients' gradients go to memory, where a second kernel adds them in a fixed order: no atomics, and the
+same bits each time, whatever the number of multiprocessors.
 
 Shapes are ordinary arguments: a new batch, image or layer needs no compilation. What is compiled anew is another dtype,
 order, form or vector, and an index of 64 bits where a tensor needs one.
@@ -26,7 +26,7 @@ VECTOR_BYTES = 16
 """What one instruction reads or writes at most."""
 
 SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 16384, 4096
-"""Scalars of a chunk: x is cut into 4096 of them, about what a GPU works on at once, if they are not too short or too long.
+"""Scalars of a chunk: x is cut into 4096, about what a GPU works on at once, if they are not too short or too long.
 The sums of a short one are below 2 % of what it reads and writes for order (7, 6)."""
 
 SUM_BLOCK = 1024
@@ -39,7 +39,7 @@ SMALL_B = tl.constexpr(2.0**-64)
 """A smaller |b_1| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
 
 
-# Where things are. An offset counts vectors from the start of x, so that every address is a multiple of a vector's size.
+# Where things are. An offset counts vectors from the start of x, so every address is a multiple of a vector's size.
 
 
 @triton.jit
@@ -272,8 +272,8 @@ def _limits(negative, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr):
     return tl.where(degree_a == degree_b, signed, 0.0), slope, degree_a > degree_b
 
 
-# The kernels. x, grad, y and dx: [rows, groups, units, VECTOR] without gaps. a: M + 1 coefficients every a_step, which is 0
-# if the groups share them; b: N every b_step. Grid: chunks x groups, the groups of a chunk together.
+# The kernels. x, grad, y and dx: [rows, groups, units, VECTOR] without gaps. a: M + 1 coefficients every a_step, which
+# is 0 if the groups share them; b: N every b_step. Grid: chunks x groups, the groups of a chunk together.
 
 
 @triton.jit(do_not_specialize=["a_step", "b_step", "rows", "groups", "units", "tiles"])
@@ -361,7 +361,7 @@ def _careful(
     M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, OUTPUT: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """A chunk once more, in float64: scalar by scalar, then the infinities, so as to need no more registers than before."""
+    """A chunk once more, in float64: scalar by scalar, then the infinities, so as to need no more registers."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     tl.debug_barrier()  # other lanes have stored what is stored anew
     sums = _zeros(M + 1 + N if GRADIENT else 0, LANES, tl.float64)
@@ -511,4 +511,4 @@ def _readable(coefficients: Tensor) -> Tensor:
 
 
 def _steps(a: Tensor, b: Tensor) -> tuple[int, int]:
-    return tuple(0 if t.shape[0] == 1 else t.shape[1] for t in (a, b))
+    return (0 if a.shape[0] == 1 else a.shape[1]), (0 if b.shape[0] == 1 else b.shape[1])

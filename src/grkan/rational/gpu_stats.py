@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels of `gpu.py`, for GPUs that need not be there: registers, spills and so on.
+"""What Triton's compiler makes of the kernels of `gpu.py` for GPUs that need not be there: registers, spills and so on.
 
 It lies beside `gpu.py`, whose arguments it has to know, and below `bench.py`, which shows what it finds. Everything is
 read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly. Times are
@@ -49,8 +49,8 @@ RATES = {
     "sm_90": Rates("H100 SXM", 3.35e12, 132 * 128 * 1.98e9, 132 * 128 * 1.98e9),
     "gfx942": Rates("MI300X", 5.3e12, 304 * 64 * 2.1e9, 304 * 64 * 2.1e9),
 }
-"""Multiprocessors x lanes x clock. Warps of 32 issue one instruction a cycle in each of 4 parts; the A100 has half as many
-units for float32; an MI300X is taken to pair no instructions."""
+"""Multiprocessors x lanes x clock. Each of four warps issues one instruction a cycle; the A100 has half as many units
+for float32; an MI300X is taken to pair no instructions."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,9 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None
-    instructions, labels, jumps = [], {}, {}
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: dict[int, str] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
@@ -233,7 +235,9 @@ def _read_amdgcn(code: str) -> tuple[int, int, list[list[str]], list[str]]:
         return int(found[1])
 
     spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    instructions, labels, jumps = [], {}, {}
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: dict[int, str] = {}
     for line in code.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label[1]] = len(instructions)
