@@ -660,7 +660,7 @@ def bench_kernels(path: str | Path | None = None) -> None:
     console.print(table)
     console.print(
         "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, "
-        "and with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and what limits them; "
+        "and with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and their limit; "
         "nothing ran on a GPU.",
         soft_wrap=True,
     )
