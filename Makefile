@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize gpu clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
@@ -25,6 +25,12 @@ bench: $(VENV)/train.done
 	$(BIN)/grkan bench ops
 	$(BIN)/grkan bench layers
 	$(BIN)/grkan bench models
+
+# On a machine with a GPU: the tests of its kernels, which are skipped elsewhere, and a report of how they went.
+gpu: $(VENV)/test.done
+	mkdir -p build
+	$(BIN)/python -m pytest -m gpu --junitxml build/gpu-tests.xml > build/gpu-report.txt 2>&1; status=$$?; \
+		tail -n 40 build/gpu-report.txt; exit $$status
 
 # The kernel's tests once more, with the address and undefined-behaviour sanitizers watching it. Takes some ten minutes.
 SANITIZED := build/sanitized

@@ -1,6 +1,7 @@
 """Side by side with peers, in one run: the rational function, the layer and the model, each against what it replaces.
 
-`grkan bench ops|layers|models` runs one of the suites at the end of this file. The speed of a machine drifts, so the
+`grkan bench ops|layers|models` runs one of the suites at the end of this file; `grkan bench kernels` compiles the GPU
+kernels and shows what came of it. The speed of a machine drifts, so the
 rivals of a contest take turns: in every round each of them runs one block of calls, the order rotates, and a ratio is
 taken within a round. The tables show the median and the quartiles of these ratios, and the ratio of the best times.
 
@@ -583,8 +584,7 @@ def bench(
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    if path is not None and not Path(path).parent.is_dir():  # known before the work, not after it
-        raise FileNotFoundError(2, "there is no such folder", str(Path(path).parent))
+    _check_folder(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -613,6 +613,90 @@ def bench(
         }
         write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
     return results, bars
+
+
+def bench_kernels(path: str | Path | None = None) -> None:
+    """Compile the GPU kernels for GPUs that need not be there; print what came of it, and others' figures.
+
+    Args:
+        path: a file for the same as JSON; None: none.
+
+    Raises:
+        ImportError: Triton is missing, or too old to have what this needs.
+        RuntimeError: Triton's interpreter is on.
+        OSError: the file cannot be written.
+    """
+    _check_folder(path)
+    try:
+        import triton
+
+        from .rational import gpu_stats
+    except ImportError as error:
+        raise ImportError(f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})") from error
+    cases, found = list(gpu_stats.all_cases()), []
+    console = make_console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        for case in bar.track(cases, description="kernels"):
+            found.append(gpu_stats.stats(*case))
+    versions = {"grkan": __version__, "triton": triton.__version__, "torch": torch.__version__}
+    about = {"command": "grkan bench kernels", **versions, "python": platform.python_version()}
+    console = make_console()
+    for target in dict.fromkeys(s.target for s in found):
+        console.print(_kernels_table(target, [s for s in found if s.target == target], gpu_stats.RATES.get(target)))
+    table = Table(title="others' kernels", title_justify="left")
+    for column in ("kernel", "pass", "a scalar", "source"):
+        table.add_column(column)
+    for other in gpu_stats.PUBLISHED:
+        table.add_row(other.name, other.kernel, other.figures, other.source)
+    console.print(table)
+    console.print(
+        "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, "
+        "and with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and their limit; "
+        "nothing ran on a GPU.",
+        soft_wrap=True,
+    )
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
+    if path is not None:
+        kernels = [{**asdict(s), "estimate": _estimate_as_json(s.estimate())} for s in found]
+        report = {
+            "suite": "kernels",
+            **about,
+            "rates": {target: asdict(rates) for target, rates in gpu_stats.RATES.items()},
+            "kernels": kernels,
+            "others": [asdict(other) for other in gpu_stats.PUBLISHED],
+        }
+        write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def _estimate_as_json(estimate: tuple[float, str] | None) -> dict[str, Any] | None:
+    return None if estimate is None else {"scalars per second": estimate[0], "limit": estimate[1]}
+
+
+def _kernels_table(target: str, found: Sequence[Any], rates: Any) -> Table:
+    title = target
+    if rates:
+        title += (
+            f"; estimate for {rates.gpu}: {rates.memory / 1e12:.3g} TB/s, {rates.issue / 1e12:.3g} T instructions/s"
+        )
+        title += f", {rates.arithmetic / 1e12:.3g} T of float32 arithmetic"
+    table = Table(title=title, title_justify="left")
+    for column in ("kernel", "dtype", "order", "form"):
+        table.add_column(column)
+    for column in ("registers", "stack", "bits", "atomics", "barriers", "instructions", "bytes", "estimate"):
+        table.add_column(column, justify="right")
+    for s in found:
+        estimate = s.estimate()
+        table.add_row(
+            *(s.kernel, s.dtype, f"({s.order[0]},{s.order[1]})", s.form, str(s.registers), str(s.stack)),
+            *(f"{s.load}/{s.store}", str(s.atomics), str(s.barriers), f"{s.instructions:.1f} ({s.with_ends:.1f})"),
+            *(f"{s.bytes:.2f}", f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else ""),
+        )
+    return table
+
+
+def _check_folder(path: str | Path | None) -> None:
+    if path is not None and not Path(path).parent.is_dir():  # known before the work, not after it
+        raise FileNotFoundError(2, "there is no such folder", str(Path(path).parent))
 
 
 def _run(suite: Suite, name: str, rounds: int) -> list[Result]:

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", metavar="FILE", help="save a picture of target, fit and error")
 
     sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
-    sub.add_argument("suite", choices=("ops", "layers", "models"), metavar="ops|layers|models")
+    sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
     sub.add_argument("--rounds", type=_positive, default=15, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
     sub.add_argument("--json", metavar="FILE", help="write all that was measured")
@@ -192,8 +192,11 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .bench import bench
+    from .bench import bench, bench_kernels
 
+    if options.suite == "kernels":
+        bench_kernels(options.json)
+        return
     bench(options.suite, options.rounds, options.threads, options.json)
 
 

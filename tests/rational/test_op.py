@@ -32,7 +32,7 @@ def backend(request, monkeypatch):
     name = request.param
     if name == "no kernel":
         monkeypatch.setattr(op, "KERNELS", {})
-        monkeypatch.setattr(op, "_noticed", True)
+        monkeypatch.setattr(op, "_noticed", {"cpu"})
         name = "auto"
     elif name == "native" and "cpu" not in op.KERNELS:
         pytest.skip("the CPU kernel is not built")
@@ -740,7 +740,7 @@ def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
 
 def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
     monkeypatch.setattr(op, "KERNELS", {})
-    monkeypatch.setattr(op, "_noticed", False)
+    monkeypatch.setattr(op, "_noticed", set())
     with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --no-build-isolation"):
         op.group_rational(X, A, B)
     with warnings.catch_warnings():

@@ -75,7 +75,11 @@ def _canonical(t: Tensor, groups: int, width: int) -> Tensor:
 REFERENCE = Kernel(_reference_forward, _reference_backward)
 
 KERNELS: dict[str, Kernel] = {}
-"""Native kernels by device type ("cpu", "cuda"); a device that is not here is served by the reference."""
+"""Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
+served by the reference."""
+
+TRITON = (3, 6)
+"""The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
 
 
 def _load_cpu_kernel() -> None:
@@ -93,6 +97,42 @@ def _load_cpu_kernel() -> None:
 
 BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _load_cpu_kernel()
+
+
+def _load_gpu_kernel() -> None:
+    global _why_no_gpu_kernel
+    needed = ".".join(map(str, TRITON))
+    try:
+        import triton
+
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
+            _why_no_gpu_kernel = f"Triton is version {triton.__version__}, and {needed} or newer is needed"
+            return
+        from . import gpu
+
+        if torch.cuda.is_available():
+            gpu.try_out()
+    except Exception as error:  # Triton calls compilers and drivers, of which each can be broken in its own way
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
+        _why_no_gpu_kernel = f"{problem}; version {needed} or newer is needed"
+    else:
+        KERNELS["cuda"] = Kernel(gpu.forward, gpu.backward)
+
+
+TRITON_COMMAND = f'pip install "triton>={".".join(map(str, TRITON))}"'
+_gpu_kernel_wanted = False
+_why_no_gpu_kernel = ""
+
+
+def _find_kernel(device_type: str) -> Kernel | None:
+    """The GPU kernel is loaded when it is first wanted: Triton alone would add half a second to `import grkan`."""
+    global _gpu_kernel_wanted
+    if device_type == "cuda" and not _gpu_kernel_wanted:
+        _gpu_kernel_wanted = True
+        _load_gpu_kernel()
+    return KERNELS.get(device_type)
+
 
 _backend = "auto"
 
@@ -114,10 +154,11 @@ class set_backend:
     def __init__(self, name: str) -> None:
         global _backend
         check_choice("backend", name, _BACKENDS)
-        if name == "native" and not KERNELS:
+        if name == "native" and not KERNELS and not (torch.cuda.is_available() and _find_kernel("cuda")):
+            for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
             raise RuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
-                f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}"
+                f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
             )
         self._previous, _backend = _backend, name
 
@@ -243,22 +284,36 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check_backend(device_type: str) -> None:
-    global _noticed
-    if device_type in KERNELS or device_type == "meta" or _backend == "reference":
+    # A compiled graph would be guarded by whether the GPU kernel had been loaded; the operator in it asks once more.
+    if device_type == "meta" or _backend == "reference" or (device_type != "cpu" and torch.compiler.is_compiling()):
         return
+    _kernel(device_type, stacklevel=4)
+
+
+def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
+    """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
+    kernel = _find_kernel(device_type)
+    if kernel is not None:
+        return kernel
+    how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
     if _backend == "native":
-        raise RuntimeError(f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}")
-    if device_type == "cpu" and not _noticed:
-        _noticed = True
-        warnings.warn(
-            "this installation of grkan has no kernel for the CPU, so F is computed by plain PyTorch operations, some "
-            f"ten times slower; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}",
-            RuntimeWarning,
-            stacklevel=3,
+        raise RuntimeError(
+            f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}{how}"
         )
+    if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend == "auto":
+        _noticed.add(device_type)
+        if device_type == "cpu":
+            how = f"; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}"
+        warnings.warn(
+            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so F is "
+            f"computed by plain PyTorch operations, some ten times slower{how}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+    return REFERENCE
 
 
-_noticed = False
+_noticed: set[str] = set()
 
 
 # F and the linear layer by plain, differentiable operations.
@@ -285,14 +340,14 @@ def _composite_backward(
 
 def _forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
     x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
-    return KERNELS.get(x.device.type, REFERENCE).forward(x, numerator, denominator, form, width)
+    return _kernel(x.device.type).forward(x, numerator, denominator, form, width)
 
 
 def _backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
-    kernel = KERNELS.get(x.device.type, REFERENCE)
+    kernel = _kernel(x.device.type)
     return kernel.backward(_with_strides(grad, x.stride()), x, numerator, denominator, form, width, False)[:3]
 
 
@@ -315,7 +370,7 @@ def _linear_backward(
     """The gradients of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`; else empty."""
     if needs_f:
         x, width = _dense(x, x.dim() - 1, max(numerator.shape[0], denominator.shape[0]))
-        kernel = KERNELS.get(x.device.type, REFERENCE)
+        kernel = _kernel(x.device.type)
         df = _with_strides(grad @ weight, x.stride())
         dx, da, db, f = kernel.backward(df, x, numerator, denominator, form, width, needs_weight)
     else:

@@ -1,0 +1,274 @@
+"""What Triton's compiler makes of the kernels of `gpu.py` for GPUs that need not be there: registers, spills and so on.
+
+It lies beside `gpu.py`, whose arguments it has to know, and below `bench.py`, which shows what it finds. Everything is
+read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly. Times are
+estimates, by the roofline of three GPUs.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import gpu
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = ("forward", "backward", "backward with F")
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
+
+CHUNK = 4096
+"""Scalars of a chunk, over which the instructions around the loop are spread: as for a tensor of 17 million scalars."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU does at most a second, by its maker's data sheet: bytes of memory, and instructions of single lanes.
+
+    `arithmetic` is the rate of float32's additions and multiplications, fused or not; `issue` that of all instructions.
+    """
+
+    gpu: str
+    memory: float
+    issue: float
+    arithmetic: float
+
+
+RATES = {
+    "sm_80": Rates("A100 80 GB", 2.04e12, 108 * 128 * 1.41e9, 108 * 64 * 1.41e9),
+    "sm_90": Rates("H100 SXM", 3.35e12, 132 * 128 * 1.98e9, 132 * 128 * 1.98e9),
+    "gfx942": Rates("MI300X", 5.3e12, 304 * 64 * 2.1e9, 304 * 64 * 2.1e9),
+}
+"""Multiprocessors x lanes x clock. Each of four warps issues one instruction a cycle; the A100 has half as many units
+for float32; an MI300X is taken to pair no instructions."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One compiled kernel. `load` and `store` are the widest in the loop, in bits; `stack` is in bytes a lane.
+
+    `instructions` are those of the loop, range handling included, a scalar. `with_ends` adds what a lane executes once,
+    spread over its share of a chunk of 4096 scalars; an upper bound, as it has the float64 path's start and end, too.
+    `bytes` are those that have to be moved a scalar, `sums` the sums of the chunks among them.
+    """
+
+    target: str
+    kernel: str
+    dtype: str
+    form: str
+    order: tuple[int, int]
+    vector: int
+    registers: int
+    stack: int
+    load: int
+    store: int
+    atomics: int
+    barriers: int
+    instructions: float
+    with_ends: float
+    arithmetic: float
+    bytes: float
+    sums: float
+
+    def estimate(self) -> tuple[float, str] | None:
+        """Scalars a second by the roofline, and what limits them: "memory", "issue" or "arithmetic"."""
+        rates = RATES.get(self.target)
+        if rates is None or self.dtype == "float64":
+            return None
+        found = [
+            (rates.memory / self.bytes, "memory"),
+            (rates.issue / self.with_ends, "issue"),
+            (rates.arithmetic / self.arithmetic, "arithmetic"),
+        ]
+        return min(found)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of others' kernels, a scalar."""
+
+    name: str
+    kernel: str
+    figures: str
+    source: str
+
+
+PUBLISHED = (
+    Published("FlashKAT", "forward", "20 bytes under autocast to bfloat16", "counted in the code of arXiv 2505.13813"),
+    Published(
+        "FlashKAT",
+        "backward",
+        "24 bytes under autocast, 108 instructions, 255 registers, 952 bytes of stack (sm_90)",
+        "counted in the code of arXiv 2505.13813, compiled",
+    ),
+    Published(
+        "released Triton kernel",
+        "backward",
+        "307 instructions, one atomic for each scalar and coefficient (sm_90)",
+        "counted in the code of github.com/Adamdad/rational_kat_cu, compiled",
+    ),
+)
+
+
+def compile_kernel(
+    target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None
+) -> "triton.compiler.CompiledKernel":
+    """Compile one kernel as `gpu.py` launches it, for aligned tensors and indices of 32 bits.
+
+    Args:
+        target: of TARGETS.
+        kernel: of KERNELS.
+        dtype: of DTYPES.
+        form: "abs_of_sum" or "sum_of_abs".
+        order: degrees m and n.
+        vector: scalars of a vector; None: 16 bytes, as for widths that these divide.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, in which nothing is compiled.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
+    function = gpu.forward_kernel if kernel == "forward" else gpu.backward_kernel
+    name, size = DTYPES[dtype]
+    constants = {
+        "M": order[0],
+        "N": order[1],
+        "ABSOLUTE": form == "sum_of_abs",
+        "LANES": TARGETS[target].warp_size,
+        "VECTOR": vector or gpu.VECTOR_BYTES // size,
+        "LONG": False,
+    }
+    if kernel != "forward":
+        constants["OUTPUT"] = kernel == "backward with F"
+    coefficients = "*fp64" if dtype == "float64" else "*fp32"
+    pointers = {"a_ptr": coefficients, "b_ptr": coefficients, "sums_ptr": "*fp64"}
+    pointers |= {f"{t}_ptr": f"*{name}" for t in ("x", "grad", "y", "dx")}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in function.arg_names}
+    aligned = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers if n in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": 1})
+
+
+def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None) -> Stats:
+    """Compile one kernel and count; the arguments are those of `compile_kernel`."""
+    compiled = compile_kernel(target, kernel, dtype, form, order, vector)
+    size = DTYPES[dtype][1]
+    vector = vector or gpu.VECTOR_BYTES // size
+    read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
+    registers, stack, loops, outside = read
+    loop = loops[0]
+    share = CHUNK / TARGETS[target].warp_size
+    tensors = {"forward": 2, "backward": 3, "backward with F": 4}[kernel]
+    # Each sum of a chunk is written and read once, as float64.
+    sums = 0.0 if kernel == "forward" else 16 * (order[0] + 1 + order[1]) / CHUNK
+    instructions = len(loop) / vector
+    return Stats(
+        target, kernel, dtype, form, order, vector, registers, stack,
+        load=_widest(loop, _LOADS),
+        store=_widest(loop, _STORES),
+        atomics=sum(bool(_ATOMICS.match(i)) for i in [*outside, *(i for body in loops for i in body)]),
+        barriers=sum(bool(_BARRIERS.match(i)) for i in loop),
+        instructions=instructions,
+        with_ends=instructions + len(outside) / share,
+        arithmetic=sum(bool(_ARITHMETIC.match(i)) for i in loop) / vector,
+        bytes=tensors * size + sums,
+        sums=sums,
+    )  # fmt: skip
+
+
+_LOADS = re.compile(r"LDG|global_load|buffer_load")
+_STORES = re.compile(r"STG|global_store|buffer_store")
+_ATOMICS = re.compile(r"RED\b|REDG|ATOM|global_atomic|buffer_atomic|flat_atomic")
+_BARRIERS = re.compile(r"BAR\b|s_barrier")
+_ARITHMETIC = re.compile(r"F(FMA|MUL|ADD)|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
+_BITS = {"128": 128, "x4": 128, "64": 64, "x2": 64, "U16": 16, "short": 16, "U8": 8}
+
+
+def _widest(loop: list[str], wanted: "re.Pattern[str]") -> int:
+    found = [i for i in loop if wanted.match(i)]
+    sizes = [next((bits for mark, bits in _BITS.items() if re.search(rf"(\.|dword|_){mark}\b", i)), 32) for i in found]
+    return max(sizes, default=0)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
+    """Registers, bytes of stack, the outermost loops' instructions, and the instructions outside of loops."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([str(tools / tool), option, str(path)], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: dict[int, str] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            if instruction[1].startswith("BRA") and (goal := re.search(r"`\((\.L_\w+)\)", instruction[2])):
+                jumps[len(instructions)] = goal[1]
+            instructions.append(instruction[1])
+    backward = [(labels[goal], at) for at, goal in jumps.items() if goal in labels and labels[goal] < at - 2]
+    return int(found[1]), int(found[2]), *_cut(instructions, backward, "NOP")
+
+
+def _read_amdgcn(code: str) -> tuple[int, int, list[list[str]], list[str]]:
+    """The same of AMD's assembly; what is spilled counts as stack."""
+
+    def value(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert found is not None
+        return int(found[1])
+
+    spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: dict[int, str] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+([a-z]+_[a-z0-9_]+)(?:\s+(\.LBB\w+))?", line):
+            if instruction[2]:
+                jumps[len(instructions)] = instruction[2]
+            instructions.append(instruction[1])
+    backward = [(labels[goal], at) for at, goal in jumps.items() if labels[goal] < at]
+    registers = value("vgpr_count") + value("agpr_count")
+    return registers, max(spilled, value("private_segment_fixed_size")), *_cut(instructions, backward, "s_nop")
+
+
+def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str) -> tuple[list[list[str]], list[str]]:
+    """Cut the code at its jumps backward, (goal, origin) each, into the outermost loops that load, and the rest."""
+    merged: list[list[int]] = []
+    for start, end in sorted(backward):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    loops = [[i for i in instructions[start : end + 1] if i != nothing] for start, end in merged]
+    inside = {i for start, end in merged for i in range(start, end + 1)}
+    outside = [op for i, op in enumerate(instructions) if i not in inside and op != nothing]
+    return [loop for loop in loops if any(_LOADS.match(i) for i in loop)], outside
+
+
+def all_cases() -> Iterator[tuple[str, str, str, str, tuple[int, int]]]:
+    """What `grkan bench kernels` compiles: arguments of `stats`."""
+    for target in TARGETS:
+        for kernel in KERNELS:
+            for dtype in DTYPES:
+                for order in ((5, 4), (7, 6)):
+                    for form in ("abs_of_sum", "sum_of_abs"):
+                        yield target, kernel, dtype, form, order
