@@ -266,11 +266,6 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
 // Rows that are worked on together, so that the coefficients and sums of a short run are fetched once for all of them.
 GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
 
-// The backward asks for its data so many scalars ahead, 2 KiB: its arithmetic is too long for the processor to look far
-// enough ahead by itself. That saves a sixth where a tensor is larger than the caches.
-template <class T>
-constexpr int64_t ahead = 2048 / sizeof(T);
-
 template <class T, bool Absolute, class O>
 static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, const T* x, T* y, const O& o) {
   typedef Arithmetic<T> S;
@@ -360,12 +355,7 @@ static bool backward_order(
       }
       for (int64_t row = first; row < last; ++row) {
         const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
-        for (int64_t i = start; i < end; i += unit<T>) {
-          __builtin_prefetch(x + i + ahead<T>);
-          __builtin_prefetch(grad + i + ahead<T>);
-          __builtin_prefetch(dx + i + ahead<T>, 1);
-          one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
-        }
+        for (int64_t i = start; i < end; i += unit<T>) one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
         if (run.tail) {
           Partial<T> g, from, to, value;
           __builtin_memcpy(g.values, grad + end, run.tail * sizeof(T));
