@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.conversion import apply_conversion_
     from .models.files import load_model, save_model
     from .models.operations import count_operations
+    from .models.released import load_released_checkpoint
     from .rational.fit import RationalFit, fit
 
 # name -> the module that has it, and the extra that brings what this module imports
@@ -29,12 +30,13 @@ _LAZY = {
     "count_operations": ("grkan.models.operations", "models"),
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
+    "load_released_checkpoint": ("grkan.models.released", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
 
 __all__ = [
-    "ConversionReport",
     "GRKAN",
+    "ConversionReport",
     "GroupRational",
     "RationalFit",
     "RationalLinear",
@@ -45,6 +47,7 @@ __all__ = [
     "fit",
     "group_rational",
     "load_model",
+    "load_released_checkpoint",
     "no_weight_decay",
     "rational_linear",
     "save_model",

@@ -47,9 +47,9 @@ def convert_(
 
     Args:
         model: any module, of timm, transformers, torchvision or PyTorch, or your own.
-        calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of batches,
-            read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list as
-            model(batch[0]), a Tensor as model(batch). None: the functions are fitted to what the weights let one expect.
+        calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
+            batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
+            as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
         num_groups: at most so many groups; every function has the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
         include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those.
@@ -189,8 +189,8 @@ def _calibrate(
                 kept.append((copy.deepcopy(batch), output.detach().to("cpu", copy=True)))
                 room -= output.numel()
             for watch in watched:
-                watch.watching = watch.calls == 0  # what one batch has shown is enough
-                watch.output = None
+                if watch.calls:  # what one batch has shown is enough
+                    watch.stop_watching()
     if number < 0:
         raise ValueError("calibration must have a batch; it has none, or is a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):

@@ -53,7 +53,9 @@ class ConversionReport:
             for layer in self.layers
         ]
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)
+        ]
         lines += [f"skipped {name or '(model)'}: {reason}" for name, reason in self.skipped]
         if self.layers:
             lines.append("order {}, form {}".format(tuple(self.layers[0]["order"]), self.layers[0]["form"]))

@@ -1,10 +1,11 @@
 """Find the MLPs of a model: a linear layer, an activation, a linear layer.
 
-They are found by structure. An activation is whatever maps every scalar alone, which is tried out; the linear layers are
-those around it whose widths match. What that suggests is tried out, too, where a module can be run by itself, and with
-calibration data once more.
+They are found by structure. An activation is whatever maps every scalar alone, which is tried out; the linear layers
+are those around it whose widths match. What that suggests is tried out, too, where a module can be run by itself, and
+with calibration data once more.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
 def choose(
     sites: list[Site], include: Sequence[str] | None, exclude: Sequence[str]
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The sites of which the name, or that of a part, matches one of `include` and none of `exclude`; and the others."""
+    """The sites whose name, or that of a part, matches one of `include` and none of `exclude`; and the others."""
 
     def matches(site: Site, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for name in (site.name, *site.modules) for pattern in patterns)
@@ -196,6 +197,8 @@ class _Finder:
         linears = [(key, child) for key, child in parent._modules.items() if linear_kind(child) is not None]
         if type(parent).forward is nn.Sequential.forward:
             return self.in_sequential(name, parent, slot, activation)
+        if not linears:
+            return self.in_convolutions(name, parent, slot, activation)
         widths = {key: linear_width(child) or (0, 0) for key, child in linears}
         keys = list(widths)
         pairs = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :] if widths[a][1] == widths[b][0]]
@@ -215,9 +218,27 @@ class _Finder:
         """A part of a Sequential; between the activation and the second linear layer there is at most dropout."""
         keys = [key for key, child in parent._modules.items() if not isinstance(child, (nn.Dropout, nn.Identity))]
         at = keys.index(slot)
-        if at == 0 or at == len(keys) - 1 or any(linear_kind(parent._modules[keys[i]]) is None for i in (at - 1, at + 1)):
+        if (
+            at == 0
+            or at == len(keys) - 1
+            or any(linear_kind(parent._modules[keys[i]]) is None for i in (at - 1, at + 1))
+        ):
             raise _NotFoundError("its neighbours are no linear layers")
         return self.linears(name, parent, slot, activation, *(_join(name, keys[i]) for i in (at - 1, at + 1)))
+
+    def in_convolutions(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
+        """Two 1x1 convolutions and one activation, with norms and dropout: the activation alone becomes rational."""
+        convs = [child for child in parent.children() if isinstance(child, nn.Conv2d)]
+        widths = [linear_width(conv) for conv in convs]
+        if len(convs) != 2 or None in widths or len(list(_activations(parent))) != 1:
+            return None
+        if widths[0][1] != widths[1][0]:  # type: ignore[index]
+            return None
+        first, second = convs
+        parts: dict[str, str | None] = {"act": _join(name, slot)}
+        site = Site(name, "activation", parts, parent, slot, activation, first, second, second.in_channels, 1)
+        _follows(site)
+        return site
 
     def in_next_module(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """The second linear layer is in the module behind: BERT's intermediate and output."""
@@ -243,12 +264,21 @@ class _Finder:
                 second = _join(above, behind[0])
                 outer = linear_width(self.modules.get(second))
                 if outer is not None and outer[0] == width[1]:
-                    return self.linears(above, parent, slot, activation, _join(name, linears[0]), second, _join(name, slot))
+                    return self.linears(
+                        above, parent, slot, activation, _join(name, linears[0]), second, _join(name, slot)
+                    )
             break
         return None
 
     def linears(
-        self, name: str, parent: nn.Module, slot: str, activation: Activation, fc1: str, fc2: str, act: str | None = None
+        self,
+        name: str,
+        parent: nn.Module,
+        slot: str,
+        activation: Activation,
+        fc1: str,
+        fc2: str,
+        act: str | None = None,
     ) -> Site:
         first, second = self.modules.get(fc1), self.modules.get(fc2)
         if first is None or second is None:  # known under the name of another place
@@ -261,7 +291,9 @@ class _Finder:
             site.keep_linears()
         return site
 
-    def gate(self, name: str, parent: nn.Module, slot: str, activation: Activation, first: str | None, width: int) -> Site:
+    def gate(
+        self, name: str, parent: nn.Module, slot: str, activation: Activation, first: str | None, width: int
+    ) -> Site:
         parts: dict[str, str | None] = {"act": _join(name, slot)}
         module = None if first is None else parent._modules[first]
         return Site(name, "activation", parts, parent, slot, activation, module, None, width)
@@ -356,16 +388,21 @@ def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv:
 
 
 def _follows(site: Site) -> bool:
-    """Whether the input of the second linear layer is the output of the activation; true where it cannot be tried."""
-    x = _probe(site.first, (1, 2, (linear_width(site.first) or (0, 0))[0]))
+    """Whether the input of the second linear layer is the output of the activation; true where it cannot be tried.
+
+    Raises:
+        _NotFoundError: the activation gets inputs of another width, too.
+    """
+    inputs = (linear_width(site.first) or (0, 0))[0]
+    x = _probe(site.first, (1, 2, inputs) if site.channel_dim == -1 else (1, inputs, 3, 2))
     if x is None:
         return True
-    watched = Watched(site)
-    try:
-        with evaluating(site.parent), watched:
-            site.parent(x)
-    except Exception:  # it needs more arguments, or another shape
-        return True
+    seen: list[Tensor] = []
+    watched = Watched(site, seen.append)
+    with contextlib.suppress(Exception), evaluating(site.parent), watched:  # it may need more arguments
+        site.parent(x)
+    if any(x.dim() < -site.channel_dim or x.shape[site.channel_dim] != site.width for x in seen):
+        raise _NotFoundError(f"it is used for inputs of other shapes, too: {tuple(seen[-1].shape)}")
     return watched.agrees is not False
 
 
@@ -380,9 +417,7 @@ class Watched(nn.Module):
     def __init__(self, site: Site, record: Callable[[Tensor], object] = lambda _: None) -> None:
         super().__init__()
         self.site, self.record = site, record
-        self.calls = 0
-        self.agrees: bool | None = None
-        """Whether the second linear layer got what the activation gave, every time; None if either was not called."""
+        self.calls = self.followed = self.strangers = 0
         self.output: Tensor | None = None
         self.watching = True
         vars(self)["activation"] = getattr(site.parent, site.slot)  # no child: it belongs to the model
@@ -391,10 +426,19 @@ class Watched(nn.Module):
         """What the activation does."""
         if isinstance(x, Tensor):
             self.record(x)
-        self.calls += 1
         y = vars(self)["activation"](x, *args, **kwargs)
-        self.output = y if self.watching else None
+        if self.watching:
+            self.calls, self.output = self.calls + 1, y
         return y
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether each output went to the second linear layer, and nothing else did; None if there was none."""
+        return self.calls == self.followed and not self.strangers if self.calls else None
+
+    def stop_watching(self) -> None:
+        """Compare no more."""
+        self.watching, self.output = False, None
 
     def compare(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A hook of the second linear layer."""
@@ -403,7 +447,8 @@ class Watched(nn.Module):
         x, y, self.output = inputs[0] if inputs else None, self.output, None
         same = isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() == y.numel()
         same = same and (x is y or torch.equal(x.reshape(-1), y.reshape(-1)))
-        self.agrees = same and self.agrees is not False
+        self.followed += same
+        self.strangers += not same
 
     def __enter__(self) -> "Watched":
         parent, slot = self.site.parent, self.site.slot

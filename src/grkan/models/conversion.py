@@ -107,7 +107,9 @@ def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_layer(layer: Any) -> None:
     try:
         known = layer["layout"] in LAYOUTS and set(layer["parts"]) == set(_PARTS[layer["layout"]])
-        known = known and isinstance(layer["name"], str) and all(isinstance(layer[k], Mapping) for k in ("act1", "act2"))
+        known = (
+            known and isinstance(layer["name"], str) and all(isinstance(layer[k], Mapping) for k in ("act1", "act2"))
+        )
     except (KeyError, TypeError):
         known = False
     if not known:
