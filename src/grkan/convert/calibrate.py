@@ -110,7 +110,7 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
         bias = 0.0 if first.bias is None else first.bias.detach().to("cpu", torch.float64)
         means, squares = [], []
         for norm in site.norms:
-            scale = norm.weight.detach().to("cpu", torch.float64)  # type: ignore[operator, union-attr]
+            scale = norm.weight.detach().to("cpu", torch.float64)  # type: ignore[operator]
             shift = getattr(norm, "bias", None)
             shift = torch.zeros_like(scale) if shift is None else shift.detach().to("cpu", torch.float64)
             means.append(weight @ shift + bias)

@@ -204,11 +204,11 @@ def _calibrate(
 def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
     counts = histogram.counts if histogram.samples else expected(site, histogram.groups).counts
     # A group that no scalar reached gets what all the others get.
-    counts = [row if row.any() else counts.sum(axis=0) for row in counts]
+    rows = [row if row.any() else counts.sum(axis=0) for row in counts]
     name = site.name
     same: dict[bytes, GroupFit] = {}
     found = []
-    for group, row in enumerate(counts):
+    for group, row in enumerate(rows):
         key = row.tobytes()
         if key not in same:
             same[key] = fit_group(name, group, site.activation, row, order, form)

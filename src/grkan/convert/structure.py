@@ -309,9 +309,9 @@ class _Finder:
         while width is not None:
             around = self.modules[name]
             modules = list(around.modules())
-            norms = [m for m in modules if _is_norm(m) and m.weight.shape == (width[0],)]  # type: ignore[union-attr]
+            norms = [m for m in modules if _is_norm(m) and m.weight.shape == (width[0],)]
             if norms or not name:
-                before = [m for m in modules[: modules.index(site.first)] if m in norms]  # type: ignore[arg-type]
+                before = [m for m in modules[: modules.index(site.first)] if m in norms]
                 return before[-1:] or norms
             name = name.rpartition(".")[0]
             if name not in self.modules:
@@ -445,8 +445,9 @@ class Watched(nn.Module):
         if not self.watching:
             return
         x, y, self.output = inputs[0] if inputs else None, self.output, None
-        same = isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() == y.numel()
-        same = same and (x is y or torch.equal(x.reshape(-1), y.reshape(-1)))
+        same = False
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() == y.numel():
+            same = x is y or torch.equal(x.reshape(-1), y.reshape(-1))
         self.followed += same
         self.strangers += not same
 

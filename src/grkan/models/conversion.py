@@ -106,10 +106,8 @@ def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_layer(layer: Any) -> None:
     try:
-        known = layer["layout"] in LAYOUTS and set(layer["parts"]) == set(_PARTS[layer["layout"]])
-        known = (
-            known and isinstance(layer["name"], str) and all(isinstance(layer[k], Mapping) for k in ("act1", "act2"))
-        )
+        known = isinstance(layer["name"], str) and set(layer["parts"]) == set(_PARTS[layer["layout"]])
+        known = known and all(isinstance(layer[act], Mapping) for act in ("act1", "act2"))
     except (KeyError, TypeError):
         known = False
     if not known:
@@ -273,7 +271,7 @@ def _adopt_hooks(old: Any, new: nn.Module) -> None:
             new.__dict__[name] = value
 
 
-def _rational(act: Mapping[str, Any], like: nn.Module) -> GroupRational:
+def _rational(act: Mapping[str, Any], like: Any) -> GroupRational:
     """The function that a recipe describes, where the parameters of `like` are."""
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     rational = GroupRational(

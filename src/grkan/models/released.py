@@ -1,8 +1,8 @@
 """The checkpoints that the paper's authors released: read into a KAT, and written from one.
 
 Their keys are those of timm's VisionTransformer, and mlp.act1 and mlp.act2 with weight_numerator (1, 6) and
-weight_denominator (8, 4). Their kernels compute the form sum_of_abs. `GroupRational` itself knows these names; this module
-finds out which model a file is for.
+weight_denominator (8, 4). Their kernels compute the form sum_of_abs. `GroupRational` itself knows these names; this
+module finds out which model a file is for.
 """
 
 import os
@@ -59,9 +59,7 @@ def load_released_checkpoint(
     state, source = _read(path_or_state_dict, use_ema)
     name, arguments = _architecture(state, source)
     if model_args.get("form", _FORM) != _FORM:
-        raise ValueError(
-            f"form must be {_FORM!r}, which is what the released weights are for; got {model_args['form']!r}"
-        )
+        raise ValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
     arguments |= {"form": _FORM, **model_args}
     try:
         with torch.device("cpu"):
@@ -91,11 +89,8 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
         ValueError: the layout cannot hold this model; the message says why.
         OSError: the file cannot be written.
     """
-    functions = {
-        name: module
-        for name, module in check_module("model", model).named_modules()
-        if isinstance(module, GroupRational)
-    }
+    modules = check_module("model", model).named_modules()
+    functions = {name: module for name, module in modules if isinstance(module, GroupRational)}
     if not functions:
         raise ValueError(f"model must have rational functions; {type(model).__name__} has none")
     state = dict(model.state_dict())
