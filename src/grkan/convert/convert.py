@@ -106,10 +106,10 @@ def convert_(
 def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
     if value is None:
         return None
-    patterns = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{name} must be a pattern or several, as 'blocks.*'; got {value!r}")
-    return patterns
+    return list(patterns)
 
 
 def _reasons(skipped: list[tuple[str, str]]) -> str:

@@ -163,8 +163,9 @@ def as_activation(candidate: Any) -> Activation | None:
 
 class _Finder:
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.places = Counter(id(child) for module in self.modules.values() for child in module.children())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        children = (child for module in model.modules() for child in module._modules.values())
+        self.places = Counter(map(id, children))
 
     def site(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site:
         for find in (self.as_grkan, self.around, self.in_next_module):
@@ -280,9 +281,7 @@ class _Finder:
         fc2: str,
         act: str | None = None,
     ) -> Site:
-        first, second = self.modules.get(fc1), self.modules.get(fc2)
-        if first is None or second is None:  # known under the name of another place
-            raise _NotFoundError("its linear layers belong to another MLP, too")
+        first, second = self.modules[fc1], self.modules[fc2]
         width = (linear_width(second) or (0, 0))[0]
         parts: dict[str, str | None] = {"fc1": fc1, "act": act or _join(name, slot), "fc2": fc2}
         site = Site(name, "linears", parts, parent, slot, activation, first, second, width)
