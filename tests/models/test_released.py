@@ -8,7 +8,6 @@ import safetensors.torch
 import timm
 import torch
 
-from grkan.models import released
 from grkan.models.released import load_released_checkpoint, save_released_checkpoint
 from grkan.nn import GroupRational
 
@@ -72,8 +71,10 @@ def test_sizes(name, width):
     assert model.embed_dim == width
 
 
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
-@pytest.mark.parametrize("wrapped", ["bare", "state_dict", "model", "timm"])
+@pytest.mark.parametrize(
+    ("ending", "wrapped"),
+    [("pth", "bare"), ("pth", "state_dict"), ("pth", "model"), ("pth", "timm"), ("safetensors", "bare")],
+)
 def test_files(tmp_path, ending, wrapped):
     state = checkpoint()
     other = {key: value + 1 for key, value in state.items()}
@@ -86,10 +87,8 @@ def test_files(tmp_path, ending, wrapped):
     path = tmp_path / f"kat.{ending}"
     if ending == "pth":
         torch.save(contents, path)
-    elif wrapped == "bare":
-        safetensors.torch.save_file(contents, path)
     else:
-        pytest.skip("safetensors holds no nested mappings")
+        safetensors.torch.save_file(contents, path)
     assert_loaded(load_released_checkpoint(path), state)
     if wrapped == "timm":
         assert_loaded(load_released_checkpoint(path, use_ema=False), other)
@@ -198,7 +197,3 @@ def test_arguments_that_are_refused(arguments, match):
         load_released_checkpoint(checkpoint(), **arguments)
     with pytest.raises(TypeError, match="must be a path or a mapping"):
         load_released_checkpoint(3)
-
-
-def test_module_names():
-    assert released._MODELS == {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
