@@ -235,3 +235,16 @@ def test_torch_decoder():
     assert len(report.layers) == 2
     assert float((after - before).norm() / before.norm()) == pytest.approx(report.relative_error, rel=1e-3)
     assert report.relative_error < KINKED
+
+
+def test_beside_from_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model, batch = text(transformers, "Bert")
+    stirred(model).save_pretrained(tmp_path)
+    recipe = convert_(model, calibration=[batch(0)]).recipe
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.act.numerator += 0.1  # as training would
+    again = transformers.BertModel.from_pretrained(tmp_path)
+    grkan.apply_conversion_(again, recipe)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(run(again.eval(), batch(1)), run(model, batch(1)))

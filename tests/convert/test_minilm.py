@@ -77,9 +77,8 @@ def test_embeddings_stay(encoder, order, calibrated, mean, least):
     report = convert_(model, calibration=iter(calibration) if calibrated else None, order=order)
     seconds = time.perf_counter() - start
     cosine = (embed(model, test) * expected).sum(-1)
-    print(
-        f"order {order}, calibrated: {calibrated}: cosine {cosine.mean():.6f}, least {cosine.min():.6f}; {seconds:.0f} s"
-    )
+    figures = f"cosine {cosine.mean():.6f}, least {cosine.min():.6f}; {seconds:.0f} s"
+    print(f"order {order}, calibrated: {calibrated}: {figures}")
     assert len(report.layers) == 6
     assert [name for name, _ in report.skipped] == ["pooler.activation"]
     assert cosine.mean() >= mean

@@ -133,7 +133,9 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
     """The model's output; whatever it draws at random is the same each time, and the user's generators stay."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(0)
         if forward is not None:
             return forward(model, batch)
         if isinstance(batch, Mapping):
