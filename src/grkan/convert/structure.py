@@ -219,12 +219,12 @@ class _Finder:
         """A part of a Sequential; between the activation and the second linear layer there is at most dropout."""
         keys = [key for key, child in parent._modules.items() if not isinstance(child, (nn.Dropout, nn.Identity))]
         at = keys.index(slot)
-        if (
-            at == 0
-            or at == len(keys) - 1
-            or any(linear_kind(parent._modules[keys[i]]) is None for i in (at - 1, at + 1))
-        ):
-            raise _NotFoundError("its neighbours are no linear layers")
+        around = [parent._modules[key] for key in keys[max(at - 1, 0) : at + 2]]
+        if len(around) != 3 or linear_kind(around[0]) is None or linear_kind(around[2]) is None:
+            raise _NotFoundError("its neighbours are no plain linear layers")
+        first, second = (linear_width(fc) for fc in around[::2])
+        if first is None or second is None or first[1] != second[0]:
+            raise _NotFoundError("the widths of the linear layers around it do not match")
         return self.linears(name, parent, slot, activation, *(_join(name, keys[i]) for i in (at - 1, at + 1)))
 
     def in_convolutions(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
