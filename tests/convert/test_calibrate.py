@@ -89,3 +89,16 @@ def test_one_value_alone():
 @pytest.mark.parametrize(("width", "bound", "divisor"), [(768, 8, 8), (12, 8, 6), (7, 8, 7), (13, 8, 1), (3, 8, 3)])
 def test_the_largest_divisor(width, bound, divisor):
     assert largest_divisor(width, bound) == divisor
+
+
+@pytest.mark.parametrize("order", [(5, 4), (7, 6)])
+def test_a_fit_that_would_break_out_is_held(order):
+    histogram = Histogram(1, 1)
+    z = np.random.default_rng(0).normal(-0.7, 0.6, 20_000)
+    histogram.add(torch.from_numpy(np.append(z, 8.0))[:, None])
+    found = fit_group("layer", 0, as_activation(nn.GELU()), histogram.counts[0], order, "abs_of_sum")
+    low, high = found.fit.interval
+    x = np.linspace(low - 3 * (high - low), high + 3 * (high - low), 20_001)
+    beyond = np.maximum(0, np.maximum(low - x, x - high))
+    assert np.all(np.abs(found.fit(x) - found.target(x)) <= found.fit.max_error + 1.2 * beyond)
+    assert found.relative_error < 0.01
