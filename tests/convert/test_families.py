@@ -67,7 +67,7 @@ def check(model, make, layers, bound=SMOOTH, skipped=()):
     return model, report
 
 
-CONVNEXT = {"depths": (1, 1), "dims": (16, 24)}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
 SWIN = {"img_size": 32, "depths": (1, 1), "embed_dim": 32, "num_heads": (1, 2), "window_size": 4}
 TIMM = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48}, 2),
@@ -77,10 +77,10 @@ TIMM = {
     "swin": ("swin_tiny_patch4_window7_224", SWIN, 2),
     "cait": ("cait_xxs24_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}, 4),
     "mixer": (timm.models.MlpMixer, {"img_size": 32, "patch_size": 8, "num_blocks": 1, "embed_dim": 48}, 2),
-    "convnext": (timm.models.ConvNeXt, CONVNEXT, 2),
-    "convnext, 1x1 convolutions": (timm.models.ConvNeXt, {**CONVNEXT, "conv_mlp": True}, 2),
-    "convnext, with a norm in between": (timm.models.ConvNeXt, {**CONVNEXT, "use_grn": True}, 2),
-    "convnext, both": (timm.models.ConvNeXt, {**CONVNEXT, "conv_mlp": True, "use_grn": True}, 2),
+    "convnext": (timm.models.ConvNeXt, CONVNEXT, 4),
+    "convnext, 1x1 convolutions": (timm.models.ConvNeXt, {**CONVNEXT, "conv_mlp": True}, 4),
+    "convnext, with a norm in between": (timm.models.ConvNeXt, {**CONVNEXT, "use_grn": True}, 4),
+    "convnext, both": (timm.models.ConvNeXt, {**CONVNEXT, "conv_mlp": True, "use_grn": True}, 4),
 }
 IN_PLACE = ("eva, gated", "convnext, with a norm in between", "convnext, both")
 
