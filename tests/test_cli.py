@@ -233,3 +233,62 @@ def test_a_picture_for_a_folder_that_is_not_there(tmp_path, capsys):
 
 def test_the_beginning_of_a_name_is_understood(capsys):
     assert "did you mean kat_tiny_patch16_224?" in _fails(capsys, ["info", "kat_tiny"])
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A ViT after one epoch."""
+    folder = tmp_path_factory.mktemp("vit") / "run"
+    arguments = ["--data", "digits", "--model", "vit_micro_patch2_8", "--epochs", "1", "--output", str(folder)]
+    assert main(["train", *arguments, "--set", "model_args.depth=1", "--set", "model_args.patch_size=4"]) == 0
+    return folder
+
+
+def test_convert_then_eval_and_train(vit, tmp_path, capsys):
+    output, picture = tmp_path / "kat.safetensors", tmp_path / "fits.png"
+    arguments = ["--checkpoint", str(vit), "--data", "digits", "--images", "64", "--num-groups", "2"]
+    assert main(["convert", *arguments, "--output", str(output), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == [str(picture), str(output)]
+    assert any(line.startswith("blocks.0.mlp") for line in printed)
+    assert picture.stat().st_size > 10_000
+    results = []
+    for path in (vit, output):
+        assert main(["eval", str(path), "--data", "digits"]) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert abs(results[1]["loss"] - results[0]["loss"]) < 0.01
+    tuned = tmp_path / "tuned"
+    arguments = ["--data", "digits", "--init", str(output), "--epochs", "1", "--trainable", "coefficients"]
+    assert main(["train", *arguments, "--output", str(tuned)]) == 0
+    before, after = grkan.load_model(output).state_dict(), grkan.load_model(tuned / "last.safetensors").state_dict()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"numerator", "denominator"}
+    assert main(["train", "--resume", str(tuned)]) == 0
+
+
+def test_convert_takes_a_checkpoint_of_timm(tmp_path, capsys):
+    model = timm.create_model("vit_micro_patch2_8", num_classes=4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
+    output = tmp_path / "kat.safetensors"
+    arguments = ["--model", "vit_micro_patch2_8", "--checkpoint", str(tmp_path / "vit.pth"), "--num-groups", "1"]
+    assert main(["convert", *arguments, "--output", str(output)]) == 0
+    assert grkan.load_model(output).num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model, --checkpoint or both"),
+        (["--model", "vit_micro"], "unknown model 'vit_micro'; did you mean"),
+        (["--checkpoint", "none.pth"], "none.pth does not exist"),
+        (["--model", "vit_micro_patch2_8", "--checkpoint", "setup.py"], "setup.py holds no weights of a vit_micro"),
+    ],
+)
+def test_mistakes_of_convert_get_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.py").write_text("no weights")
+    assert main(["convert", *arguments, "--output", str(tmp_path / "kat.safetensors")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "kat.safetensors").exists()

@@ -53,6 +53,8 @@ def test_torch_alone_is_enough_to_train_a_layer():
         ("scipy", "grkan.fit('gelu', interval=(-4, 4))", "fit"),
         ("numpy", "grkan.fit('gelu', interval=(-4, 4))", "fit"),
         ("scipy", "grkan.GroupRational(4, 'gelu', order=(3, 2))", "fit"),
+        ("scipy", "grkan.convert_(grkan.GRKAN(8))", "fit"),
+        ("timm", "grkan.load_released_checkpoint({})", "models"),
         ("safetensors", "grkan.save_model(grkan.GRKAN(8), 'x.safetensors')", "models"),
         ("timm", "import grkan.models.kat", "models"),
     ],

@@ -4,8 +4,16 @@ import timm
 import torch
 from torch import nn
 
-from grkan import GroupRational, RationalLinear
-from grkan.plot import plot_curves, plot_fit, plot_functions, plot_scores, record_inputs, save_figure
+from grkan import GroupRational, RationalLinear, convert_
+from grkan.plot import (
+    plot_conversion,
+    plot_curves,
+    plot_fit,
+    plot_functions,
+    plot_scores,
+    record_inputs,
+    save_figure,
+)
 
 
 @pytest.fixture
@@ -136,3 +144,18 @@ def test_scores_are_dots_with_their_mean():
 def test_scores_to_plot(scores):
     with pytest.raises(ValueError, match="scores must hold at least one accuracy for each run"):
         plot_scores(scores)
+
+
+def test_the_worst_fits_of_a_conversion():
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    report = convert_(network, calibration=torch.randn(50, 8), num_groups=4)
+    figure = plot_conversion(report, count=2)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    worst = sorted(report.fits, key=lambda fitted: fitted.relative_error)[-1]
+    assert len(titles) == 2
+    assert titles[0].startswith(f", group {worst.group}\n")
+    x, y = next(axis for axis in figure.axes if axis.get_title()).get_lines()[0].get_data()
+    np.testing.assert_allclose(y, np.maximum(x, 0), atol=1e-12)
+    report.fits.clear()
+    with pytest.raises(ValueError, match="report must have fits"):
+        plot_conversion(report)

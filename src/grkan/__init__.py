@@ -14,29 +14,40 @@ from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_
 from .rational.op import group_rational, rational_linear, set_backend
 
 if TYPE_CHECKING:
+    from .convert import ConversionReport, convert_
+    from .models.conversion import apply_conversion_
     from .models.files import load_model, save_model
     from .models.operations import count_operations
+    from .models.released import load_released_checkpoint
     from .rational.fit import RationalFit, fit
 
 # name -> the module that has it, and the extra that brings what this module imports
 _LAZY = {
+    "ConversionReport": ("grkan.convert", "fit"),
     "RationalFit": ("grkan.rational.fit", "fit"),
+    "apply_conversion_": ("grkan.models.conversion", "models"),
+    "convert_": ("grkan.convert", "fit"),
     "count_operations": ("grkan.models.operations", "models"),
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
+    "load_released_checkpoint": ("grkan.models.released", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
 
 __all__ = [
     "GRKAN",
+    "ConversionReport",
     "GroupRational",
     "RationalFit",
     "RationalLinear",
     "__version__",
+    "apply_conversion_",
+    "convert_",
     "count_operations",
     "fit",
     "group_rational",
     "load_model",
+    "load_released_checkpoint",
     "no_weight_decay",
     "rational_linear",
     "save_model",

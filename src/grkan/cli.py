@@ -54,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument("images", nargs="+", metavar="IMAGE")
 
+    sub = command("convert", _convert, "turn a pretrained Vision Transformer into a KAT that computes the same")
+    sub.add_argument("--model", metavar="NAME", help="a name of timm's registry (that of the checkpoint)")
+    sub.add_argument("--checkpoint", metavar="FILE", help="its weights: a run's folder, a model file, or one of timm's")
+    sub.add_argument("--data", help="training images to fit the functions to, as for train (none: from the weights)")
+    sub.add_argument("--images", type=_positive, default=256, metavar="N", help="how many of them (256)")
+    sub.add_argument("--order", nargs=2, type=int, default=[5, 4], metavar=("M", "N"), help="degrees of P and Q (5 4)")
+    sub.add_argument("--num-groups", type=_positive, default=8, metavar="N", help="at most so many groups (8)")
+    sub.add_argument("--form", default="abs_of_sum", help="abs_of_sum (default) or sum_of_abs")
+    sub.add_argument("--output", required=True, metavar="FILE", help="the model file, for train --init and eval")
+    sub.add_argument("--plot", metavar="FILE", help="save a picture of the worst fits")
+
     sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one")
     sub.add_argument("model", metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument("--data", help="show the histogram of each function's inputs for test images of this data set")
@@ -134,6 +145,36 @@ def _predict(options: argparse.Namespace) -> None:
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise ValueError(failures[0] + more)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert_
+    from .models.files import save_model
+    from .train.evaluate import calibration_images, load_original
+
+    if not options.model and not options.checkpoint:
+        raise ValueError("give --model, --checkpoint or both: what is to be converted?")
+    original = load_original(options.model, options.checkpoint, options.data)
+    images = None
+    if options.data:
+        images = calibration_images(original, options.data, options.images)
+    report = convert_(
+        original.model,
+        calibration=images,
+        num_groups=options.num_groups,
+        order=tuple(options.order),
+        form=options.form,
+    )
+    print(report)
+    save_model(original.model, options.output, classes=original.classes or None, preprocessing=original.preprocessing)
+    if options.plot:
+        from .plot import plot_conversion, save_figure
+        from .train.checkpoint import write_file
+
+        figure = plot_conversion(report)
+        write_file(options.plot, lambda path: save_figure(figure, path))
+        print(options.plot)
+    print(options.output)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -266,6 +266,49 @@ def plot_fit(
     return figure
 
 
+def plot_conversion(report: Any, count: int = 6) -> Figure:
+    """The worst fits of a conversion: each function, its activation, what reaches it, and the error.
+
+    Args:
+        report: what `grkan.convert_` returned.
+        count: how many functions, those with the largest relative error.
+
+    Raises:
+        ValueError: the report has no fits.
+    """
+    worst = sorted(report.fits, key=lambda fitted: -fitted.relative_error)[:count]
+    if not worst:
+        raise ValueError("report must have fits to plot; it has none")
+    figure = Figure(figsize=(3.4 * len(worst) + 0.4, 4.6), layout="constrained", dpi=150)
+    axes = figure.subplots(2, len(worst), squeeze=False, sharex="col", height_ratios=(3, 2))
+    for (top, bottom), fitted in zip(axes.T, worst, strict=True):
+        low, high = fitted.fit.interval
+        margin = 0.15 * (high - low)
+        x = np.linspace(low - margin, high + margin, 4 * _POINTS)
+        exact, values = fitted.target(x), fitted.fit(x)
+        top.plot(x, exact, color="0.55", linewidth=3.5, label=fitted.activation)
+        top.plot(x, values, color=_COLORS[1], linewidth=1.3, label="rational fit")
+        top.set_title(f"{fitted.layer}, group {fitted.group}\nrelative error {fitted.relative_error:.2g}", fontsize=8)
+        density = bottom.twinx()
+        density.hist(fitted.x, bins=_BINS, weights=fitted.weights, log=True, color="0.87")
+        density.set_yticks([])
+        bottom.set_zorder(density.get_zorder() + 1)
+        bottom.patch.set_visible(False)
+        bottom.plot(x, values - exact, color=_COLORS[0], linewidth=1.2)
+        inside = (x >= low) & (x <= high)
+        bottom.set_ylim(*(1.4 * np.abs(values - exact)[inside].max() * np.array([-1, 1]) + (-1e-12, 1e-12)))
+        bottom.set_xlabel("x")
+        for axis in (top, bottom):
+            axis.axvline(low, color="0.8", linewidth=0.8)
+            axis.axvline(high, color="0.8", linewidth=0.8)
+            axis.grid(color="0.93", linewidth=0.6)
+            axis.tick_params(labelsize=7)
+    axes[0, 0].set_ylabel("F(x)")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    axes[1, 0].set_ylabel("fit - activation, inputs (log)")
+    return figure
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the file's ending.
 

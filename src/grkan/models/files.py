@@ -5,7 +5,7 @@ The metadata is one JSON document under the key "grkan"; `read_metadata` lists i
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..nn import GroupRational
+from .conversion import apply_recipe, check_recipe
 
 FORMAT_VERSION = 1
 _KEY = "grkan"
@@ -49,7 +50,7 @@ def save_model(
     Args:
         model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
             arguments are known; the weights of any other can be loaded into a module that is there already. Tied
-            weights stay tied, dtypes stay what they are.
+            weights stay tied, dtypes stay what they are. What `grkan.convert_` did to the model is in the file, too.
         path: the file; replaced if it exists. Its folder must exist.
         classes: the names of the outputs; None: those of the file that the model was loaded from, if any.
         preprocessing: how images become inputs, as JSON; None: that of the file that the model was loaded from, else
@@ -93,7 +94,8 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     Args:
         path: the file.
         model: a module to load the weights into, which stays unchanged if that fails; None: one is built, on the CPU,
-            with the dtypes of the file. Needed where the file does not name a model of timm's registry.
+            with the dtypes of the file. Needed where the file does not name a model of timm's registry. If the file
+            holds a converted model, it is converted the same way, unless it is already.
 
     Returns:
         The model in eval mode. Its attribute `grkan_metadata` is what `read_metadata` gives.
@@ -109,7 +111,12 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     built = model is None
     if model is None:
         model = _build(metadata, path)
-    _compare(model, metadata, state, path)
+    undo = _convert(model, metadata, path)
+    try:
+        _compare(model, metadata, state, path)
+    except ValueError:
+        undo()
+        raise
     if built:
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(state[name].dtype)
@@ -126,6 +133,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         model: the name in timm's registry, or None; arguments: the keyword arguments for `timm.create_model`.
         classes: list of str, or None; preprocessing: dict, or None.
         forms: the form of every rational function, by the name of its module.
+        conversion: the recipe of `grkan.convert_`, or None.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as for `load_model`.
@@ -179,6 +187,7 @@ def _metadata(
         "classes": classes,
         "preprocessing": preprocessing,
         "forms": _forms(model),
+        "conversion": getattr(model, "grkan_conversion", None),
     }
     return json.dumps(fields)
 
@@ -271,6 +280,17 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
         raise ValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
     model.grkan_arguments = arguments
     return model
+
+
+def _convert(model: nn.Module, metadata: dict[str, Any], path: Path) -> Callable[[], None]:
+    """Convert a model as the one in the file was, if it is not converted yet; how to undo it."""
+    recipe = metadata.get("conversion")
+    if recipe is None or hasattr(model, "grkan_conversion"):
+        return lambda: None
+    try:
+        return apply_recipe(model, check_recipe(recipe))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a converted model, of which the {error}") from None
 
 
 def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:

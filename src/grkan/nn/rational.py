@@ -128,6 +128,20 @@ class GroupRational(nn.Module):
             text += f", channel_dim={self.channel_dim}"
         return text
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the released names, too: weight_numerator and weight_denominator."""
+        for new in ("numerator", "denominator"):
+            old = f"{prefix}weight_{new}"
+            if old not in state_dict:
+                continue
+            if self.form != "sum_of_abs":
+                errors = args[-1]
+                errors.append(f"{old} is for the form 'sum_of_abs'; the model has {self.form!r}")
+            value, own = state_dict.pop(old), getattr(self, new)
+            fits = value.dim() == 2 and value.shape[1] == own.shape[1] and len(value) == 1
+            state_dict[prefix + new] = value.expand_as(own) if fits else value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupRational":
         def wide(t: Tensor) -> Tensor:
             result = fn(t)

@@ -1,10 +1,11 @@
 """What a trained model gets right."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,75 @@ def load_trained(path: str | Path) -> TrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path).to(device)
     return TrainedModel(model, metadata["classes"], metadata["preprocessing"], device)
+
+
+def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
+    """A model to be converted: of a run, of a file of grkan's, or of timm with weights that timm reads.
+
+    Args:
+        name: in timm's registry; None: the checkpoint's.
+        checkpoint: None for the weights that timm downloads.
+        data: whose classes are the model's where nothing else says them and there are as many.
+
+    Raises:
+        ValueError: there is no such model or checkpoint, or they do not belong together.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name is not None:
+        check_model_name(name)
+    if checkpoint is not None and (Path(checkpoint).is_dir() or name is None or _is_model_file(checkpoint)):
+        path = model_file(checkpoint)
+        metadata = read_metadata(path)
+        if name not in (None, metadata["model"]):
+            raise ValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
+        model, classes, preprocessing = load_model(path), metadata.get("classes"), metadata.get("preprocessing")
+    else:
+        assert name is not None
+        model, classes, preprocessing = _load_timm(name, checkpoint), None, None
+    if classes is None and data is not None:
+        found = find_source(data).load("train").classes
+        classes = found if len(found) == model.num_classes else None
+    return TrainedModel(model.to(device), classes or (), preprocessing or resolve_data_config({}, model=model), device)
+
+
+def _is_model_file(path: str | Path) -> bool:
+    try:
+        read_metadata(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _load_timm(name: str, checkpoint: str | Path | None) -> nn.Module:
+    """A model of timm with the weights of a file, whose number of classes is that of the model, or timm's own."""
+    if checkpoint is None:
+        try:
+            return timm.create_model(name, pretrained=True)
+        except Exception as error:  # what the download raises
+            raise ValueError(f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint") from None
+    try:
+        state = timm.models.load_state_dict(str(checkpoint))
+        classifier = timm.models.get_pretrained_cfg_value(name, "classifier")
+        head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+        arguments = {} if head is None else {"num_classes": len(head)}
+        return timm.create_model(name, checkpoint_path=str(checkpoint), **arguments)
+    except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from None
+
+
+def calibration_images(original: TrainedModel, data: str, count: int) -> Iterator[Tensor]:
+    """Batches of training images, taken at equal distances, preprocessed as for a test.
+
+    Raises:
+        ValueError: there is no such data set; none of the images can be read.
+    """
+    images = find_source(data).load("train")
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+    picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
+    images = replace(images, images=picked, labels=images.labels[chosen])
+    loader = evaluation_loader(images, evaluation_transform(original.preprocessing), 32, 0)
+    return (batch.images.to(original.device) for batch in loader if len(batch.labels))
 
 
 def test_loader(trained: TrainedModel, data: str, batch_size: int, workers: int | None) -> DataLoader:

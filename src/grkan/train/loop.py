@@ -32,6 +32,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..models.conversion import apply_conversion_
 from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
 from ..nn import no_weight_decay
 from .checkpoint import (
@@ -273,6 +274,8 @@ class _Run:
         self.model, self.preprocessing = _make_model(
             config, len(self.training.classes), source, state and state["preprocessing"]
         )
+        if state is not None and state.get("conversion"):
+            apply_conversion_(self.model, state["conversion"])
         self._choose_trainable()
         self._make_loaders()
         self._make_optimisation()
@@ -637,6 +640,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
+            "conversion": getattr(self.model, "grkan_conversion", None),
             "best": self.best,
             "last": self.last,
             "running": vars(self.running),

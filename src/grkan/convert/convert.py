@@ -1,0 +1,289 @@
+"""`grkan.convert_`: a pretrained transformer becomes a KAT that computes the same."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.conversion import RECIPE_VERSION, apply_recipe, linear_width
+from ..nn import GroupRational
+from ..rational import table
+from ..rational.arguments import check_form, check_module, check_order, check_positive
+from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
+from .report import ConversionReport
+from .structure import Site, Watched, choose, evaluating, find_sites
+
+# Scalars of outputs and inputs that are kept for the comparison of the model before and after.
+_KEPT = 2**25
+
+
+def convert_(
+    model: nn.Module,
+    *,
+    calibration: Any = None,
+    num_groups: int = 8,
+    order: tuple[int, int] = (5, 4),
+    form: str = "abs_of_sum",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    act1: str = "identity",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> ConversionReport:
+    """Turn the MLPs of a pretrained model into GR-KANs that compute the same, in place (arXiv 2409.10594, section 4).
+
+    Every linear layer, activation, linear layer gets the identity in front of the first linear layer and a rational
+    function fitted to the activation in front of the second, and keeps its weights. A module with the layout of timm's
+    `Mlp`, and a plain `Sequential`, becomes a `GRKAN`. Where the parts lie elsewhere they stay there under their names:
+    both linear layers become a `RationalLinear`, the activation an Identity. Dropout that lies between activation and
+    second linear layer there comes in front of the function, then, in training. Where something else is between, and
+    in gated MLPs, the activation itself becomes a `GroupRational`.
+
+    Parameters, buffers, hooks, modes and shared modules stay the same objects; so an optimiser made before still
+    works, but lacks the coefficients. What is not recognised stays as it is.
+
+    Args:
+        model: any module, of timm, transformers, torchvision or PyTorch, or your own.
+        calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
+            batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
+            as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
+        num_groups: at most so many groups; every function has the largest number that divides its channels.
+        order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
+        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those.
+        act1: the first function, a name of `grkan.fit`; any other than "identity" changes what the model computes.
+        forward: called as forward(model, batch) instead.
+
+    Returns:
+        A `ConversionReport`.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or value; the model has no MLP to convert; the calibration
+            has no batch, or one that the model does not take, or leads to values that are not finite.
+        ImportError: SciPy is missing.
+        The model is left as it was.
+    """
+    check_module("model", model)
+    check_positive("num_groups", num_groups)
+    order, form = check_order(order), check_form(form)
+    act1 = table.canonical_name(act1, "act1")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
+    sites, skipped = find_sites(model)
+    chosen, left_out = choose(sites, _patterns("include", include), _patterns("exclude", exclude) or [])
+    skipped += left_out
+    if not chosen:
+        raise ValueError(f"model must have an MLP to convert; {type(model).__name__} has none{_reasons(skipped)}")
+
+    histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
+    kept: list[tuple[Any, Tensor]] = []
+    if calibration is not None:
+        kept = _calibrate(model, chosen, histograms, _batches(calibration), forward)
+    layers, entries, fits = [], [], []
+    for site, histogram in zip(chosen, histograms, strict=True):
+        if histogram.problem:
+            skipped.append((site.name, f"{site.activation.name}: {histogram.problem}"))
+            continue
+        found = _fit_site(site, histogram, order, form)
+        fits += found
+        layers.append(_describe(site, histogram, found))
+        entries.append(_entry(site, found, act1, num_groups))
+    if not entries:
+        raise ValueError(f"model must have an MLP to convert; {type(model).__name__} has none{_reasons(skipped)}")
+
+    undo = apply_recipe(model, {"version": RECIPE_VERSION, "layers": entries})
+    try:
+        cosine, error = _compare(model, kept, forward)
+    except BaseException:
+        undo()
+        raise
+    recipe = copy.deepcopy(model.grkan_conversion)
+    return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
+
+
+def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name} must be a pattern or several, as 'blocks.*'; got {value!r}")
+    return list(patterns)
+
+
+def _reasons(skipped: list[tuple[str, str]]) -> str:
+    if not skipped:
+        return ": no activation between two linear layers"
+    more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return ": " + "; ".join(f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]) + more
+
+
+def _batches(calibration: Any) -> Iterator[Any]:
+    if isinstance(calibration, (Tensor, Mapping)):
+        return iter([calibration])
+    if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration must be an iterable of batches, a Tensor or a Mapping; got {type(calibration).__name__}"
+        )
+    return iter(calibration)
+
+
+def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
+    """The model's output; whatever it draws at random is the same each time, and the user's generators stay."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(0)
+        if forward is not None:
+            return forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, (tuple, list)) and batch:
+            return model(batch[0])
+        if isinstance(batch, Tensor):
+            return model(batch)
+    raise TypeError(f"it must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
+
+
+def _first_float(output: Any) -> Tensor | None:
+    """The first floating-point tensor in what a model returns."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif hasattr(output, "__dataclass_fields__"):
+        output = list(vars(output).values())
+    if isinstance(output, (tuple, list)):
+        return next((found for part in output if (found := _first_float(part)) is not None), None)
+    return None
+
+
+def _calibrate(
+    model: nn.Module,
+    sites: list[Site],
+    histograms: list[Histogram],
+    batches: Iterator[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> list[tuple[Any, Tensor]]:
+    """Fill the histograms, correct what the structure suggested, and return some batches with the model's outputs."""
+    kept: list[tuple[Any, Tensor]] = []
+    number = -1
+    with evaluating(model), ExitStack() as stack:
+        watched = [stack.enter_context(Watched(s, h.add)) for s, h in zip(sites, histograms, strict=True)]
+        room = _KEPT
+        for number, batch in enumerate(batches):
+            try:
+                output = _first_float(_run(model, batch, forward))
+            except Exception as error:
+                raise ValueError(
+                    f"calibration must have batches that the model takes; batch {number} raises "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            for site, histogram in zip(sites, histograms, strict=True):
+                if histogram.problem.endswith("not finite"):
+                    raise ValueError(
+                        f"calibration must lead to finite values; at batch {number} {site.parts['act']}: "
+                        f"{histogram.problem}"
+                    )
+            if output is not None and (not kept or output.numel() <= room):
+                kept.append((copy.deepcopy(batch), output.detach().to("cpu", copy=True)))
+                room -= output.numel()
+            for watch in watched:
+                if watch.calls:  # what one batch has shown is enough
+                    watch.stop_watching()
+    if number < 0:
+        raise ValueError("calibration must have a batch; it has none, or is a generator that is used up")
+    if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
+        raise ValueError("calibration must run through an MLP; the batches reach none of the activations")
+    for site, watch in zip(sites, watched, strict=True):
+        if site.layout == "linears" and watch.calls and watch.agrees is not True:
+            site.keep_linears()
+    return kept
+
+
+def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
+    counts = histogram.counts if histogram.samples else expected(site, histogram.groups).counts
+    # A group that no scalar reached gets what all the others get.
+    rows = [row if row.any() else counts.sum(axis=0) for row in counts]
+    name = site.name
+    same: dict[bytes, GroupFit] = {}
+    found = []
+    for group, row in enumerate(rows):
+        key = row.tobytes()
+        if key not in same:
+            same[key] = fit_group(name, group, site.activation, row, order, form)
+        found.append(GroupFit(**{**vars(same[key]), "group": group}))
+    return found
+
+
+def _describe(site: Site, histogram: Histogram, fits: list[GroupFit]) -> dict[str, Any]:
+    """An element of `ConversionReport.layers`."""
+    shares = histogram.counts.sum(axis=1)
+    shares = shares / shares.sum() if histogram.samples else [1 / len(fits)] * len(fits)
+    sums = [f.sums for f in fits]
+    error, size, product = (sum(s * v[i] for s, v in zip(shares, sums, strict=True)) for i in range(3))
+    power = sum(s * float((f.weights * f.fit(f.x) ** 2).sum()) for s, f in zip(shares, fits, strict=True))
+    norms = math.sqrt(size * power)
+    calibrated = histogram.samples > 0
+    return {
+        "name": site.name,
+        "modules": site.modules,
+        "layout": site.layout,
+        "activation": site.activation.name,
+        "order": list(fits[0].fit.order),
+        "form": fits[0].fit.form,
+        "groups": len(fits),
+        "interval": [min(f.fit.interval[0] for f in fits), max(f.fit.interval[1] for f in fits)],
+        "samples": histogram.samples,
+        "max_error": max(f.fit.max_error for f in fits),
+        "rms_error": math.sqrt(error),
+        "cosine": (product / norms if norms else 1.0) if calibrated else None,
+        "relative_error": math.sqrt(error / size if size else error) if calibrated else None,
+    }
+
+
+def _entry(site: Site, fits: list[GroupFit], act1: str, num_groups: int) -> dict[str, Any]:
+    """An element of the recipe's layers."""
+    order, form = fits[0].fit.order, fits[0].fit.form
+    shared = {"order": list(order), "form": form, "channel_dim": site.channel_dim}
+    first: dict[str, Any] = {}
+    if site.layout != "activation":
+        inputs = (linear_width(site.first) or (0, 0))[0]
+        made = GroupRational(1, act1, order, form)
+        numerator, denominator = (rows[0].tolist() for rows in made.initial_coefficients())
+        groups = largest_divisor(inputs, num_groups)
+        first = {
+            "init": act1, "width": inputs, "num_groups": groups, "numerator": numerator, "denominator": denominator,
+            **shared,
+        }  # fmt: skip
+    second = {
+        "init": site.activation.name,
+        "width": site.width,
+        "num_groups": len(fits),
+        "numerator": [f.fit.numerator.tolist() for f in fits],
+        "denominator": [f.fit.denominator.tolist() for f in fits],
+        **shared,
+    }
+    return {"name": site.name, "layout": site.layout, "parts": dict(site.parts), "act1": first, "act2": second}
+
+
+def _compare(
+    model: nn.Module, kept: list[tuple[Any, Tensor]], forward: Callable[[nn.Module, Any], Any] | None
+) -> tuple[float | None, float | None]:
+    """Cosine and relative error of the outputs of the converted model to those of the original."""
+    if not kept:
+        return None, None
+    product = power = size = error = 0.0
+    with evaluating(model):
+        for batch, before in kept:
+            after = _first_float(_run(model, batch, forward))
+            assert after is not None
+            x, y = (t.detach().to("cpu", torch.float64).flatten() for t in (before, after))
+            product += float(x @ y)
+            size += float(x @ x)
+            power += float(y @ y)
+            error += float((y - x).square().sum())
+    norms = math.sqrt(size * power)
+    return (product / norms if norms else 1.0), (math.sqrt(error / size) if size else math.sqrt(error))

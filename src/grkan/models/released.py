@@ -1,0 +1,174 @@
+"""The checkpoints that the paper's authors released: read into a KAT, and written from one.
+
+Their keys are those of timm's VisionTransformer, and mlp.act1 and mlp.act2 with weight_numerator (1, 6) and
+weight_denominator (8, 4). Their kernels compute the form sum_of_abs. `GroupRational` itself knows these names; this
+module finds out which model a file is for.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import GroupRational
+from ..rational.arguments import check_flag, check_module
+
+try:
+    import timm
+    from timm.models import clean_state_dict, load_state_dict
+    from timm.models.vision_transformer import checkpoint_filter_fn
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "timm":
+        raise
+    raise ImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
+
+from . import kat  # noqa: F401  registers the models
+
+_MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
+_FORM = "sum_of_abs"
+_PATCH = 16
+
+
+def load_released_checkpoint(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], *, use_ema: bool = True, **model_args: Any
+) -> nn.Module:
+    """A KAT with the weights of a checkpoint of github.com/Adamdad/kat, which computes what their GPU kernels compute.
+
+    Args:
+        path_or_state_dict: a .pth or .safetensors file, or what it holds: the weights, or a mapping that has them under
+            state_dict_ema, model_ema, state_dict or model. Names may begin with "module.". A file is read by timm's
+            loader, which admits tensors, plain values and `argparse.Namespace`, and runs no code.
+        use_ema: take the average of the weights where there is one.
+        **model_args: for `timm.create_model`. With another num_classes the head is new; with another img_size the
+            position embedding is resampled as timm does.
+
+    Returns:
+        kat_tiny, kat_small or kat_base_patch16_224 of the form "sum_of_abs"; on the CPU, float32, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: path_or_state_dict is neither a path nor a mapping.
+        ValueError: the file is damaged, or needs code to be run; it holds no released KAT; or model_args do not fit it.
+        ImportError: timm is missing.
+    """
+    check_flag("use_ema", use_ema)
+    state, source = _read(path_or_state_dict, use_ema)
+    name, arguments = _architecture(state, source)
+    if model_args.get("form", _FORM) != _FORM:
+        raise ValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
+    arguments |= {"form": _FORM, **model_args}
+    try:
+        with torch.device("cpu"):
+            model = timm.create_model(name, **arguments)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model_args do not fit the {name} in {source}: {error}") from error
+    own = model.state_dict()
+    if "head.weight" in own and "head.weight" in state and own["head.weight"].shape != state["head.weight"].shape:
+        state |= {key: own[key] for key in ("head.weight", "head.bias")}
+    elif "head.weight" not in own:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    try:
+        model.load_state_dict(checkpoint_filter_fn(state, model))
+    except (AssertionError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{source} does not fit a {name}: {' '.join(str(error).split())[:300]}") from None
+    return model.float().eval()
+
+
+def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a KAT's weights in the released layout, for the authors' code and for `load_released_checkpoint`.
+
+    Args:
+        model: a KAT of the form "sum_of_abs" and the order (5, 4), with one numerator for all groups of a function.
+        path: a .safetensors file, or any other for `torch.save`. It appears whole or not at all.
+
+    Raises:
+        ValueError: the layout cannot hold this model; the message says why.
+        OSError: the file cannot be written.
+    """
+    modules = check_module("model", model).named_modules()
+    functions = {name: module for name, module in modules if isinstance(module, GroupRational)}
+    if not functions:
+        raise ValueError(f"model must have rational functions; {type(model).__name__} has none")
+    state = dict(model.state_dict())
+    for name, module in functions.items():
+        if module.form != _FORM:
+            raise ValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
+        if module.order != (5, 4):
+            raise ValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
+        numerator = state.pop(f"{name}.numerator")
+        if not torch.equal(numerator, numerator[:1].expand_as(numerator)):
+            raise ValueError(f"the released layout has one numerator for all groups; those of {name} differ")
+        state[f"{name}.weight_numerator"] = numerator[:1].clone()
+        state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, str(temporary))
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
+    """The weights, and what to call where they come from."""
+    if isinstance(source, Mapping):
+        label = "path_or_state_dict"
+        keys = (*(("state_dict_ema", "model_ema") if use_ema else ()), "state_dict", "model")
+        key = next((key for key in keys if isinstance(source.get(key), Mapping)), None)
+        state = clean_state_dict(dict(source if key is None else source[key]))
+    elif isinstance(source, (str, os.PathLike)):
+        label = str(source)
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {label}")
+        try:
+            state = load_state_dict(label, use_ema)
+        except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+            reason = " ".join(str(error).split()).partition(" No automatic")[0][:200]
+            raise ValueError(
+                f"{label} is damaged, no checkpoint, or would have to run code: {type(error).__name__}: {reason}"
+            ) from None
+    else:
+        raise TypeError(f"path_or_state_dict must be a path or a mapping; got {type(source).__name__}")
+    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise ValueError(f"{label} must hold weights by name; it holds something else")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, label
+
+
+def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
+    """The name of the model that the weights are for, and the arguments in which it differs."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    numerator, denominator = (shapes.get(f"blocks.0.mlp.act1.weight_{part}") for part in ("numerator", "denominator"))
+    if numerator is None or denominator is None or len(numerator) != 2 or len(denominator) != 2:
+        kind = ": it looks like a Vision Transformer; grkan.convert_ makes a KAT of one" if "cls_token" in state else ""
+        raise ValueError(
+            f"{source} holds no released KAT, which has blocks.0.mlp.act1.weight_numerator and weight_denominator{kind}"
+        )
+    width, patch = (shapes.get(key, (0,)) for key in ("cls_token", "patch_embed.proj.weight"))
+    positions = shapes.get("pos_embed", (0, 0, 0))
+    name = _MODELS.get(width[-1])
+    side = round(max(positions[1] - 1, 0) ** 0.5)
+    if name is None or patch[2:] != (_PATCH, _PATCH) or side * side != positions[1] - 1:
+        raise ValueError(
+            f"{source} must hold a KAT of width {', '.join(map(str, _MODELS))} with patches of {_PATCH}, a class token "
+            f"and positions for a square; its cls_token, patch_embed.proj.weight and pos_embed have shapes {width}, "
+            f"{patch} and {positions}"
+        )
+    blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
+    arguments: dict[str, Any] = {
+        "num_classes": shapes.get("head.weight", (0,))[0],
+        "num_groups": denominator[0],
+        "order": (numerator[1] - 1, denominator[1]),
+        "share_numerator": numerator[0] == 1,
+    }
+    standard = {"depth": (len(blocks), 12), "img_size": (side * _PATCH, 224), "in_chans": (patch[1], 3)}
+    return name, arguments | {key: found for key, (found, usual) in standard.items() if found != usual}
