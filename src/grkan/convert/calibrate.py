@@ -41,8 +41,8 @@ _TAIL_WEIGHTS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 # Scalars that are put into bins at a time.
 _CHUNK = 2**22
 
-_index = torch.arange(-_LAST_BIN, _LAST_BIN + 1, dtype=torch.float64, device="cpu") / _BINS_PER_UNIT
-_CENTRES = (_index.sign() * _index.abs().expm1()).numpy()
+_index = torch.arange(-_LAST_BIN - 0.5, _LAST_BIN + 1, 0.5, dtype=torch.float64, device="cpu") / _BINS_PER_UNIT
+_EDGES, _CENTRES = ((i.sign() * i.abs().expm1()).numpy() for i in (_index[::2], _index[1::2]))
 
 
 class Histogram:
@@ -161,7 +161,7 @@ def fit_group(
     """
     filled = np.flatnonzero(counts)
     x, weights = _CENTRES[filled], counts[filled] / counts.sum()
-    low, high = float(x[0]), float(x[-1])
+    low, high = float(_EDGES[filled[0]]), float(_EDGES[filled[-1] + 1])
     middle, half = (low + high) / 2, max((high - low) / 2, 0.5)  # one value alone would determine nothing
     low, high = middle - half, middle + half
 
