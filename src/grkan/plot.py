@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import GroupRational, RationalLinear
+from .nn.modes import evaluating
 from .rational import reference
 
 _POINTS = 401
@@ -58,17 +59,13 @@ def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.n
                 found.setdefault(name, []).append(x[::step].cpu())
 
             hooks.append(module.register_forward_pre_hook(record))
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
                 model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return {name: torch.cat(parts).numpy() for name, parts in found.items()}
 
 
@@ -203,7 +200,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def plot_scores(scores: Mapping[str, Sequence[float]]) -> Figure:
-    """The accuracies of several runs: a dot for each seed, and a line at their mean.
+    """The accuracies of runs: a dot for each seed and a line at their mean; names with "vit" have another colour.
 
     Args:
         scores: by the run's name, the accuracies in percent.

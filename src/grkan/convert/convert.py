@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..models.conversion import RECIPE_VERSION, apply_recipe, linear_width
 from ..nn import GroupRational
+from ..nn.modes import evaluating
 from ..rational import table
 from ..rational.arguments import check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
 from .report import ConversionReport
-from .structure import Site, Watched, choose, evaluating, find_sites
+from .structure import Site, Watched, choose, find_sites
 
 # Scalars of outputs and inputs that are kept for the comparison of the model before and after.
 _KEPT = 2**25

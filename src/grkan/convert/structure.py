@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..models.conversion import linear_kind, linear_width
 from ..nn import GRKAN, GroupRational, RationalLinear
+from ..nn.modes import evaluating
 from ..rational import table
 
 _TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
@@ -473,21 +474,3 @@ class Watched(nn.Module):
             parent.activation_relu_or_gelu = self.fast_path
         if self.hook is not None:
             self.hook.remove()
-
-
-class evaluating:
-    """Eval mode and no gradients for a `with` block; the modes of all modules are restored."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.model.modules()}
-        self.no_grad = torch.no_grad()
-        self.model.eval()
-        self.no_grad.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self.no_grad.__exit__(None, None, None)
-        for module, mode in self.modes.items():
-            module.training = mode

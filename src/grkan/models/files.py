@@ -5,7 +5,8 @@ The metadata is one JSON document under the key "grkan"; `read_metadata` lists i
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,24 +67,36 @@ def save_model(
     """
     safetensors = _safetensors()
     path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+                raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+            metadata = _metadata(model, classes, preprocessing, arguments)
+            safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file for the block to write, which then takes the place of `path`; nothing is left of it if the block fails.
+
+    Raises:
+        IsADirectoryError, FileNotFoundError: path is a folder, or lies in none.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"path must name a file; {path} is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder; there is no {path.parent}")
-    if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
-        raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
-    metadata = _metadata(model, classes, preprocessing, arguments)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask says; safetensors makes files for their owner alone
-        safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
+        yield temporary
         with open(temporary, "rb+") as file:
             temporary.chmod(mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     raise ImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
+from .files import replacing
 
 _MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
 _FORM = "sum_of_abs"
@@ -87,7 +88,7 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
 
     Raises:
         ValueError: the layout cannot hold this model; the message says why.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; path is a folder, or lies in none.
     """
     modules = check_module("model", model).named_modules()
     functions = {name: module for name, module in modules if isinstance(module, GroupRational)}
@@ -105,18 +106,14 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
         state[f"{name}.weight_numerator"] = numerator[:1].clone()
         state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             save_file(state, str(temporary))
         else:
             torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:

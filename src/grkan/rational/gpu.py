@@ -103,7 +103,7 @@ def _join(scalars, LANES: tl.constexpr, VECTOR: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def _coefficients(pointer, COUNT: tl.constexpr, ABSOLUTE: tl.constexpr, DTYPE: tl.constexpr):
-    """COUNT scalars of a group; step is their number or, if all groups share a row, 0."""
+    """The COUNT scalars at a pointer, each a value of its own."""
     values = ()
     for i in tl.static_range(COUNT):
         value = tl.load(pointer + i).to(DTYPE)

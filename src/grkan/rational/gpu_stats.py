@@ -212,17 +212,8 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    jumps: dict[int, str] = {}
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if instruction[1].startswith("BRA") and (goal := re.search(r"`\((\.L_\w+)\)", instruction[2])):
-                jumps[len(instructions)] = goal[1]
-            instructions.append(instruction[1])
-    backward = [(labels[goal], at) for at, goal in jumps.items() if goal in labels and labels[goal] < at - 2]
+    instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?"
+    instructions, backward = _scan(code, r"\s*(\.L_\w+):", instruction, "BRA")
     return int(found[1]), int(found[2]), *_cut(instructions, backward, "NOP")
 
 
@@ -235,19 +226,29 @@ def _read_amdgcn(code: str) -> tuple[int, int, list[list[str]], list[str]]:
         return int(found[1])
 
     spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    instructions, backward = _scan(code, r"(\.LBB\w+):", r"\s+([a-z]+_[a-z0-9_]+)(?:\s+(\.LBB\w+))?", "s_")
+    registers = value("vgpr_count") + value("agpr_count")
+    return registers, max(spilled, value("private_segment_fixed_size")), *_cut(instructions, backward, "s_nop")
+
+
+def _scan(code: str, label: str, instruction: str, jump: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and the jumps backward as (goal, origin).
+
+    Args:
+        label, instruction: how a line begins that has one; the groups are the label, and the instruction and its goal.
+        jump: how the instructions begin that jump to their goal; others only name it.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     jumps: dict[int, str] = {}
     for line in code.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s+([a-z]+_[a-z0-9_]+)(?:\s+(\.LBB\w+))?", line):
-            if instruction[2]:
-                jumps[len(instructions)] = instruction[2]
-            instructions.append(instruction[1])
-    backward = [(labels[goal], at) for at, goal in jumps.items() if labels[goal] < at]
-    registers = value("vgpr_count") + value("agpr_count")
-    return registers, max(spilled, value("private_segment_fixed_size")), *_cut(instructions, backward, "s_nop")
+        if found := re.match(label, line):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(instruction, line):
+            if found[2] and found[1].startswith(jump):
+                jumps[len(instructions)] = found[2]
+            instructions.append(found[1])
+    return instructions, [(labels[goal], at) for at, goal in jumps.items() if labels.get(goal, at) < at]
 
 
 def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str) -> tuple[list[list[str]], list[str]]:

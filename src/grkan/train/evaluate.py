@@ -111,9 +111,13 @@ def load_trained(path: str | Path) -> TrainedModel:
     metadata = read_metadata(path)
     if not metadata.get("classes") or not metadata.get("preprocessing"):
         raise ValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     model = load_model(path).to(device)
     return TrainedModel(model, metadata["classes"], metadata["preprocessing"], device)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
@@ -127,7 +131,7 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
     Raises:
         ValueError: there is no such model or checkpoint, or they do not belong together.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     if name is not None:
         check_model_name(name)
     if checkpoint is not None and (Path(checkpoint).is_dir() or name is None or _is_model_file(checkpoint)):
