@@ -292,3 +292,14 @@ def test_mistakes_of_convert_get_one_line(arguments, message, tmp_path, capsys, 
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "kat.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_convert_looks_for_its_folders_before_the_work(option, vit, tmp_path, capsys):
+    written = {"--output": tmp_path / "kat.safetensors", "--plot": tmp_path / "fits.png"}
+    written[option] = tmp_path / "nowhere" / written[option].name
+    assert main(["convert", "--checkpoint", str(vit), *(str(part) for pair in written.items() for part in pair)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""  # no report
+    assert err == f"grkan: {tmp_path / 'nowhere'}: there is no such folder\n"
+    assert not any(path.exists() for path in written.values())

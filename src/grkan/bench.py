@@ -35,7 +35,7 @@ from .models.spline import ORDER as SPLINE_ORDER
 from .nn import GRKAN, GroupRational
 from .rational import op
 from .rational.op import group_rational
-from .train.checkpoint import write_bytes
+from .train.checkpoint import check_folder, write_bytes
 from .train.progress import make_console
 
 BLOCK = 0.01
@@ -584,7 +584,7 @@ def bench(
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
-    _check_folder(path)
+    check_folder(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -626,7 +626,7 @@ def bench_kernels(path: str | Path | None = None) -> None:
         RuntimeError: Triton's interpreter is on.
         OSError: the file cannot be written.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         import triton
 
@@ -692,11 +692,6 @@ def _kernels_table(target: str, found: Sequence[Any], rates: Any) -> Table:
             *(f"{s.bytes:.2f}", f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else ""),
         )
     return table
-
-
-def _check_folder(path: str | Path | None) -> None:
-    if path is not None and not Path(path).parent.is_dir():  # known before the work, not after it
-        raise FileNotFoundError(2, "there is no such folder", str(Path(path).parent))
 
 
 def _run(suite: Suite, name: str, rounds: int) -> list[Result]:

@@ -150,8 +150,11 @@ def _predict(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
+    from .train.checkpoint import check_folder
     from .train.evaluate import calibration_images, load_original
 
+    check_folder(options.output)
+    check_folder(options.plot)
     if not options.model and not options.checkpoint:
         raise ValueError("give --model, --checkpoint or both: what is to be converted?")
     original = load_original(options.model, options.checkpoint, options.data)

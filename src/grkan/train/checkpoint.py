@@ -23,6 +23,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def check_folder(path: str | Path | None) -> None:
+    """Raise FileNotFoundError if a file to be written lies in no folder: known before the work, not after it."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(Path(path).parent))
+
+
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name beside `path`, flush it to the disk, and rename it to `path`.
 
@@ -30,8 +36,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         OSError: the file, which is named, cannot be written; nothing is left of it, and an older one stays.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    check_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         with _naming(path):
