@@ -53,9 +53,17 @@ def test_a_run_that_saved_nothing_starts_afresh(tmp_path):
     assert summaries["ViT"]["epochs"] == 1
 
 
-def test_a_mistake_in_any_run_is_found_before_the_first_starts(tmp_path):
-    with pytest.raises(ValueError, match="unknown setting 'epoch'"):
-        compare({"KAT": RUNS["KAT"], "ViT": {"epoch": 1}}, tmp_path)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"epoch": 1}, "unknown setting 'epoch'"),
+        ({"model_args": {**ARGUMENTS, "num_heads": 3}}, "model_args do not fit vit_micro_patch2_8: .*num_heads=3"),
+        ({"model": "vit_micro_patch2"}, "model .*vit_micro_patch2_8"),
+    ],
+)
+def test_a_mistake_in_any_run_is_found_before_the_first_starts(mistake, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare({"KAT": RUNS["KAT"], "ViT": {**RUNS["ViT"], **mistake}}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ from ..command import Parser, run
 from ..plot import plot_curves, plot_scores, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
 from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
-from .loop import holds_run, resolve, resume, train
+from .loop import check_model, holds_run, resolve, resume, train
 from .progress import make_console
 
 
@@ -62,6 +62,8 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         own = {key: value for key, value in settings.items() if key not in ("seeds", "against")}
         for folder, seed in members[name]:
             configs[folder] = resolve(make_config(own, seed, {"output": str(output / folder)}))
+    for config in {json.dumps([c.model, c.model_args], sort_keys=True): c for c in configs.values()}.values():
+        check_model(config)
     for config in configs.values():
         if holds_run(Path(config.output or "")):
             _check_same(config)

@@ -141,6 +141,16 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, **chosen)
 
 
+def check_model(config: Config) -> None:
+    """Make the model, without the head and the weights that data and `init` give it, and forget it.
+
+    Raises:
+        ValueError: there is no such model, or `model_args` do not fit it.
+    """
+    check_model_name(config.model or "")
+    _create_model(config, None)
+
+
 def _run(config: Config, resumed: bool) -> dict[str, Any]:
     try:
         return _Run(config, resumed).train()
