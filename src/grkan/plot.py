@@ -302,7 +302,7 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
             axis.tick_params(labelsize=7)
     axes[0, 0].set_ylabel("F(x)")
     axes[0, 0].legend(fontsize=8, frameon=False)
-    axes[1, 0].set_ylabel("fit - activation, inputs (log)")
+    axes[1, 0].set_ylabel("error; inputs (log)")
     return figure
 
 
