@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import timm
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grkan
 from grkan import bench, cli
@@ -22,10 +25,10 @@ VALUES = [bench.rational_by_loop, bench.rational_by_powers, bench.rational_by_ho
 def tiny(monkeypatch):
     """Suites of the same rivals on next to no work; what is compiled elsewhere is called as it is."""
     ops, layers, models = bench.ops, bench.layers, bench.models
-    monkeypatch.setitem(bench.SUITES, "ops", lambda: ops(shapes=((2, 16), (1, 3, 8))))
-    monkeypatch.setitem(bench.SUITES, "layers", lambda: layers(widths=(8, 16), batch=2, tokens=3))
+    monkeypatch.setitem(bench.SUITES, "ops", partial(ops, shapes=((2, 16), (1, 3, 8))))
+    monkeypatch.setitem(bench.SUITES, "layers", partial(layers, widths=(8, 16), batch=2, tokens=3))
     names = ("vit_micro_patch2_8", "kat_micro_patch2_8")
-    monkeypatch.setitem(bench.SUITES, "models", lambda: models(names, batches=(1, 2)))
+    monkeypatch.setitem(bench.SUITES, "models", partial(models, names=names, batches=(1, 2)))
     monkeypatch.setattr(bench, "BLOCK", 0.0)
     monkeypatch.setattr(bench, "_compiled", lambda function: function)
     threads = torch.get_num_threads()
@@ -115,6 +118,18 @@ def test_the_collector_of_garbage_waits():
     with pytest.raises(ZeroDivisionError):
         compete({"a": lambda: 1 / 0}, "a", rounds=1, block=0.0)
     assert gc.isenabled()
+
+
+def test_the_clock_waits_for_what_a_gpu_was_given_to_do(monkeypatch):
+    clock, queue = Clock(), []
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: [work() for work in queue] and queue.clear())
+    rivals = {"a": clock.rival(0.001), "b": clock.rival(0.003)}
+    calls = {name: lambda work=work: queue.append(work) for name, work in rivals.items()}
+    found = compete(calls, "a", rounds=3, block=0.009, clock=bench._clock("cuda"))
+    assert [found[name].calls for name in "ab"] == [9, 3]
+    assert found["a"].seconds == pytest.approx([0.001] * 3)
+    assert found["b"].seconds == pytest.approx([0.003] * 3)
 
 
 def test_bytes_kept():
@@ -207,11 +222,53 @@ def test_ops():
 
 
 def test_every_rival_gives_its_gradients():
-    rivals = bench._activations((2, 16), torch.bfloat16, TRAINING, compiles=True)
+    rivals = bench._activations("cpu", (2, 16), torch.bfloat16, TRAINING, compiles=True)
     for name, rival in rivals.items():
         gradients = rival.call()
         assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * (len(gradients) - 1), name
         assert len(gradients) == (1 if name in OPS[:3] else 2 if "spline" in name else 3), name
+
+
+@pytest.mark.parametrize("suite", ["ops", "layers", "models"])
+def test_all_is_on_the_device(suite):
+    """On the meta device, as there may be no other: what meets a tensor of the CPU raises, or is seen."""
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            seen.update(t.device.type for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    for contest in bench.SUITES[suite]("meta").contests:
+        for name, rival in contest.enter().items():
+            seen = set()
+            with Devices():
+                rival.call()
+            # AdamW counts its steps on the CPU.
+            assert seen - ({"cpu"} if "step" in str(contest.job) else set()) == {"meta"}, name
+
+
+def test_on_a_gpu(monkeypatch, tmp_path, capsys):
+    """No bars, which are those of a CPU; what a GPU's memory could do instead."""
+    ops, waits = bench.SUITES["ops"], []
+    monkeypatch.setitem(bench.SUITES, "ops", lambda device: ops("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(op, "find_kernel", lambda device: op.REFERENCE)
+    path = tmp_path / "ops.json"
+    assert cli.main(["bench", "ops", "--device=cuda", "--rounds=1", "--json", str(path)]) == 0
+    assert waits
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("--device cuda", "gpu A GPU", "ratios to clone", "GB/s"))
+    assert "bar" not in out
+    report = json.loads(path.read_text())
+    assert (report["gpu"], report["bars"]) == ("A GPU", [])
+    forward, training = report["contests"][0]["rivals"], report["contests"][2]["rivals"]
+    assert list(forward) == ["clone", "GELU", "SiLU", "Horner", "grkan (5,4)", "grkan (7,6)", "Horner, compiled"]
+    size = 2 * 16 * 4
+    for figures, name, tensors in [(forward, "clone", 2), (forward, "GELU", 2), (training, "grkan (5,4)", 5)]:
+        assert figures[name]["bytes per second"] == pytest.approx(tensors * size / figures[name]["median"])
 
 
 def test_layers():
@@ -266,7 +323,7 @@ def test_without_a_compiler(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "_compiled", fail)
     suite = bench.ops(shapes=((2, 16),), dtypes=(torch.float32,))
-    monkeypatch.setitem(bench.SUITES, "ops", lambda: suite)
+    monkeypatch.setitem(bench.SUITES, "ops", lambda device: suite)
     results, bars = bench.bench("ops", rounds=1)
     assert list(results[0].measurements) == OPS[:9]
     assert [bar.limit for bar in bars] == [0.60, 0.75, 1.35, 9.3]  # not those of what did not run
@@ -328,12 +385,15 @@ def test_json_of_models_has_images_per_second(tmp_path):
         (["oops"], 2, "invalid choice: 'oops'"),
         (["ops", "--rounds=0"], 2, "--rounds: must be at least 1; got 0"),
         (["ops", "--threads=-1"], 2, "--threads: must be at least 1; got -1"),
+        (["ops", "--device=tpu"], 2, "--device: invalid choice: 'tpu'"),
+        (["ops", "--device=cuda"], 1, "device is 'cuda', but PyTorch finds no GPU"),
         (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_run", None)  # nothing is measured
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         assert cli.main(["bench", *arguments]) == status
     except SystemExit as end:
@@ -348,6 +408,8 @@ def test_errors_of_the_function():
         bench.bench("kernels")
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
         bench.bench("ops", rounds=0)
+    with pytest.raises(ValueError, match="device must be one of 'cpu', 'cuda'; got 'mps'"):
+        bench.bench("ops", device="mps")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ _gpu_kernel_wanted = False
 _why_no_gpu_kernel = ""
 
 
-def _find_kernel(device_type: str) -> Kernel | None:
+def find_kernel(device_type: str) -> Kernel | None:
     """The GPU kernel is loaded when it is first wanted: Triton alone would add half a second to `import grkan`."""
     global _gpu_kernel_wanted
     if device_type == "cuda" and not _gpu_kernel_wanted:
@@ -154,7 +154,7 @@ class set_backend:
     def __init__(self, name: str) -> None:
         global _backend
         check_choice("backend", name, _BACKENDS)
-        if name == "native" and not KERNELS and not (torch.cuda.is_available() and _find_kernel("cuda")):
+        if name == "native" and not KERNELS and not (torch.cuda.is_available() and find_kernel("cuda")):
             for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
             raise RuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
@@ -292,7 +292,7 @@ def _check_backend(device_type: str) -> None:
 
 def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
     """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
-    kernel = _find_kernel(device_type)
+    kernel = find_kernel(device_type)
     if kernel is not None:
         return kernel
     how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
