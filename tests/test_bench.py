@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -388,6 +389,7 @@ def test_json_of_models_has_images_per_second(tmp_path):
         (["ops", "--device=tpu"], 2, "--device: invalid choice: 'tpu'"),
         (["ops", "--device=cuda"], 1, "device is 'cuda', but PyTorch finds no GPU"),
         (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),
+        (["kernels", "--json", "nowhere/kernels.json"], 1, "nowhere: there is no such folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, capsys, monkeypatch, tmp_path):
@@ -422,6 +424,79 @@ def test_times_have_a_unit(seconds, text):
 @pytest.mark.parametrize(("ratio", "text"), [(0.7512, "0.751"), (1.0, "1.00"), (124.4, "124"), (1251.2, "1251")])
 def test_ratios_have_three_digits(ratio, text):
     assert bench._short(ratio) == text
+
+
+# The compiled kernels.
+
+
+@pytest.fixture
+def gpu_stats():
+    pytest.importorskip("triton")
+    from grkan.rational import gpu_stats
+
+    return gpu_stats
+
+
+def test_kernels_are_compiled_and_shown(gpu_stats, monkeypatch, tmp_path, capsys):
+    cases = [(target, "forward", "bfloat16", "abs_of_sum", (5, 4)) for target in ("sm_90", "sm_100")]
+    monkeypatch.setattr(gpu_stats, "all_cases", lambda: iter(cases))
+    path = tmp_path / "kernels.json"
+    assert cli.main(["bench", "kernels", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = json.loads(path.read_text())
+    assert {"grkan", "triton", "torch", "python", "rates", "others"} <= report.keys()
+    first, second = report["kernels"]
+    assert (first["load"], first["stack"], first["bytes"]) == (128, 0, 4)
+    assert first["estimate"] == {"scalars per second": 3.35e12 / 4, "limit": "memory"}
+    assert second["estimate"] is None  # whose rates are not there
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if " (5,4) " in line]
+    for row, kernel in zip(rows, report["kernels"], strict=True):
+        assert row[:6] == ["forward", "bfloat16", "(5,4)", "abs_of_sum", str(kernel["registers"]), "0"]
+        assert row[9].startswith(f"{kernel['instructions']:.1f} (")
+    assert [row[-1] for row in rows] == ["838, memory", ""]
+    assert "sm_90; estimate for H100 SXM" in out
+    assert "nothing ran on a GPU" in out
+    assert all(rates["source"] in out for rates in report["rates"].values())
+    assert "FlashKAT" in out
+
+
+def test_a_number_that_breaks_a_bar_is_shown(gpu_stats, monkeypatch, tmp_path, capsys):
+    good = gpu_stats.Stats(
+        "sm_90", "backward", "float32", "abs_of_sum", (5, 4), vector=4, registers=80, stack=0, load=128, store=128,
+        atomics=0, barriers=0, instructions=52.0, with_ends=55.0, arithmetic=30.0, bytes=12.2, sums=0.2,
+    )  # fmt: skip
+    bad = [
+        {"registers": 81}, {"stack": 8}, {"load": 64}, {"store": 32}, {"atomics": 1}, {"barriers": 1},
+        {"instructions": 52.25}, {"sums": 0.25},
+        {"order": (7, 6), "instructions": 70.25}, {"kernel": "forward", "instructions": 20.25},
+        {"kernel": "forward", "order": (7, 6), "instructions": 26.25},
+    ]  # fmt: skip
+    others = [
+        {"order": (7, 6), "registers": 90, "instructions": 70.0},  # no bar for registers,
+        {"kernel": "backward with F", "instructions": 60.0},  # for instructions,
+        {"target": "sm_90", "dtype": "float64", "registers": 200, "instructions": 200.0},  # or for either
+    ]
+    found = [good, *(dataclasses.replace(good, **change) for change in (*bad, *others))]
+    monkeypatch.setattr(gpu_stats, "all_cases", lambda: [()] * len(found))
+    monkeypatch.setattr(gpu_stats, "stats", iter(found).__next__)
+    path = tmp_path / "kernels.json"
+    bench.bench_kernels(path)
+    out = capsys.readouterr().out
+    words = [line.split("│")[-3].strip() for line in out.splitlines() if "abs_of_sum" in line]
+    assert words == ["yes"] + ["no"] * len(bad) + ["yes"] * len(others)
+    assert [kernel["met"] for kernel in json.loads(path.read_text())["kernels"]] == [word == "yes" for word in words]
+    assert f"met by 4 of {len(found)}" in out
+
+
+def test_estimates_are_those_of_the_roofline(gpu_stats):
+    at = gpu_stats.Stats(
+        "sm_80", "forward", "bfloat16", "abs_of_sum", (5, 4), vector=8, registers=50, stack=0, load=128, store=128,
+        atomics=0, barriers=0, instructions=9.0, with_ends=10.0, arithmetic=5.0, bytes=4.0, sums=0.0,
+    )  # fmt: skip
+    assert at.estimate() == (pytest.approx(2.039e12 / 4), "memory")
+    assert dataclasses.replace(at, with_ends=100.0).estimate() == (pytest.approx(108 * 128 * 1.41e9 / 100), "issue")
+    assert dataclasses.replace(at, arithmetic=30.0).estimate() == (pytest.approx(108 * 64 * 1.41e9 / 30), "arithmetic")
 
 
 @pytest.mark.parametrize("width", [192, 384])

@@ -691,6 +691,8 @@ def bench_kernels(path: str | Path | None = None) -> None:
     try:
         import triton
 
+        if problem := op.why_too_old(triton.__version__):
+            raise ImportError(problem)
         from .rational import gpu_stats
     except ImportError as error:
         raise ImportError(f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})") from error
@@ -716,9 +718,18 @@ def bench_kernels(path: str | Path | None = None) -> None:
         "nothing ran on a GPU.",
         soft_wrap=True,
     )
+    limits = "; ".join(f"{kernel} {order}: {n}" for (kernel, order), n in gpu_stats.INSTRUCTIONS.items())
+    console.print(
+        f"bars, met by {sum(s.met for s in found)} of {len(found)}: no stack, atomics or barriers, 128 bits, sums of "
+        f"the chunks below 2 % of the bytes; for sm_90, bfloat16 and float32, instructions in the loop ({limits}) and "
+        f"for order (5, 4) {gpu_stats.REGISTERS} registers at most",
+        soft_wrap=True,
+    )
+    for rates in gpu_stats.RATES.values():
+        console.print(f"{rates.gpu}: {rates.source}", soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     if path is not None:
-        kernels = [{**asdict(s), "estimate": _estimate_as_json(s.estimate())} for s in found]
+        kernels = [{**asdict(s), "met": s.met, "estimate": _estimate_as_json(s.estimate())} for s in found]
         report = {
             "suite": "kernels",
             **about,
@@ -743,14 +754,18 @@ def _kernels_table(target: str, found: Sequence[Any], rates: Any) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("kernel", "dtype", "order", "form"):
         table.add_column(column)
-    for column in ("registers", "stack", "bits", "atomics", "barriers", "instructions", "bytes", "estimate"):
+    for column in ("registers", "stack", "bits", "atomics", "barriers", "instructions", "bytes", "bars", "estimate"):
         table.add_column(column, justify="right")
     for s in found:
         estimate = s.estimate()
         table.add_row(
             *(s.kernel, s.dtype, f"({s.order[0]},{s.order[1]})", s.form, str(s.registers), str(s.stack)),
             *(f"{s.load}/{s.store}", str(s.atomics), str(s.barriers), f"{s.instructions:.1f} ({s.with_ends:.1f})"),
-            *(f"{s.bytes:.2f}", f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else ""),
+            *(
+                f"{s.bytes:.2f}",
+                "yes" if s.met else "no",
+                f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else "",
+            ),
         )
     return table
 

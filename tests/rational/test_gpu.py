@@ -6,6 +6,7 @@ Triton interprets them on the CPU, as nothing can be compiled there. `make gpu` 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -324,15 +325,10 @@ def assert_proven():
 def test_bars_of_the_compiled_code(stats, kernel, dtype, order, form):
     assert_proven()
     found = stats("sm_90", kernel, dtype, form, order)
-    assert (found.stack, found.atomics, found.barriers) == (0, 0, 0)
-    assert (found.load, found.store) == (128, 128)
-    limits = {("forward", 5): 20, ("backward", 5): 52, ("forward", 7): 26, ("backward", 7): 70}
-    assert 10 < found.instructions <= limits[kernel, order[0]]
-    if order == (5, 4):
-        assert found.registers <= 80
+    assert found.met
+    assert found.instructions > 10  # fewer cannot be: the loop would not have been found
     size = 2 if dtype == "bfloat16" else 4
     assert found.bytes - found.sums == size * (2 if kernel == "forward" else 3)
-    assert found.sums < 0.02 * found.bytes
 
 
 MATRIX = [
@@ -353,8 +349,25 @@ def test_compiles_without_spills(stats, target, kernel, dtype, order):
     assert found.atomics == 0
     assert found.barriers == 0
     assert_proven()
-    assert found.stack == 0
-    assert (found.load, found.store) == (128, 128)
+    assert found.met
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_sign_of_what_underflows_is_kept(stats, target):
+    """A(x) is a product plus 0 that is rounded once: a product alone may be -0, and rounded before, it loses its sign.
+
+    The interpreter cannot tell: it rounds twice. So each scalar of a vector needs such an instruction, and the float64
+    path one more.
+    """
+    from grkan.rational import gpu_stats
+
+    code = gpu_stats.disassemble(gpu_stats.compile_kernel(target, "backward", "bfloat16", "abs_of_sum", (5, 4)))
+    found = re.findall(
+        r"(FFMA|DFMA) \S+, \S+, \S+, RZ ;|v_((?:pk_)?fma_f\d\d) [^,]+, [^,]+, [^,]+, 0(?: op_sel.*)?\n", code
+    )
+    names = [nvidia or amd for nvidia, amd in found]
+    assert names.count("FFMA") + names.count("fma_f32") + 2 * names.count("pk_fma_f32") == 8
+    assert names.count("DFMA") + names.count("fma_f64") == 1
 
 
 def test_narrow_vectors_compile(stats):

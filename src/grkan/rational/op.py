@@ -101,12 +101,11 @@ _load_cpu_kernel()
 
 def _load_gpu_kernel() -> None:
     global _why_no_gpu_kernel
-    needed = ".".join(map(str, TRITON))
     try:
         import triton
 
-        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
-            _why_no_gpu_kernel = f"Triton is version {triton.__version__}, and {needed} or newer is needed"
+        _why_no_gpu_kernel = why_too_old(triton.__version__)
+        if _why_no_gpu_kernel:
             return
         from . import gpu
 
@@ -115,12 +114,19 @@ def _load_gpu_kernel() -> None:
     except Exception as error:  # Triton calls compilers and drivers, of which each can be broken in its own way
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
-        _why_no_gpu_kernel = f"{problem}; version {needed} or newer is needed"
+        _why_no_gpu_kernel = f"{problem}; version {_TRITON} or newer is needed"
     else:
         KERNELS["cuda"] = Kernel(gpu.forward, gpu.backward)
 
 
-TRITON_COMMAND = f'pip install "triton>={".".join(map(str, TRITON))}"'
+def why_too_old(triton_version: str) -> str:
+    """What to say of a Triton that is older than TRITON; nothing of another."""
+    old = tuple(int(part) for part in triton_version.split(".")[:2]) < TRITON
+    return f"Triton is version {triton_version}, and {_TRITON} or newer is needed" if old else ""
+
+
+_TRITON = ".".join(map(str, TRITON))
+TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
 _gpu_kernel_wanted = False
 _why_no_gpu_kernel = ""
 
