@@ -26,11 +26,15 @@ bench: $(VENV)/train.done
 	$(BIN)/grkan bench layers
 	$(BIN)/grkan bench models
 
-# On a machine with a GPU: the tests of its kernels, which are skipped elsewhere, and a report of how they went.
+# On a machine with a GPU: what the machine is, the tests of the GPU kernels, and their times; all in one file to send.
+GPU_REPORT := build/gpu-report.txt
 gpu: $(VENV)/test.done
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch finds no GPU")'
 	mkdir -p build
-	$(BIN)/python -m pytest -m gpu --junitxml build/gpu-tests.xml > build/gpu-report.txt 2>&1; status=$$?; \
-		tail -n 40 build/gpu-report.txt; exit $$status
+	$(BIN)/python -m torch.utils.collect_env > $(GPU_REPORT)  # GPU, driver, torch, triton
+	status=0; $(BIN)/python -m pytest -m gpu >> $(GPU_REPORT) 2>&1 || status=$$?; \
+		$(BIN)/grkan bench ops --device cuda >> $(GPU_REPORT) 2>&1 || status=$$?; \
+		cat $(GPU_REPORT); exit $$status
 
 # The kernel's tests once more, with the address and undefined-behaviour sanitizers watching it. Takes some ten minutes.
 SANITIZED := build/sanitized

@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import timm
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grkan
 from grkan import bench, cli
@@ -22,10 +26,10 @@ VALUES = [bench.rational_by_loop, bench.rational_by_powers, bench.rational_by_ho
 def tiny(monkeypatch):
     """Suites of the same rivals on next to no work; what is compiled elsewhere is called as it is."""
     ops, layers, models = bench.ops, bench.layers, bench.models
-    monkeypatch.setitem(bench.SUITES, "ops", lambda: ops(shapes=((2, 16), (1, 3, 8))))
-    monkeypatch.setitem(bench.SUITES, "layers", lambda: layers(widths=(8, 16), batch=2, tokens=3))
+    monkeypatch.setitem(bench.SUITES, "ops", partial(ops, shapes=((2, 16), (1, 3, 8))))
+    monkeypatch.setitem(bench.SUITES, "layers", partial(layers, widths=(8, 16), batch=2, tokens=3))
     names = ("vit_micro_patch2_8", "kat_micro_patch2_8")
-    monkeypatch.setitem(bench.SUITES, "models", lambda: models(names, batches=(1, 2)))
+    monkeypatch.setitem(bench.SUITES, "models", partial(models, names=names, batches=(1, 2)))
     monkeypatch.setattr(bench, "BLOCK", 0.0)
     monkeypatch.setattr(bench, "_compiled", lambda function: function)
     threads = torch.get_num_threads()
@@ -115,6 +119,18 @@ def test_the_collector_of_garbage_waits():
     with pytest.raises(ZeroDivisionError):
         compete({"a": lambda: 1 / 0}, "a", rounds=1, block=0.0)
     assert gc.isenabled()
+
+
+def test_the_clock_waits_for_what_a_gpu_was_given_to_do(monkeypatch):
+    clock, queue = Clock(), []
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: [work() for work in queue] and queue.clear())
+    rivals = {"a": clock.rival(0.001), "b": clock.rival(0.003)}
+    calls = {name: lambda work=work: queue.append(work) for name, work in rivals.items()}
+    found = compete(calls, "a", rounds=3, block=0.009, clock=bench._clock("cuda"))
+    assert [found[name].calls for name in "ab"] == [9, 3]
+    assert found["a"].seconds == pytest.approx([0.001] * 3)
+    assert found["b"].seconds == pytest.approx([0.003] * 3)
 
 
 def test_bytes_kept():
@@ -207,11 +223,53 @@ def test_ops():
 
 
 def test_every_rival_gives_its_gradients():
-    rivals = bench._activations((2, 16), torch.bfloat16, TRAINING, compiles=True)
+    rivals = bench._activations("cpu", (2, 16), torch.bfloat16, TRAINING, compiles=True)
     for name, rival in rivals.items():
         gradients = rival.call()
         assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * (len(gradients) - 1), name
         assert len(gradients) == (1 if name in OPS[:3] else 2 if "spline" in name else 3), name
+
+
+@pytest.mark.parametrize("suite", ["ops", "layers", "models"])
+def test_all_is_on_the_device(suite):
+    """On the meta device, as there may be no other: what meets a tensor of the CPU raises, or is seen."""
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            seen.update(t.device.type for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    for contest in bench.SUITES[suite]("meta").contests:
+        for name, rival in contest.enter().items():
+            seen = set()
+            with Devices():
+                rival.call()
+            # AdamW counts its steps on the CPU.
+            assert seen - ({"cpu"} if "step" in str(contest.job) else set()) == {"meta"}, name
+
+
+def test_on_a_gpu(monkeypatch, tmp_path, capsys):
+    """No bars, which are those of a CPU; what a GPU's memory could do instead."""
+    ops, waits = bench.SUITES["ops"], []
+    monkeypatch.setitem(bench.SUITES, "ops", lambda device: ops("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(op, "find_kernel", lambda device: op.REFERENCE)
+    path = tmp_path / "ops.json"
+    assert cli.main(["bench", "ops", "--device=cuda", "--rounds=1", "--json", str(path)]) == 0
+    assert waits
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("--device cuda", "gpu A GPU", "ratios to clone", "GB/s"))
+    assert "bar" not in out
+    report = json.loads(path.read_text())
+    assert (report["gpu"], report["bars"]) == ("A GPU", [])
+    forward, training = report["contests"][0]["rivals"], report["contests"][2]["rivals"]
+    assert list(forward) == ["clone", "GELU", "SiLU", "Horner", "grkan (5,4)", "grkan (7,6)", "Horner, compiled"]
+    size = 2 * 16 * 4
+    for figures, name, tensors in [(forward, "clone", 2), (forward, "GELU", 2), (training, "grkan (5,4)", 5)]:
+        assert figures[name]["bytes per second"] == pytest.approx(tensors * size / figures[name]["median"])
 
 
 def test_layers():
@@ -266,7 +324,7 @@ def test_without_a_compiler(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "_compiled", fail)
     suite = bench.ops(shapes=((2, 16),), dtypes=(torch.float32,))
-    monkeypatch.setitem(bench.SUITES, "ops", lambda: suite)
+    monkeypatch.setitem(bench.SUITES, "ops", lambda device: suite)
     results, bars = bench.bench("ops", rounds=1)
     assert list(results[0].measurements) == OPS[:9]
     assert [bar.limit for bar in bars] == [0.60, 0.75, 1.35, 9.3]  # not those of what did not run
@@ -328,12 +386,16 @@ def test_json_of_models_has_images_per_second(tmp_path):
         (["oops"], 2, "invalid choice: 'oops'"),
         (["ops", "--rounds=0"], 2, "--rounds: must be at least 1; got 0"),
         (["ops", "--threads=-1"], 2, "--threads: must be at least 1; got -1"),
+        (["ops", "--device=tpu"], 2, "--device: invalid choice: 'tpu'"),
+        (["ops", "--device=cuda"], 1, "device is 'cuda', but PyTorch finds no GPU"),
         (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),
+        (["kernels", "--json", "nowhere/kernels.json"], 1, "nowhere: there is no such folder"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_run", None)  # nothing is measured
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         assert cli.main(["bench", *arguments]) == status
     except SystemExit as end:
@@ -348,6 +410,8 @@ def test_errors_of_the_function():
         bench.bench("kernels")
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
         bench.bench("ops", rounds=0)
+    with pytest.raises(ValueError, match="device must be one of 'cpu', 'cuda'; got 'mps'"):
+        bench.bench("ops", device="mps")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +424,79 @@ def test_times_have_a_unit(seconds, text):
 @pytest.mark.parametrize(("ratio", "text"), [(0.7512, "0.751"), (1.0, "1.00"), (124.4, "124"), (1251.2, "1251")])
 def test_ratios_have_three_digits(ratio, text):
     assert bench._short(ratio) == text
+
+
+# The compiled kernels.
+
+
+@pytest.fixture
+def gpu_stats():
+    pytest.importorskip("triton")
+    from grkan.rational import gpu_stats
+
+    return gpu_stats
+
+
+def test_kernels_are_compiled_and_shown(gpu_stats, monkeypatch, tmp_path, capsys):
+    cases = [(target, "forward", "bfloat16", "abs_of_sum", (5, 4)) for target in ("sm_90", "sm_100")]
+    monkeypatch.setattr(gpu_stats, "all_cases", lambda: iter(cases))
+    path = tmp_path / "kernels.json"
+    assert cli.main(["bench", "kernels", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = json.loads(path.read_text())
+    assert {"grkan", "triton", "torch", "python", "rates", "others"} <= report.keys()
+    first, second = report["kernels"]
+    assert (first["load"], first["stack"], first["bytes"]) == (128, 0, 4)
+    assert first["estimate"] == {"scalars per second": 3.35e12 / 4, "limit": "memory"}
+    assert second["estimate"] is None  # whose rates are not there
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if " (5,4) " in line]
+    for row, kernel in zip(rows, report["kernels"], strict=True):
+        assert row[:6] == ["forward", "bfloat16", "(5,4)", "abs_of_sum", str(kernel["registers"]), "0"]
+        assert row[9].startswith(f"{kernel['instructions']:.1f} (")
+    assert [row[-1] for row in rows] == ["838, memory", ""]
+    assert "sm_90; estimate for H100 SXM" in out
+    assert "nothing ran on a GPU" in out
+    assert all(rates["source"] in out for rates in report["rates"].values())
+    assert "FlashKAT" in out
+
+
+def test_a_number_that_breaks_a_bar_is_shown(gpu_stats, monkeypatch, tmp_path, capsys):
+    good = gpu_stats.Stats(
+        "sm_90", "backward", "float32", "abs_of_sum", (5, 4), vector=4, registers=80, stack=0, load=128, store=128,
+        atomics=0, barriers=0, instructions=52.0, with_ends=55.0, arithmetic=30.0, bytes=12.2, sums=0.2,
+    )  # fmt: skip
+    bad = [
+        {"registers": 81}, {"stack": 8}, {"load": 64}, {"store": 32}, {"atomics": 1}, {"barriers": 1},
+        {"instructions": 52.25}, {"sums": 0.25},
+        {"order": (7, 6), "instructions": 70.25}, {"kernel": "forward", "instructions": 20.25},
+        {"kernel": "forward", "order": (7, 6), "instructions": 26.25},
+    ]  # fmt: skip
+    others = [
+        {"order": (7, 6), "registers": 90, "instructions": 70.0},  # no bar for registers,
+        {"kernel": "backward with F", "instructions": 60.0},  # for instructions,
+        {"target": "sm_90", "dtype": "float64", "registers": 200, "instructions": 200.0},  # or for either
+    ]
+    found = [good, *(dataclasses.replace(good, **change) for change in (*bad, *others))]
+    monkeypatch.setattr(gpu_stats, "all_cases", lambda: [()] * len(found))
+    monkeypatch.setattr(gpu_stats, "stats", iter(found).__next__)
+    path = tmp_path / "kernels.json"
+    bench.bench_kernels(path)
+    out = capsys.readouterr().out
+    words = [line.split("│")[-3].strip() for line in out.splitlines() if "abs_of_sum" in line]
+    assert words == ["yes"] + ["no"] * len(bad) + ["yes"] * len(others)
+    assert [kernel["met"] for kernel in json.loads(path.read_text())["kernels"]] == [word == "yes" for word in words]
+    assert f"met by 4 of {len(found)}" in out
+
+
+def test_estimates_are_those_of_the_roofline(gpu_stats):
+    at = gpu_stats.Stats(
+        "sm_80", "forward", "bfloat16", "abs_of_sum", (5, 4), vector=8, registers=50, stack=0, load=128, store=128,
+        atomics=0, barriers=0, instructions=9.0, with_ends=10.0, arithmetic=5.0, bytes=4.0, sums=0.0,
+    )  # fmt: skip
+    assert at.estimate() == (pytest.approx(2.039e12 / 4), "memory")
+    assert dataclasses.replace(at, with_ends=100.0).estimate() == (pytest.approx(108 * 128 * 1.41e9 / 100), "issue")
+    assert dataclasses.replace(at, arithmetic=30.0).estimate() == (pytest.approx(108 * 64 * 1.41e9 / 30), "arithmetic")
 
 
 @pytest.mark.parametrize("width", [192, 384])

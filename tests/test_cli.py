@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -233,6 +234,18 @@ def test_a_picture_for_a_folder_that_is_not_there(tmp_path, capsys):
 
 def test_the_beginning_of_a_name_is_understood(capsys):
     assert "did you mean kat_tiny_patch16_224?" in _fails(capsys, ["info", "kat_tiny"])
+
+
+@pytest.mark.parametrize(("version", "problem"), [(None, "triton"), ("3.5.1", "Triton is version 3.5.1, and 3.6")])
+def test_bench_kernels_without_a_triton_that_will_do(version, problem, capsys, monkeypatch):
+    module = None  # `import` then raises ModuleNotFoundError
+    if version:
+        module = types.ModuleType("triton")
+        module.__version__ = version
+    monkeypatch.setitem(sys.modules, "triton", module)
+    line = _fails(capsys, ["bench", "kernels"])
+    assert line.startswith('grkan: grkan bench kernels needs Triton; install it by: pip install "triton>=3.6"')
+    assert problem in line
 
 
 @pytest.fixture(scope="module")

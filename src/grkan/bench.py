@@ -1,7 +1,7 @@
 """Side by side with peers, in one run: the rational function, the layer and the model, each against what it replaces.
 
-`grkan bench ops|layers|models` runs one of the suites at the end of this file; `grkan bench kernels` compiles the GPU
-kernels and shows what came of it. The speed of a machine drifts, so the
+`grkan bench ops|layers|models` runs one of the suites at the end of this file, on the CPU or with `--device cuda` on a
+GPU; `grkan bench kernels` compiles the GPU kernels and shows what came of it. The speed of a machine drifts, so the
 rivals of a contest take turns: in every round each of them runs one block of calls, the order rotates, and a ratio is
 taken within a round. The tables show the median and the quartiles of these ratios, and the ratio of the best times.
 
@@ -77,10 +77,14 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Rival:
-    """What is called, and what is known about it without a clock, such as its number of parameters."""
+    """What is called, and what is known about it without a clock, such as its number of parameters.
+
+    `traffic` are the bytes that a call has to read and write at least; 0: that is not what limits it.
+    """
 
     call: Callable[[], object]
     facts: Mapping[str, int] = field(default_factory=dict)
+    traffic: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,17 @@ class Result:
     baseline: str
     measurements: Mapping[str, Measurement]
     facts: Mapping[str, Mapping[str, int]]
+    traffic: Mapping[str, int]
 
     def ratio(self, rival: str, other: str | None = None) -> Ratio:
         """Time of `rival` / time of `other`, by default the baseline."""
         measured = self.measurements
         return Ratio.of(measured[rival].seconds, measured[other or self.baseline].seconds)
+
+    def rates(self, rival: str) -> dict[str, float]:
+        """What `rival` does a second, if something of it can be counted."""
+        counts = {"images per second": self.job.get("batch", 0), "bytes per second": self.traffic[rival]}
+        return {name: count / self.measurements[rival].median for name, count in counts.items() if count}
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ def compete(
         baseline: one of these names.
         rounds: how often each has its turn, but for heavy ones, see HEAVY.
         block: how long a turn takes, in seconds, if a single call does not take longer.
-        clock: gives seconds.
+        clock: gives seconds, when all work is done that was asked for before.
         advance: called after every round.
     """
 
@@ -196,6 +206,16 @@ def compete(
     return {name: Measurement(seconds[name], repetitions[name]) for name in names}
 
 
+def _clock(device: str) -> Callable[[], float]:
+    """A call only queues what a GPU has to do: the clock waits for the end of it."""
+
+    def wait() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wait if device == "cuda" else time.perf_counter
+
+
 def bytes_kept(module: nn.Module, x: Tensor) -> int:
     """Bytes that `module(x)` keeps for its backward: those of all storages that it saves, except its parameters'."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -213,7 +233,9 @@ def bytes_kept(module: nn.Module, x: Tensor) -> int:
 FORWARD, TRAINING = "forward", "forward + backward"
 
 
-def _task(pass_: str, function: Callable[..., Tensor], x: Tensor, learned: Sequence[Tensor], grad: Tensor) -> Rival:
+def _task(
+    pass_: str, function: Callable[..., Tensor], x: Tensor, learned: Sequence[Tensor], grad: Tensor
+) -> Callable[[], object]:
     """One pass of function(x, *learned)."""
 
     def forward() -> Tensor:
@@ -223,7 +245,7 @@ def _task(pass_: str, function: Callable[..., Tensor], x: Tensor, learned: Seque
     def forward_and_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(x, *learned), (x, *learned), grad)
 
-    return Rival(forward if pass_ == FORWARD else forward_and_backward)
+    return forward if pass_ == FORWARD else forward_and_backward
 
 
 # Rivals of the rational function. x is (..., C), C a multiple of the groups G; a is (G, m + 1), b is (G, n). As in
@@ -299,23 +321,29 @@ class SplineKAN(spline_layers.SplineKAN):
 OPS_SHAPES = ((8, 197, 192), (8, 197, 768), (8, 197, 3072))
 """8 images of 197 tokens: the width of tiny; its hidden width, which is the width of base; the hidden width of base."""
 
+GPU_SHAPES = tuple((128, *shape[1:]) for shape in OPS_SHAPES)
+"""A GPU needs more images to be busy: with eight, launching a kernel takes longer than running it."""
+
 LAYER_WIDTHS = (192, 384, 768)
 """Tiny, small and base."""
 
 
 def ops(
-    shapes: Sequence[tuple[int, ...]] = OPS_SHAPES, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    device: str = "cpu",
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> Suite:
     """Activations: grkan's rational function, others' ways to compute it, and other functions."""
-    notes = _notes()
-    reason = _why_no_compiler()
+    shapes = shapes or (OPS_SHAPES if device == "cpu" else GPU_SHAPES)
+    notes = _notes(device)
+    reason = _why_no_compiler(device)
     if reason:
         notes.append(f"torch.compile does not work here, so the compiled rivals are left out: {reason}")
     contests = [
         Contest(
             {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch."), "pass": pass_},
-            "GELU",
-            partial(_activations, shape, dtype, pass_, reason is None),
+            "GELU" if device == "cpu" else "clone",
+            partial(_activations, device, shape, dtype, pass_, reason is None),
         )
         for dtype in dtypes
         for pass_ in (FORWARD, TRAINING)
@@ -323,7 +351,9 @@ def ops(
     ]
     # What a call costs when there is nothing to compute; its name keeps it out of the means below.
     contests += [
-        Contest({"shape": "1x192", "dtype": "float32", "pass": f"one call, {pass_}"}, "GELU", partial(_door, pass_))
+        Contest(
+            {"shape": "1x192", "dtype": "float32", "pass": f"one call, {pass_}"}, "GELU", partial(_door, device, pass_)
+        )
         for pass_ in (FORWARD, TRAINING)
     ]
 
@@ -352,12 +382,16 @@ def ops(
     return Suite(contests, bars, notes)
 
 
-def _activations(shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compiles: bool) -> dict[str, Rival]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    grad = torch.randn(shape, generator=generator).to(dtype)
-    rational, longer = (tuple(GroupRational(GROUPS, "swish", order).parameters()) for order in ((5, 4), (7, 6)))
-    curve = (torch.randn(GROUPS, GRID + SPLINE_ORDER, generator=generator).requires_grad_(),)
+def _activations(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compiles: bool
+) -> dict[str, Rival]:
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    rational, longer = (
+        tuple(GroupRational(GROUPS, "swish", order, device=device).parameters()) for order in ((5, 4), (7, 6))
+    )
+    curve = (torch.randn(GROUPS, GRID + SPLINE_ORDER, device=device).requires_grad_(),)
     entries: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "clone": (torch.clone, ()),
         "GELU": (F.gelu, ()),
@@ -372,7 +406,17 @@ def _activations(shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compile
     if compiles:
         entries["Horner, compiled"] = (_compiled(rational_by_horner), rational)
         entries["B-spline, compiled"] = (_compiled(spline), curve)
-    return {name: _task(pass_, function, x, learned, grad) for name, (function, learned) in entries.items()}
+    if device != "cpu":  # those that keep all powers or bases take tens of gigabytes for tensors of this size
+        entries = {name: entry for name, entry in entries.items() if "powers" not in name and "spline" not in name}
+
+    def tensors(name: str) -> int:
+        """A forward reads x and writes y; a backward reads x and grad and writes dx, but for clone there is none."""
+        return 2 if pass_ == FORWARD or name == "clone" else 5
+
+    return {
+        name: Rival(_task(pass_, function, x, learned, grad), traffic=tensors(name) * x.nbytes)
+        for name, (function, learned) in entries.items()
+    }
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -381,9 +425,9 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _why_no_compiler() -> str | None:
+def _why_no_compiler(device: str) -> str | None:
     try:
-        _compiled(torch.sin)(torch.zeros(16))
+        _compiled(torch.sin)(torch.zeros(16, device=device))
     except RuntimeError as error:
         return str(error).strip().partition("\n")[0]
     return None
@@ -402,12 +446,12 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
-def _door(pass_: str) -> dict[str, Rival]:
+def _door(device: str, pass_: str) -> dict[str, Rival]:
     """A call with a gradient on 192 scalars, and the parts of ours."""
-    x, grad = torch.randn(2, 1, 192, generator=torch.Generator().manual_seed(0))
+    x, grad = torch.randn(2, 1, 192, device=device)
     x.requires_grad_()
-    a, b = learned = tuple(GroupRational(GROUPS, "swish").parameters())
-    kernel = op.KERNELS.get("cpu", op.REFERENCE)
+    a, b = learned = tuple(GroupRational(GROUPS, "swish", device=device).parameters())
+    kernel = op.find_kernel(device) or op.REFERENCE
 
     def alone() -> None:
         with torch.no_grad():
@@ -417,7 +461,7 @@ def _door(pass_: str) -> dict[str, Rival]:
 
     def task(function: Callable[..., Tensor], *learned: Tensor) -> Rival:
         # Unlike elsewhere the forward is recorded: that is a part of the call.
-        return Rival(partial(function, x, *learned)) if pass_ == FORWARD else _task(pass_, function, x, learned, grad)
+        return Rival(partial(function, x, *learned) if pass_ == FORWARD else _task(pass_, function, x, learned, grad))
 
     return {
         "GELU": task(F.gelu),
@@ -428,12 +472,12 @@ def _door(pass_: str) -> dict[str, Rival]:
     }
 
 
-def layers(widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
+def layers(device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
     """The MLP of a transformer, pairs of B-spline KAN layers, and GRKAN, of widths d, 4d, d; input (8, 197, d)."""
     from .models import kat  # noqa: F401  (its ImportError names the extra that brings timm)
 
     contests = [
-        Contest({"width": width, "pass": pass_}, "Mlp", partial(_layers, width, (batch, tokens, width), pass_))
+        Contest({"width": width, "pass": pass_}, "Mlp", partial(_layers, device, width, (batch, tokens, width), pass_))
         for width in widths
         for pass_ in (FORWARD, TRAINING)
     ]
@@ -442,16 +486,16 @@ def layers(widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 1
         trained = [r for r in results if r.job["pass"] == TRAINING]
         return [_bytes_bar(f"bytes kept, GRKAN / Mlp, width {r.job['width']}", 0.60, r, "GRKAN") for r in trained]
 
-    return Suite(contests, bars, _notes())
+    return Suite(contests, bars, _notes(device))
 
 
-def _layers(width: int, shape: tuple[int, ...], pass_: str) -> dict[str, Rival]:
+def _layers(device: str, width: int, shape: tuple[int, ...], pass_: str) -> dict[str, Rival]:
     from timm.layers import Mlp
 
     from .models.operations import count_operations
 
     torch.manual_seed(0)
-    x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    x, grad = torch.randn(shape, device=device).requires_grad_(), torch.randn(shape, device=device)
     hidden = 4 * width
     products = 2 * 2 * width * hidden
     # Operations a token as the paper counts them: a B-spline KAN evaluates the bases for every weight anew.
@@ -464,7 +508,8 @@ def _layers(width: int, shape: tuple[int, ...], pass_: str) -> dict[str, Rival]:
     }
     rivals = {}
     for name, (module, operations) in entries.items():
-        call = _task(pass_, _functional(module), x, tuple(module.parameters()), grad).call
+        module.to(device)
+        call = _task(pass_, _functional(module), x, tuple(module.parameters()), grad)
         facts = {}
         if pass_ == TRAINING:
             facts = {
@@ -487,13 +532,15 @@ def _functional(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def models(
-    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"), batches: Sequence[int] = (8, 32)
+    device: str = "cpu",
+    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"),
+    batches: Sequence[int] = (8, 32),
 ) -> Suite:
     """A Vision Transformer against the KAT of its size: a whole training step with AdamW, and inference."""
     from .models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
 
     contests = [
-        Contest({"batch": batch, "pass": pass_}, names[0], partial(_models, names, batch, pass_))
+        Contest({"batch": batch, "pass": pass_}, names[0], partial(_models, device, names, batch, pass_))
         for batch in batches
         for pass_ in ("training step", "inference")
     ]
@@ -512,21 +559,21 @@ def models(
             ),
         ]
 
-    return Suite(contests, bars, _notes())
+    return Suite(contests, bars, _notes(device))
 
 
-def _models(names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
+def _models(device: str, names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
     import timm
 
     torch.manual_seed(0)
     rivals = {}
     for name in names:
-        model = timm.create_model(name)
-        images = torch.randn(batch, *model.default_cfg["input_size"])
+        model = timm.create_model(name).to(device)
+        images = torch.randn(batch, *model.default_cfg["input_size"], device=device)
         if pass_ == "inference":
             rivals[name] = Rival(partial(_infer, model.eval(), images))
             continue
-        labels = torch.randint(model.num_classes, (batch,))
+        labels = torch.randint(model.num_classes, (batch,), device=device)
         # A rate so low that the model stays what it is while the clock runs.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8)
         parameters = sum(p.numel() for p in model.parameters())
@@ -551,20 +598,26 @@ def _bytes_bar(name: str, limit: float, result: Result, rival: str) -> Bar:
     return Bar(name, limit, Ratio(ratio, ratio, ratio, ratio))
 
 
-def _notes() -> list[str]:
-    if "cpu" in op.KERNELS:
+def _notes(device: str) -> list[str]:
+    if op.find_kernel(device):
         return []
-    return [f"this installation has no native kernel: grkan is plain PyTorch here; to build it: {op.BUILD_COMMAND}"]
+    command = op.BUILD_COMMAND if device == "cpu" else op.TRITON_COMMAND
+    return [f"this installation has no native kernel: grkan is plain PyTorch here; to get it: {command}"]
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"ops": ops, "layers": layers, "models": models}
+SUITES: dict[str, Callable[..., Suite]] = {"ops": ops, "layers": layers, "models": models}
+DEVICES = ("cpu", "cuda")
 
 
 # The command.
 
 
 def bench(
-    suite: str, rounds: int = 15, threads: int | None = None, path: str | Path | None = None
+    suite: str,
+    rounds: int = 15,
+    threads: int | None = None,
+    path: str | Path | None = None,
+    device: str = "cpu",
 ) -> tuple[list[Result], list[Bar]]:
     """Run a suite, with a progress bar on a terminal; print its tables, and write everything that was measured as JSON.
 
@@ -573,9 +626,12 @@ def bench(
         rounds: how often the rivals take turns.
         threads: of PyTorch; None: as many as it takes by itself.
         path: the JSON file; None: none.
+        device: "cpu", or "cuda", which is PyTorch's name for AMD's GPUs, too. The bars are those of the CPU; on a GPU
+            there are none.
 
     Raises:
-        ValueError: there is no such suite, or rounds or threads are less than 1.
+        ValueError: there is no such suite or device, or rounds or threads are less than 1.
+        RuntimeError: there is no GPU.
         ImportError: timm is missing; "ops" does without.
         OSError: the file cannot be written.
     """
@@ -584,23 +640,28 @@ def bench(
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device is 'cuda', but PyTorch finds no GPU; `python -m torch.utils.collect_env` shows why")
     check_folder(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        made = SUITES[suite]()
-        command = f"grkan bench {suite} --rounds {rounds} --threads {torch.get_num_threads()}"
-        about = {"command": command, **describe_machine()}
-        results = _run(made, suite, rounds)
+        made = SUITES[suite](device)
+        command = f"grkan bench {suite} --rounds {rounds} --threads {torch.get_num_threads()} --device {device}"
+        about = {"command": command, **describe_machine(device)}
+        results = _run(made, suite, rounds, device)
     finally:
         torch.set_num_threads(threads_before)
-    bars = made.bars(results)
+    bars = made.bars(results) if device == "cpu" else []
     console = make_console()
     for result in results:
         console.print(_table(result))
         if result.facts[result.baseline]:
             console.print(_facts_table(result))
-    console.print(_bars_table(bars))
+    if bars:
+        console.print(_bars_table(bars))
     for line in (*made.notes, ", ".join(f"{key} {value}" for key, value in about.items())):
         console.print(line, soft_wrap=True)
     if path is not None:
@@ -630,6 +691,8 @@ def bench_kernels(path: str | Path | None = None) -> None:
     try:
         import triton
 
+        if problem := op.why_too_old(triton.__version__):
+            raise ImportError(problem)
         from .rational import gpu_stats
     except ImportError as error:
         raise ImportError(f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})") from error
@@ -655,9 +718,18 @@ def bench_kernels(path: str | Path | None = None) -> None:
         "nothing ran on a GPU.",
         soft_wrap=True,
     )
+    limits = "; ".join(f"{kernel} {order}: {n}" for (kernel, order), n in gpu_stats.INSTRUCTIONS.items())
+    console.print(
+        f"bars, met by {sum(s.met for s in found)} of {len(found)}: no stack, atomics or barriers, 128 bits, sums of "
+        f"the chunks below 2 % of the bytes; for sm_90, bfloat16 and float32, instructions in the loop ({limits}) and "
+        f"for order (5, 4) {gpu_stats.REGISTERS} registers at most",
+        soft_wrap=True,
+    )
+    for rates in gpu_stats.RATES.values():
+        console.print(f"{rates.gpu}: {rates.source}", soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     if path is not None:
-        kernels = [{**asdict(s), "estimate": _estimate_as_json(s.estimate())} for s in found]
+        kernels = [{**asdict(s), "met": s.met, "estimate": _estimate_as_json(s.estimate())} for s in found]
         report = {
             "suite": "kernels",
             **about,
@@ -682,20 +754,25 @@ def _kernels_table(target: str, found: Sequence[Any], rates: Any) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("kernel", "dtype", "order", "form"):
         table.add_column(column)
-    for column in ("registers", "stack", "bits", "atomics", "barriers", "instructions", "bytes", "estimate"):
+    for column in ("registers", "stack", "bits", "atomics", "barriers", "instructions", "bytes", "bars", "estimate"):
         table.add_column(column, justify="right")
     for s in found:
         estimate = s.estimate()
         table.add_row(
             *(s.kernel, s.dtype, f"({s.order[0]},{s.order[1]})", s.form, str(s.registers), str(s.stack)),
             *(f"{s.load}/{s.store}", str(s.atomics), str(s.barriers), f"{s.instructions:.1f} ({s.with_ends:.1f})"),
-            *(f"{s.bytes:.2f}", f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else ""),
+            *(
+                f"{s.bytes:.2f}",
+                "yes" if s.met else "no",
+                f"{estimate[0] / 1e9:.0f}, {estimate[1]}" if estimate else "",
+            ),
         )
     return table
 
 
-def _run(suite: Suite, name: str, rounds: int) -> list[Result]:
+def _run(suite: Suite, name: str, rounds: int, device: str) -> list[Result]:
     results = []
+    clock = _clock(device)
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(name, total=len(suite.contests) * rounds)
@@ -703,20 +780,23 @@ def _run(suite: Suite, name: str, rounds: int) -> list[Result]:
             bar.update(task, description=f"{name}: {_title(contest.job)}")
             rivals = contest.enter()
             calls = {name: rival.call for name, rival in rivals.items()}
-            measurements = compete(calls, contest.baseline, rounds, block=BLOCK, advance=partial(bar.advance, task))
+            advance = partial(bar.advance, task)
+            measurements = compete(calls, contest.baseline, rounds, block=BLOCK, clock=clock, advance=advance)
             facts = {name: rival.facts for name, rival in rivals.items()}
-            results.append(Result(contest.job, contest.baseline, measurements, facts))
+            traffic = {name: rival.traffic for name, rival in rivals.items()}
+            results.append(Result(contest.job, contest.baseline, measurements, facts, traffic))
     return results
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """What figures depend on."""
     return {
+        **({"gpu": torch.cuda.get_device_name(), "triton": _triton_version()} if device == "cuda" else {}),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "native kernel": "cpu" in op.KERNELS,
+        "native kernel": op.find_kernel(device) is not None,
         "grkan": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -725,6 +805,14 @@ def describe_machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
 
 
 def _processor() -> str:
@@ -739,25 +827,22 @@ def _processor() -> str:
 def _as_json(result: Result) -> dict[str, Any]:
     rivals = {}
     for name, measured in result.measurements.items():
-        figures: dict[str, Any] = {"median": measured.median, "minimum": measured.minimum}
-        if "batch" in result.job:
-            figures["images per second"] = result.job["batch"] / measured.median
+        figures: dict[str, Any] = {"median": measured.median, "minimum": measured.minimum, **result.rates(name)}
         ratio = {"ratio": asdict(result.ratio(name))}
         rivals[name] = {**figures, **ratio, **result.facts[name], **asdict(measured)}
     return {"job": dict(result.job), "baseline": result.baseline, "rivals": rivals}
 
 
 def _table(result: Result) -> Table:
-    per_image = "batch" in result.job
+    units = {"images per second": ("images/s", 1.0), "bytes per second": ("GB/s", 1e9)}
     table = Table(title=f"{_title(result.job)}; ratios to {result.baseline}", title_justify="left")
     table.add_column("")
-    for column in ("median", "minimum", "ratio", "quartiles", "of minima", *(["images/s"] if per_image else [])):
+    columns = [units[name][0] for name in result.rates(result.baseline)]
+    for column in ("median", "minimum", "ratio", "quartiles", "of minima", *columns):
         table.add_column(column, justify="right")
     for name, measured in result.measurements.items():
-        cells = [_time(measured.median), _time(measured.minimum), *_cells(result.ratio(name))]
-        if per_image:
-            cells.append(f"{result.job['batch'] / measured.median:.1f}")
-        table.add_row(name, *cells)
+        rates = [f"{rate / units[key][1]:.1f}" for key, rate in result.rates(name).items()]
+        table.add_row(name, _time(measured.median), _time(measured.minimum), *_cells(result.ratio(name)), *rates)
     return table
 
 

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
     sub.add_argument("--rounds", type=_positive, default=15, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda, a GPU")
     sub.add_argument("--json", metavar="FILE", help="write all that was measured")
     return parser
 
@@ -241,7 +242,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.suite == "kernels":
         bench_kernels(options.json)
         return
-    bench(options.suite, options.rounds, options.threads, options.json)
+    bench(options.suite, options.rounds, options.threads, options.json, options.device)
 
 
 def _positive(text: str) -> int:

@@ -6,6 +6,7 @@ Triton interprets them on the CPU, as nothing can be compiled there. `make gpu` 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -53,6 +54,7 @@ def small_chunks(monkeypatch):
     if HAS_TRITON and INTERPRETED:
         monkeypatch.setattr(gpu, "SHORTEST_CHUNK", 512)
         monkeypatch.setattr(gpu, "LONGEST_CHUNK", 512)
+        monkeypatch.setattr(gpu, "SUM_BLOCK", 2)
 
 
 def inputs(size, order=(5, 4), dtype=torch.float32, seed=0):
@@ -180,7 +182,9 @@ def test_extremes_among_others(order, form, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_stays_alone(form, dtype):
+    """And does not hide from its lane that there is an infinity, too."""
     x, grad, a, b = inputs((3, 2, 24), dtype=dtype)
+    x[1, 1, 4] = torch.inf
     clean = run(x, grad, a, b, form)
     x[1, 1, 5] = torch.nan
     y, dx, da, db = run(x, grad, a, b, form)
@@ -216,13 +220,49 @@ def test_sign_near_zero_where_b_1_is_zero():
     torch.testing.assert_close(db[:, 0].double(), wanted_of(x, grad, a, b, "abs_of_sum")[3][:, 0], rtol=1e-5, atol=0)
 
 
+@pytest.fixture
+def door(monkeypatch):
+    """`grkan`'s functions call these kernels: on a GPU as they are, in the interpreter for tensors on the CPU."""
+    if INTERPRETED:
+        monkeypatch.setitem(op.KERNELS, "cpu", op.Kernel(gpu.forward, gpu.backward))
+    with grkan.set_backend("native"):
+        yield
+
+
+def assert_like_the_reference(function, *leaves):
+    leaves = [t.detach().to(DEVICE).requires_grad_() for t in leaves]
+    y = function(*leaves)
+    found = y, *torch.autograd.grad(y.sum(), leaves)  # an expanded gradient
+    with grkan.set_backend("reference"):
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        wanted = function(*exact)
+        wanted = wanted, *torch.autograd.grad(wanted.sum(), exact)
+    for actual, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @needs_triton
 @runs_kernels
-def test_the_same_bits_each_time():
-    arguments = inputs((200, 2, 8))
-    first = run(*arguments, "abs_of_sum")
-    for _ in range(2):
-        assert all(torch.equal(t, u) for t, u in zip(run(*arguments, "abs_of_sum"), first, strict=True))
+@pytest.mark.parametrize("layout", ["rows", "every other row", "transposed", "channels first", "channels_last"])
+def test_layouts_through_the_door(door, layout):
+    x = torch.randn(6, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    x, dim = {
+        "rows": (x.flatten(1), -1),
+        "every other row": (x.flatten(1)[::2], -1),
+        "transposed": (x.flatten(1).T[:, :4], 1),
+        "channels first": (x, 1),
+        "channels_last": (x.contiguous(memory_format=torch.channels_last), 1),
+    }[layout]
+    _, _, a, b = inputs((1, 4, 1))
+    assert_like_the_reference(lambda *t: grkan.group_rational(*t, channel_dim=dim), x, a, b)
+
+
+@needs_triton
+@runs_kernels
+def test_rational_linear_through_the_door(door):
+    x, _, a, b = inputs((5, 4, 6))
+    weight, bias = torch.randn(7, 25, generator=torch.Generator().manual_seed(1)).split([24, 1], 1)
+    assert_like_the_reference(grkan.rational_linear, x.flatten(1), a, b, weight, bias[:, 0])
 
 
 @needs_triton
@@ -324,15 +364,10 @@ def assert_proven():
 def test_bars_of_the_compiled_code(stats, kernel, dtype, order, form):
     assert_proven()
     found = stats("sm_90", kernel, dtype, form, order)
-    assert (found.stack, found.atomics, found.barriers) == (0, 0, 0)
-    assert (found.load, found.store) == (128, 128)
-    limits = {("forward", 5): 20, ("backward", 5): 52, ("forward", 7): 26, ("backward", 7): 70}
-    assert 10 < found.instructions <= limits[kernel, order[0]]
-    if order == (5, 4):
-        assert found.registers <= 80
+    assert found.met
+    assert found.instructions > 10  # fewer cannot be: the loop would not have been found
     size = 2 if dtype == "bfloat16" else 4
     assert found.bytes - found.sums == size * (2 if kernel == "forward" else 3)
-    assert found.sums < 0.02 * found.bytes
 
 
 MATRIX = [
@@ -353,8 +388,25 @@ def test_compiles_without_spills(stats, target, kernel, dtype, order):
     assert found.atomics == 0
     assert found.barriers == 0
     assert_proven()
-    assert found.stack == 0
-    assert (found.load, found.store) == (128, 128)
+    assert found.met
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_sign_of_what_underflows_is_kept(stats, target):
+    """A(x) is a product plus 0 that is rounded once: a product alone may be -0, and rounded before, it loses its sign.
+
+    The interpreter cannot tell: it rounds twice. So each scalar of a vector needs such an instruction, and the float64
+    path one more.
+    """
+    from grkan.rational import gpu_stats
+
+    code = gpu_stats.disassemble(gpu_stats.compile_kernel(target, "backward", "bfloat16", "abs_of_sum", (5, 4)))
+    found = re.findall(
+        r"(FFMA|DFMA) \S+, \S+, \S+, RZ ;|v_((?:pk_)?fma_f\d\d) [^,]+, [^,]+, [^,]+, 0(?: op_sel.*)?\n", code
+    )
+    names = [nvidia or amd for nvidia, amd in found]
+    assert names.count("FFMA") + names.count("fma_f32") + 2 * names.count("pk_fma_f32") == 8
+    assert names.count("DFMA") + names.count("fma_f64") == 1
 
 
 def test_narrow_vectors_compile(stats):
@@ -492,6 +544,16 @@ def test_gradcheck_through_the_door(form):
     with grkan.set_backend("native"):
         assert torch.autograd.gradcheck(lambda *t: grkan.group_rational(*t, form=form), (x, a, b))
         assert torch.autograd.gradgradcheck(lambda *t: grkan.group_rational(*t, form=form), (x, a, b))
+
+
+@runs_on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_each_time(dtype):
+    """More programs than a GPU has room for, so that their order is not always the same."""
+    arguments = inputs((32 * 197, 8, 384), dtype=dtype)
+    first = run(*arguments, "abs_of_sum")
+    for _ in range(5):
+        assert all(torch.equal(t, u) for t, u in zip(run(*arguments, "abs_of_sum"), first, strict=True))
 
 
 @runs_on_a_gpu

@@ -5,6 +5,7 @@ read from the compiled code, NVIDIA's by the disassembler that comes with Triton
 estimates, by the roofline of three GPUs.
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does at most a second, by its maker's data sheet: bytes of memory, and instructions of single lanes.
+    """What a GPU does at most a second, by its maker's data: bytes of memory, and instructions of single lanes.
 
     `arithmetic` is the rate of float32's additions and multiplications, fused or not; `issue` that of all instructions.
     """
@@ -42,15 +43,32 @@ class Rates:
     memory: float
     issue: float
     arithmetic: float
+    source: str
 
 
 RATES = {
-    "sm_80": Rates("A100 80 GB", 2.04e12, 108 * 128 * 1.41e9, 108 * 64 * 1.41e9),
-    "sm_90": Rates("H100 SXM", 3.35e12, 132 * 128 * 1.98e9, 132 * 128 * 1.98e9),
-    "gfx942": Rates("MI300X", 5.3e12, 304 * 64 * 2.1e9, 304 * 64 * 2.1e9),
-}
-"""Multiprocessors x lanes x clock. Each of four warps issues one instruction a cycle; the A100 has half as many units
-for float32; an MI300X is taken to pair no instructions."""
+    "sm_80": Rates(
+        "A100 SXM 80 GB", 2.039e12, 108 * 128 * 1.41e9, 108 * 64 * 1.41e9,
+        "NVIDIA A100 Tensor Core GPU, data sheet and architecture white paper",
+    ),
+    "sm_90": Rates(
+        "H100 SXM", 3.35e12, 132 * 128 * 1.98e9, 132 * 128 * 1.98e9,
+        "NVIDIA H100 Tensor Core GPU, data sheet and architecture white paper",
+    ),
+    "gfx942": Rates(
+        "MI300X", 5.3e12, 304 * 64 * 2.1e9, 304 * 64 * 2.1e9,
+        "AMD Instinct MI300X, data sheet; AMD CDNA 3 architecture white paper",
+    ),
+}  # fmt: skip
+"""Multiprocessors x lanes x clock. Each of four schedulers issues one warp's instruction a cycle; the A100 has half as
+many units for float32. With two operations each they are the makers' 19.5 and 66.9 TFLOPS, and half of AMD's 163.4,
+where each instruction is a packed one, of two scalars; here it counts as one."""
+
+INSTRUCTIONS = {("forward", (5, 4)): 20, ("forward", (7, 6)): 26, ("backward", (5, 4)): 52, ("backward", (7, 6)): 70}
+"""A bar for sm_90, bfloat16 and float32: instructions a scalar in the loop."""
+
+REGISTERS = 80
+"""The same for order (5, 4): registers a lane."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,17 @@ class Stats:
     arithmetic: float
     bytes: float
     sums: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is what it has to be; INSTRUCTIONS and REGISTERS are for the target and dtypes that they name."""
+        waste = (self.stack, self.atomics, self.barriers) != (0, 0, 0) or self.sums > 0.02 * self.bytes
+        bits = 8 * gpu.VECTOR_BYTES
+        met = not waste and (self.load, self.store) == (bits, bits)
+        if self.target == "sm_90" and self.dtype in ("bfloat16", "float32"):
+            met &= self.instructions <= INSTRUCTIONS.get((self.kernel, self.order), math.inf)
+            met &= self.registers <= REGISTERS or self.order != (5, 4)
+        return met
 
     def estimate(self) -> tuple[float, str] | None:
         """Scalars a second by the roofline, and what limits them: "memory", "issue" or "arithmetic"."""
@@ -200,18 +229,26 @@ def _widest(loop: list[str], wanted: "re.Pattern[str]") -> int:
     return max(sizes, default=0)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
-    """Registers, bytes of stack, the outermost loops' instructions, and the instructions outside of loops."""
+def disassemble(compiled: "triton.compiler.CompiledKernel") -> str:
+    """The assembly of what `compile_kernel` gave."""
+    if "cubin" in compiled.asm:
+        return _run_on_cubin("nvdisasm", "-c", compiled.asm["cubin"])
+    return str(compiled.asm["amdgcn"])
+
+
+def _run_on_cubin(tool: str, option: str, cubin: bytes) -> str:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage, code = (
-            subprocess.run([str(tools / tool), option, str(path)], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        return subprocess.run([str(tools / tool), option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
+    """Registers, bytes of stack, the outermost loops' instructions, and the instructions outside of loops."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _run_on_cubin("cuobjdump", "--dump-resource-usage", cubin))
     assert found is not None
+    code = _run_on_cubin("nvdisasm", "-c", cubin)
     instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?"
     instructions, backward = _scan(code, r"\s*(\.L_\w+):", instruction, "BRA")
     return int(found[1]), int(found[2]), *_cut(instructions, backward, "NOP")

@@ -101,12 +101,11 @@ _load_cpu_kernel()
 
 def _load_gpu_kernel() -> None:
     global _why_no_gpu_kernel
-    needed = ".".join(map(str, TRITON))
     try:
         import triton
 
-        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
-            _why_no_gpu_kernel = f"Triton is version {triton.__version__}, and {needed} or newer is needed"
+        _why_no_gpu_kernel = why_too_old(triton.__version__)
+        if _why_no_gpu_kernel:
             return
         from . import gpu
 
@@ -115,17 +114,24 @@ def _load_gpu_kernel() -> None:
     except Exception as error:  # Triton calls compilers and drivers, of which each can be broken in its own way
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
-        _why_no_gpu_kernel = f"{problem}; version {needed} or newer is needed"
+        _why_no_gpu_kernel = f"{problem}; version {_TRITON} or newer is needed"
     else:
         KERNELS["cuda"] = Kernel(gpu.forward, gpu.backward)
 
 
-TRITON_COMMAND = f'pip install "triton>={".".join(map(str, TRITON))}"'
+def why_too_old(triton_version: str) -> str:
+    """What to say of a Triton that is older than TRITON; nothing of another."""
+    old = tuple(int(part) for part in triton_version.split(".")[:2]) < TRITON
+    return f"Triton is version {triton_version}, and {_TRITON} or newer is needed" if old else ""
+
+
+_TRITON = ".".join(map(str, TRITON))
+TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
 _gpu_kernel_wanted = False
 _why_no_gpu_kernel = ""
 
 
-def _find_kernel(device_type: str) -> Kernel | None:
+def find_kernel(device_type: str) -> Kernel | None:
     """The GPU kernel is loaded when it is first wanted: Triton alone would add half a second to `import grkan`."""
     global _gpu_kernel_wanted
     if device_type == "cuda" and not _gpu_kernel_wanted:
@@ -154,7 +160,7 @@ class set_backend:
     def __init__(self, name: str) -> None:
         global _backend
         check_choice("backend", name, _BACKENDS)
-        if name == "native" and not KERNELS and not (torch.cuda.is_available() and _find_kernel("cuda")):
+        if name == "native" and not KERNELS and not (torch.cuda.is_available() and find_kernel("cuda")):
             for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
             raise RuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
@@ -292,7 +298,7 @@ def _check_backend(device_type: str) -> None:
 
 def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
     """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
-    kernel = _find_kernel(device_type)
+    kernel = find_kernel(device_type)
     if kernel is not None:
         return kernel
     how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
