@@ -263,11 +263,42 @@ def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
         ({}, ValueError),
         ({"version": 2, "layers": []}, ValueError),
         ({"version": 1, "layers": [{"name": "0"}]}, ValueError),
+        ({"version": 0, "layers": []}, ValueError),
+        ({"version": "1", "layers": []}, ValueError),
+        ({"version": 1, "layers": {}}, ValueError),
     ],
 )
 def test_recipes_that_are_none(recipe, error):
     with pytest.raises(error, match=r"recipe must|recipe has version 2"):
         apply_conversion_(sequential(), recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda layer: layer["parts"].update(act=None), "layers as grkan.convert_ writes them"),
+        (lambda layer: layer["parts"].update(fc1="9"), "there is no '9'"),
+        (lambda layer: layer.update(layout="gated"), "layers as grkan.convert_ writes them"),
+        (lambda layer: layer["act2"].update(form="sum"), "at 1: form must be"),
+        (lambda layer: layer["act2"].update(order=[7, 6]), "at 1: the numerator of init must have shape"),
+        (lambda layer: layer["act1"].update(num_groups=5), "at 1: width must be divisible by num_groups; got 16 and 5"),
+        (lambda layer: layer["act2"].update(width=3), "takes 32 channels instead of 3"),
+        (lambda layer: layer["act2"].update(channel_dim=7), "channel_dim must be -1 or 1"),
+        (lambda layer: layer["act2"].update(init=3), "init a name; got -1, 3"),
+        (lambda layer: layer["act2"]["numerator"][0].__setitem__(0, float("nan")), "must be finite"),
+        (lambda layer: layer["act2"].pop("denominator"), "there is no 'denominator'"),
+    ],
+)
+def test_recipes_that_are_damaged_change_nothing(change, match):
+    model = nn.Sequential(Block(), sequential())
+    before, recipe = snapshot(model), convert_(copy.deepcopy(model), num_groups=1).recipe
+    twice = {**recipe, "layers": [*recipe["layers"], recipe["layers"][0]]}
+    with pytest.raises(ValueError, match="is in two"):
+        apply_conversion_(model, twice)
+    change(recipe["layers"][1])
+    with pytest.raises(ValueError, match=match):
+        apply_conversion_(model, recipe)
+    assert_unchanged(model, before)
 
 
 def endless_nan():
@@ -297,10 +328,13 @@ class Broken(nn.Module):
         ({"calibration": data(), "forward": lambda model, batch: None}, ValueError, "reach none of the activations"),
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1"),
         ({"order": (5,)}, ValueError, "order must be a pair"),
+        ({"order": (0, 4)}, ValueError, r"order must be \(m, n\) with m >= 1"),
         ({"form": "sum"}, ValueError, "form must be"),
         ({"act1": "identty"}, ValueError, "act1 must be one of"),
         ({"include": 3}, TypeError, "include must be a pattern"),
-        ({"include": "nothing"}, ValueError, "model must have an MLP to convert; .*not included"),
+        ({"include": ["0.inner", "nothing"]}, ValueError, "include must match .* 'nothing' matches none"),
+        ({"exclude": "nothing"}, ValueError, "exclude must match .* such as '0.inner'; 'nothing' matches none"),
+        ({"exclude": "*"}, ValueError, "model must have an MLP to convert; .*excluded"),
         ({"forward": 3}, TypeError, "forward must be callable"),
     ],
 )
@@ -334,6 +368,15 @@ def test_a_failure_after_the_change_undoes_it(monkeypatch):
 def test_a_model_without_an_mlp(model):
     with pytest.raises(ValueError, match="must have an MLP to convert"):
         convert_(model)
+
+
+def test_a_model_that_is_converted_already():
+    model = nn.Sequential(sequential())
+    recipe = convert_(model, num_groups=1).recipe
+    with pytest.raises(ValueError, match="its other functions are rational already"):
+        convert_(model)
+    with pytest.raises(ValueError, match="at 0: it is a GRKAN already"):
+        apply_conversion_(model, recipe)
 
 
 def test_something_that_is_no_model():
