@@ -176,9 +176,7 @@ class _Plan:
             raise ValueError(f"{self.parts['act']} is a rational function already")
         self.old = getattr(self.parent, self.slot)
         self.fc1, self.fc2 = (modules[self.parts[fc]] if fc in self.parts else None for fc in ("fc1", "fc2"))
-        self.between = {
-            part: modules[self.parts[part]] for part in _OPTIONAL if self.parts.get(part) is not None
-        }
+        self.between = {part: modules[self.parts[part]] for part in _OPTIONAL if self.parts.get(part) is not None}
         for fc, act in (("fc1", "act1"), ("fc2", "act2")):
             if fc in self.parts:
                 self.check_linear(getattr(self, fc), self.parts[fc], self.layer[act])
