@@ -73,6 +73,16 @@ def test_a_sequential_becomes_a_grkan():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_dropout_and_norm_keep_their_places():
+    drops, norm = (nn.Dropout(0.1), nn.Dropout(0.2)), nn.LayerNorm(32)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), drops[0], norm, nn.Linear(32, 16), drops[1]), data()
+    before = model.eval()(x)
+    convert_(model, calibration=x)
+    assert type(model) is GRKAN
+    assert (model.drop1, model.norm, model.drop2) == (drops[0], norm, drops[1])
+    assert float((model(x) - before).norm() / before.norm()) < 0.01
+
+
 def test_the_report_tells_the_truth():
     model, x = nn.Sequential(Block(), Block(nn.ReLU())), data()
     seen = []
@@ -123,6 +133,12 @@ def test_dtypes_hooks_modes_and_requires_grad_survive():
     assert model(data().bfloat16()).dtype == torch.bfloat16
     assert calls == [1]
     handle.remove()
+
+
+def test_a_model_in_float64_gets_coefficients_in_float64():
+    model, x = nn.Sequential(Block(), sequential()).double(), data().double()
+    convert_(model, calibration=x, num_groups=1)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float64}
 
 
 def test_a_hook_of_the_activation_still_sees_its_output():
@@ -213,10 +229,14 @@ def test_inputs_never_seen_do_no_harm():
         assert np.all(np.abs(fitted.fit(x) - fitted.target(x)) <= fitted.fit.max_error + 1.2 * distance)
 
 
-def test_a_recipe_makes_the_same_model_without_data():
+@pytest.mark.parametrize("form", ["abs_of_sum", "sum_of_abs"])
+def test_a_recipe_makes_the_same_model_without_data(form):
     model = nn.Sequential(Block(), sequential(), Twice(between=nn.LayerNorm(16)))
     twin, x = copy.deepcopy(model), data()
-    recipe = json.loads(json.dumps(convert_(model, calibration=x, num_groups=2).recipe))
+    report = convert_(model, calibration=x, num_groups=2, form=form)
+    assert report.relative_error < 0.03
+    assert {m.form for m in model.modules() if isinstance(m, GroupRational)} == {form}
+    recipe = json.loads(json.dumps(report.recipe))
     meta = copy.deepcopy(twin).to("meta")
     apply_conversion_(twin, recipe)
     apply_conversion_(meta, recipe)
@@ -362,6 +382,20 @@ def test_a_failure_after_the_change_undoes_it(monkeypatch):
     assert torch.equal(model.eval()(x), output)
     assert model[3].activation is torch.nn.functional.relu
     assert model[3].activation_relu_or_gelu == 1
+
+
+def test_a_failure_amid_the_change_undoes_it(monkeypatch):
+    model = nn.Sequential(Block(), sequential(), Block())
+    recipe, before = convert_(copy.deepcopy(model), num_groups=1).recipe, snapshot(model)
+
+    def fail(*_):
+        assert isinstance(model[0].output["dense"], RationalLinear)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grkan.models.conversion._adopt_hooks", fail)  # for the second layer
+    with pytest.raises(KeyboardInterrupt):
+        apply_conversion_(model, recipe)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.GELU()), nn.Identity()])
