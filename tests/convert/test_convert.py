@@ -204,6 +204,22 @@ def test_what_only_looks_like_an_mlp(arguments, calibrated):
     assert float((model(x) - before).norm() / before.norm()) < 0.03
 
 
+class Scaled(Block):
+    """What lies between the two modules shows when the model runs, and not before."""
+
+    def forward(self, x):
+        y = self.intermediate["act"](self.intermediate["dense"](self.norm(x)))
+        return x + self.output["dense"](2 * y)
+
+
+def test_calibration_sees_what_lies_between():
+    model, x = nn.Sequential(Scaled(), Block()), data()
+    before = model.eval()(x)
+    report = convert_(model, calibration=x)
+    assert [layer["layout"] for layer in report.layers] == ["activation", "linears"]
+    assert float((model(x) - before).norm() / before.norm()) < 0.01
+
+
 def test_names_choose():
     model = nn.Sequential(Block(), Block(), Block())
     report = convert_(model, include=["0", "1.*"], exclude="1.intermediate.*", num_groups=1)
@@ -251,11 +267,11 @@ def test_a_model_of_ones_own_in_a_file(tmp_path):
     fresh, x = copy.deepcopy(model), data()
     convert_(model, calibration=x, num_groups=2)
     grkan.save_model(model, tmp_path / "m.safetensors")
-    other = nn.Sequential(Block(), Block())
-    before = snapshot(other)
-    with pytest.raises(ValueError, match="does not fit"):
-        grkan.load_model(tmp_path / "m.safetensors", other)
-    assert_unchanged(other, before)
+    for other in (nn.Sequential(Block(), Block()), nn.Sequential(Block(), sequential(), nn.Linear(3, 3))):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="does not fit"):
+            grkan.load_model(tmp_path / "m.safetensors", other)
+        assert_unchanged(other, before)
     loaded = grkan.load_model(tmp_path / "m.safetensors", fresh)
     assert torch.equal(loaded(x), model.eval()(x))
     assert loaded.grkan_metadata["conversion"]["layers"]
