@@ -307,6 +307,29 @@ def test_mistakes_of_convert_get_one_line(arguments, message, tmp_path, capsys, 
     assert not (tmp_path / "kat.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "."], ".: is a folder, not a file"),
+        (["--output", "kat.safetensors", "--plot", "fits.docx"], "a picture's file must end in .png, .svg or .pdf"),
+        (["--output", "kat.safetensors", "--plot", "fits"], "a picture's file must end in .png, .svg or .pdf"),
+        (["--output", "kat.safetensors", "--data", "images"], "--data images has no readable image"),
+    ],
+)
+def test_what_convert_cannot_write_or_read(options, message, vit, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "zero").mkdir(parents=True)
+        (tmp_path / "images" / part / "zero" / "0.png").write_text("no image")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["convert", "--checkpoint", str(vit), *options]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""  # no report
+    assert err.startswith(f"grkan: {message}")
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("option", ["--output", "--plot"])
 def test_convert_looks_for_its_folders_before_the_work(option, vit, tmp_path, capsys):
     written = {"--output": tmp_path / "kat.safetensors", "--plot": tmp_path / "fits.png"}

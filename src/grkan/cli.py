@@ -155,7 +155,7 @@ def _convert(options: argparse.Namespace) -> None:
     from .train.evaluate import calibration_images, load_original
 
     check_folder(options.output)
-    check_folder(options.plot)
+    _check_picture(options.plot)
     if not options.model and not options.checkpoint:
         raise ValueError("give --model, --checkpoint or both: what is to be converted?")
     original = load_original(options.model, options.checkpoint, options.data)
@@ -187,6 +187,7 @@ def _plot(options: argparse.Namespace) -> None:
     from .train.data import UnreadableImages
     from .train.evaluate import first_images, load_trained, load_weights, test_loader
 
+    _check_picture(options.output)
     inputs = None
     if options.data:
         trained = load_trained(options.model)
@@ -220,6 +221,7 @@ def _info(options: argparse.Namespace) -> None:
 def _fit(options: argparse.Namespace) -> None:
     from .rational.fit import fit
 
+    _check_picture(options.output)
     interval = tuple(options.interval) if options.interval else None
     result = fit(options.name, tuple(options.order), form=options.form, interval=interval)
     print(result)
@@ -245,10 +247,23 @@ def _bench(options: argparse.Namespace) -> None:
     bench(options.suite, options.rounds, options.threads, options.json, options.device)
 
 
+def _check_picture(path: str | None) -> None:
+    """A picture's place and format, before the work."""
+    if path is not None:
+        from .plot import check_picture
+        from .train.checkpoint import check_folder
+
+        check_folder(path)
+        check_picture(path)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
+        raise argparse.ArgumentTypeError(f"must be an int, at least 1; got {text}")
     return value
 
 

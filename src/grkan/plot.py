@@ -306,6 +306,13 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
     return figure
 
 
+def check_picture(path: str | Path) -> None:
+    """Raise ValueError if matplotlib does not know the format that a file's ending names."""
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise ValueError(f"a picture's file must end in .png, .svg or .pdf, or one of {', '.join(known)}; got {path}")
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the file's ending.
 

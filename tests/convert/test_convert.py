@@ -73,6 +73,16 @@ def test_a_sequential_becomes_a_grkan():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_dropout_and_norm_keep_their_places():
+    drops, norm = (nn.Dropout(0.1), nn.Dropout(0.2)), nn.LayerNorm(32)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), drops[0], norm, nn.Linear(32, 16), drops[1]), data()
+    before = model.eval()(x)
+    convert_(model, calibration=x)
+    assert type(model) is GRKAN
+    assert (model.drop1, model.norm, model.drop2) == (drops[0], norm, drops[1])
+    assert float((model(x) - before).norm() / before.norm()) < 0.01
+
+
 def test_the_report_tells_the_truth():
     model, x = nn.Sequential(Block(), Block(nn.ReLU())), data()
     seen = []
@@ -123,6 +133,12 @@ def test_dtypes_hooks_modes_and_requires_grad_survive():
     assert model(data().bfloat16()).dtype == torch.bfloat16
     assert calls == [1]
     handle.remove()
+
+
+def test_a_model_in_float64_gets_coefficients_in_float64():
+    model, x = nn.Sequential(Block(), sequential()).double(), data().double()
+    convert_(model, calibration=x, num_groups=1)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float64}
 
 
 def test_a_hook_of_the_activation_still_sees_its_output():
@@ -188,6 +204,22 @@ def test_what_only_looks_like_an_mlp(arguments, calibrated):
     assert float((model(x) - before).norm() / before.norm()) < 0.03
 
 
+class Scaled(Block):
+    """What lies between the two modules shows when the model runs, and not before."""
+
+    def forward(self, x):
+        y = self.intermediate["act"](self.intermediate["dense"](self.norm(x)))
+        return x + self.output["dense"](2 * y)
+
+
+def test_calibration_sees_what_lies_between():
+    model, x = nn.Sequential(Scaled(), Block()), data()
+    before = model.eval()(x)
+    report = convert_(model, calibration=x)
+    assert [layer["layout"] for layer in report.layers] == ["activation", "linears"]
+    assert float((model(x) - before).norm() / before.norm()) < 0.01
+
+
 def test_names_choose():
     model = nn.Sequential(Block(), Block(), Block())
     report = convert_(model, include=["0", "1.*"], exclude="1.intermediate.*", num_groups=1)
@@ -213,10 +245,14 @@ def test_inputs_never_seen_do_no_harm():
         assert np.all(np.abs(fitted.fit(x) - fitted.target(x)) <= fitted.fit.max_error + 1.2 * distance)
 
 
-def test_a_recipe_makes_the_same_model_without_data():
+@pytest.mark.parametrize("form", ["abs_of_sum", "sum_of_abs"])
+def test_a_recipe_makes_the_same_model_without_data(form):
     model = nn.Sequential(Block(), sequential(), Twice(between=nn.LayerNorm(16)))
     twin, x = copy.deepcopy(model), data()
-    recipe = json.loads(json.dumps(convert_(model, calibration=x, num_groups=2).recipe))
+    report = convert_(model, calibration=x, num_groups=2, form=form)
+    assert report.relative_error < 0.03
+    assert {m.form for m in model.modules() if isinstance(m, GroupRational)} == {form}
+    recipe = json.loads(json.dumps(report.recipe))
     meta = copy.deepcopy(twin).to("meta")
     apply_conversion_(twin, recipe)
     apply_conversion_(meta, recipe)
@@ -231,11 +267,11 @@ def test_a_model_of_ones_own_in_a_file(tmp_path):
     fresh, x = copy.deepcopy(model), data()
     convert_(model, calibration=x, num_groups=2)
     grkan.save_model(model, tmp_path / "m.safetensors")
-    other = nn.Sequential(Block(), Block())
-    before = snapshot(other)
-    with pytest.raises(ValueError, match="does not fit"):
-        grkan.load_model(tmp_path / "m.safetensors", other)
-    assert_unchanged(other, before)
+    for other in (nn.Sequential(Block(), Block()), nn.Sequential(Block(), sequential(), nn.Linear(3, 3))):
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="does not fit"):
+            grkan.load_model(tmp_path / "m.safetensors", other)
+        assert_unchanged(other, before)
     loaded = grkan.load_model(tmp_path / "m.safetensors", fresh)
     assert torch.equal(loaded(x), model.eval()(x))
     assert loaded.grkan_metadata["conversion"]["layers"]
@@ -263,11 +299,42 @@ def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
         ({}, ValueError),
         ({"version": 2, "layers": []}, ValueError),
         ({"version": 1, "layers": [{"name": "0"}]}, ValueError),
+        ({"version": 0, "layers": []}, ValueError),
+        ({"version": "1", "layers": []}, ValueError),
+        ({"version": 1, "layers": {}}, ValueError),
     ],
 )
 def test_recipes_that_are_none(recipe, error):
     with pytest.raises(error, match=r"recipe must|recipe has version 2"):
         apply_conversion_(sequential(), recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda layer: layer["parts"].update(act=None), "layers as grkan.convert_ writes them"),
+        (lambda layer: layer["parts"].update(fc1="9"), "there is no '9'"),
+        (lambda layer: layer.update(layout="gated"), "layers as grkan.convert_ writes them"),
+        (lambda layer: layer["act2"].update(form="sum"), "at 1: form must be"),
+        (lambda layer: layer["act2"].update(order=[7, 6]), "at 1: the numerator of init must have shape"),
+        (lambda layer: layer["act1"].update(num_groups=5), "at 1: width must be divisible by num_groups; got 16 and 5"),
+        (lambda layer: layer["act2"].update(width=3), "takes 32 channels instead of 3"),
+        (lambda layer: layer["act2"].update(channel_dim=7), "channel_dim must be -1 or 1"),
+        (lambda layer: layer["act2"].update(init=3), "init a name; got -1, 3"),
+        (lambda layer: layer["act2"]["numerator"][0].__setitem__(0, float("nan")), "must be finite"),
+        (lambda layer: layer["act2"].pop("denominator"), "there is no 'denominator'"),
+    ],
+)
+def test_recipes_that_are_damaged_change_nothing(change, match):
+    model = nn.Sequential(Block(), sequential())
+    before, recipe = snapshot(model), convert_(copy.deepcopy(model), num_groups=1).recipe
+    twice = {**recipe, "layers": [*recipe["layers"], recipe["layers"][0]]}
+    with pytest.raises(ValueError, match="is in two"):
+        apply_conversion_(model, twice)
+    change(recipe["layers"][1])
+    with pytest.raises(ValueError, match=match):
+        apply_conversion_(model, recipe)
+    assert_unchanged(model, before)
 
 
 def endless_nan():
@@ -297,10 +364,13 @@ class Broken(nn.Module):
         ({"calibration": data(), "forward": lambda model, batch: None}, ValueError, "reach none of the activations"),
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1"),
         ({"order": (5,)}, ValueError, "order must be a pair"),
+        ({"order": (0, 4)}, ValueError, r"order must be \(m, n\) with m >= 1"),
         ({"form": "sum"}, ValueError, "form must be"),
         ({"act1": "identty"}, ValueError, "act1 must be one of"),
         ({"include": 3}, TypeError, "include must be a pattern"),
-        ({"include": "nothing"}, ValueError, "model must have an MLP to convert; .*not included"),
+        ({"include": ["0.inner", "nothing"]}, ValueError, "include must match .* 'nothing' matches none"),
+        ({"exclude": "nothing"}, ValueError, "exclude must match .* such as '0.inner'; 'nothing' matches none"),
+        ({"exclude": "*"}, ValueError, "model must have an MLP to convert; .*excluded"),
         ({"forward": 3}, TypeError, "forward must be callable"),
     ],
 )
@@ -330,10 +400,33 @@ def test_a_failure_after_the_change_undoes_it(monkeypatch):
     assert model[3].activation_relu_or_gelu == 1
 
 
+def test_a_failure_amid_the_change_undoes_it(monkeypatch):
+    model = nn.Sequential(Block(), sequential(), Block())
+    recipe, before = convert_(copy.deepcopy(model), num_groups=1).recipe, snapshot(model)
+
+    def fail(*_):
+        assert isinstance(model[0].output["dense"], RationalLinear)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grkan.models.conversion._adopt_hooks", fail)  # for the second layer
+    with pytest.raises(KeyboardInterrupt):
+        apply_conversion_(model, recipe)
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.GELU()), nn.Identity()])
 def test_a_model_without_an_mlp(model):
     with pytest.raises(ValueError, match="must have an MLP to convert"):
         convert_(model)
+
+
+def test_a_model_that_is_converted_already():
+    model = nn.Sequential(sequential())
+    recipe = convert_(model, num_groups=1).recipe
+    with pytest.raises(ValueError, match="its other functions are rational already"):
+        convert_(model)
+    with pytest.raises(ValueError, match="at 0: it is a GRKAN already"):
+        apply_conversion_(model, recipe)
 
 
 def test_something_that_is_no_model():

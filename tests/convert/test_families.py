@@ -1,6 +1,12 @@
-"""Every family of transformers, with random weights: what is converted, and how near the outputs stay."""
+"""Every family of transformers, with random weights: what is converted, and how near the outputs stay.
+
+Small models by default; those of the published sizes, whose figures are in docs/transfer.md, with
+
+    python -m pytest tests/convert/test_families.py -m full_size -s
+"""
 
 import contextlib
+import time
 from functools import partial
 
 import pytest
@@ -16,13 +22,19 @@ SMOOTH, KINKED = 0.01, 0.02
 
 
 def stirred(model, seed=0):
-    """The model with weights that make every layer matter: norms and biases as training leaves them, not 1 and 0."""
+    """The model with weights that make every layer matter: norms and biases as training leaves them, not 1 and 0.
+
+    T5 does not divide queries times keys by the root of their width: its queries are that much smaller from the start.
+    Without, the softmax of a full size takes one token alone, and any change of 1e-4 in the MLPs is 1e-2 at the output.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.dim() > 1:
                 p.copy_(noise / p[0].numel() ** 0.5 if "embed" not in name else 0.5 * noise)
+                if name.endswith("Attention.q.weight"):
+                    p.mul_(model.config.d_kv**-0.5)
             else:
                 p.copy_((1.0 if name.endswith("weight") else 0.0) + 0.2 * noise)
     return model.eval()
@@ -49,18 +61,21 @@ def tokens(n, length=16, seed=1):
     return torch.randint(5, 99, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-def check(model, make, layers, bound=SMOOTH, skipped=()):
+def check(model, make, layers, bound=SMOOTH, skipped=(), prepare=stirred):
     """Convert, calibrated on inputs of make(0); the output for those of make(1) has to stay within the bound."""
-    model = stirred(model)
+    model = prepare(model)
     parameters = {id(p) for p in model.parameters()}
     before = run(model, make(1))
+    start = time.perf_counter()
     report = convert_(model, calibration=[make(0)])
+    seconds = time.perf_counter() - start
     after = run(model, make(1))
     assert len(report.layers) == layers, str(report)
     assert [name.rpartition(".")[2] for name, _ in report.skipped] == list(skipped), report.skipped
     error = float((after - before).norm() / before.norm())
     assert error < bound, f"{error:.4f}\n{report}"
     assert error > 0
+    print(f"{len(report.layers)} layers, {len(report.skipped)} skipped, error {error:.1e}, {seconds:.0f} s")
     now = {id(p): name for name, p in model.named_parameters()}
     assert parameters <= set(now)
     assert {now[new].rpartition(".")[2] for new in set(now) - parameters} == {"numerator", "denominator"}
@@ -248,3 +263,108 @@ def test_beside_from_pretrained(tmp_path):
     grkan.apply_conversion_(again, recipe)
     again.load_state_dict(model.state_dict())
     assert torch.equal(run(again.eval(), batch(1)), run(model, batch(1)))
+
+
+def pictures(n=8, size=224):
+    return lambda seed: images(n, size=size, seed=seed)
+
+
+def pixels(n=8):
+    return lambda seed: {"pixel_values": images(n, size=224, seed=seed)}
+
+
+def words(vocabulary, n=16, length=128, **more):
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            key: torch.randint(5, vocabulary, (n, length), generator=generator)
+            for key in ("input_ids", *more.get("also", ()))
+        }
+
+    return make
+
+
+def vectors(*shape):
+    return lambda seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def speech(seed):
+    return {"input_features": vectors(2, 80, 3000)(seed), **words(50000, 2, 64, also=["decoder_input_ids"])(seed)}
+
+
+class Decoder(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(512, 8, 2048, activation=activation, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 6)
+
+    def forward(self, x):
+        return self.decoder(x, x.flip(1))
+
+
+def encoder(activation):
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, activation=activation, batch_first=True)
+    return nn.TransformerEncoder(layer, 6)
+
+
+def hugging_face(name, **arguments):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**arguments))
+
+
+def vision_models(name):
+    return getattr(pytest.importorskip("torchvision").models, name)()
+
+
+T5_V1_1 = {"feed_forward_proj": "gated-gelu", "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+POOLER = ["activation"]
+# What makes the model; its inputs; how many MLPs it has; the bound; what is skipped.
+FULL_SIZE = {
+    **{
+        f"timm {name}": (partial(timm.create_model, name), pictures(), layers, SMOOTH, [])
+        for name, layers in {
+            "vit_base_patch16_224": 12,
+            "deit_small_distilled_patch16_224": 12,
+            "beit_base_patch16_224": 12,
+            "eva02_small_patch14_224": 12,
+            "swin_tiny_patch4_window7_224": 12,
+            "cait_xxs24_224": 26,
+            "mixer_b16_224": 24,
+            "convnext_tiny": 18,
+            "convnextv2_tiny": 18,
+        }.items()
+    },
+    "transformers Bert": (partial(hugging_face, "Bert"), words(30000), 12, SMOOTH, POOLER),
+    "transformers Roberta": (partial(hugging_face, "Roberta"), words(30000), 12, SMOOTH, POOLER),
+    "transformers GPT2": (partial(hugging_face, "GPT2"), words(50000), 12, SMOOTH, []),
+    "transformers ViT": (partial(hugging_face, "ViT"), pixels(), 12, SMOOTH, POOLER),
+    "transformers DeiT": (partial(hugging_face, "DeiT"), pixels(), 12, SMOOTH, POOLER),
+    "transformers Dinov2": (partial(hugging_face, "Dinov2"), pixels(), 12, SMOOTH, []),
+    "transformers CLIPText": (partial(hugging_face, "CLIPText"), words(49000, 32, 77), 12, SMOOTH, []),
+    "transformers CLIPVision": (partial(hugging_face, "CLIPVision"), pixels(), 12, SMOOTH, []),
+    "transformers Whisper": (partial(hugging_face, "Whisper"), speech, 8, SMOOTH, []),
+    "transformers T5": (partial(hugging_face, "T5"), words(32000, also=["decoder_input_ids"]), 12, KINKED, []),
+    "transformers T5 1.1": (
+        partial(hugging_face, "T5", **T5_V1_1), words(32000, also=["decoder_input_ids"]), 16, SMOOTH, [],
+    ),
+    "transformers Llama": (partial(hugging_face, "Llama", **LLAMA), words(32000), 12, SMOOTH, []),
+    "torchvision vit_b_16": (partial(vision_models, "vit_b_16"), pictures(), 12, SMOOTH, []),
+    "torchvision swin_t": (partial(vision_models, "swin_t"), pictures(), 12, SMOOTH, []),
+    "torchvision convnext_tiny": (partial(vision_models, "convnext_tiny"), pictures(), 18, SMOOTH, []),
+    "torch encoder, ReLU": (partial(encoder, "relu"), vectors(16, 128, 512), 6, KINKED, []),
+    "torch encoder, GELU": (partial(encoder, "gelu"), vectors(16, 128, 512), 6, SMOOTH, []),
+    "torch decoder, ReLU": (partial(Decoder, "relu"), vectors(16, 128, 512), 6, KINKED, []),
+    "torch decoder, GELU": (partial(Decoder, "gelu"), vectors(16, 128, 512), 6, SMOOTH, []),
+}  # fmt: skip
+
+
+@pytest.mark.full_size
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["own", "stirred"])
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_published_sizes(family, weights):
+    make, inputs, layers, bound, skipped = FULL_SIZE[family]
+    torch.manual_seed(0)
+    print(f"\n{family}, {weights} weights: ", end="")
+    check(make(), inputs, layers, bound, skipped, stirred if weights == "stirred" else nn.Module.eval)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from grkan.convert.structure import as_activation, find_sites
 
@@ -91,15 +92,24 @@ class LowRank(nn.Linear):
         return 2 * super().forward(x)
 
 
+def hooked_linear():
+    """A linear layer as Accelerate's offloading leaves it."""
+    fc = nn.Linear(8, 12)
+    fc.forward = fc.forward
+    return fc
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        nn.Sequential(nn.LayerNorm(8), hooked_linear(), nn.GELU(), nn.Linear(12, 8)),
+        nn.Sequential(nn.LayerNorm(8), weight_norm(nn.Linear(8, 12)), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.Linear(8, 12), nn.GELU()),
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)),
         nn.Sequential(nn.LayerNorm(8), LowRank(8, 12), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(13, 8)),
     ],
-    ids=["one layer", "3x3", "adapter", "widths"],
+    ids=["offloaded", "parametrised", "one layer", "3x3", "adapter", "widths"],
 )
 def test_everything_else_is_skipped_with_a_reason(model):
     sites, skipped = find_sites(model)

@@ -238,9 +238,23 @@ class TestRefused:
         with pytest.raises(ValueError, match="holds a 'kat_giant', which timm does not have"):
             load_model(path)
 
-    def test_arguments_that_do_not_fit(self, path):
-        self.rewrite(path, arguments={"num_grups": 4})
-        with pytest.raises(ValueError, match=r"cannot be built: .*num_grups"):
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"num_grups": 4}, "TypeError.*num_grups"),
+            ({"num_heads": 0}, "ZeroDivisionError"),
+            ({"norm_layer": "none"}, "KeyError: 'none'"),
+        ],
+    )
+    def test_arguments_that_do_not_fit(self, path, arguments, match):
+        self.rewrite(path, arguments=arguments)
+        with pytest.raises(ValueError, match=f"cannot be built: {match}"):
+            load_model(path)
+
+    @pytest.mark.parametrize("fields", [{"arguments": []}, {"forms": None}, {"model": 3}, {"format_version": "1"}])
+    def test_metadata_of_other_types(self, path, fields):
+        self.rewrite(path, **fields)
+        with pytest.raises(ValueError, match=r"was not written by grkan\.save_model"):
             load_model(path)
 
     def test_a_file_cannot_name_another_file(self, path, tmp_path):
@@ -280,9 +294,36 @@ class TestRefused:
         with pytest.raises(ValueError, match="a name for each of the model's 10 outputs; got 2"):
             save_model(micro(), tmp_path / "m.safetensors", classes=["a", "b"])
 
-    def test_no_data(self, tmp_path):
-        with pytest.raises(ValueError, match="on the meta device"):
-            save_model(micro(device="meta"), tmp_path / "m.safetensors")
+    def test_no_data(self, path):
+        for function in (lambda model: save_model(model, path), lambda model: load_model(path, model)):
+            with pytest.raises(ValueError, match="on the meta device"):
+                function(micro(device="meta"))
+
+    @pytest.mark.parametrize(
+        ("call", "match"),
+        [
+            (lambda path: load_model(None), "path must be a str or a pathlib.Path; got None"),
+            (lambda path: read_metadata(3), "path must be a str or a pathlib.Path; got 3"),
+            (lambda path: load_model(path, "vit"), "model must be a torch.nn.Module; got 'vit'"),
+            (lambda path: load_model(path, nn.Linear), "model must be a torch.nn.Module; got <class"),
+            (lambda path: save_model(None, path), "model must be a torch.nn.Module; got None"),
+            (lambda path: save_model(micro(), 3), "path must be a str or a pathlib.Path; got 3"),
+            (lambda path: save_model(micro(), path, arguments=3), "arguments must be a mapping; got 3"),
+            (lambda path: save_model(micro(), path, preprocessing=3), "preprocessing must be a mapping; got 3"),
+            (lambda path: save_model(micro(), path, classes="0123456789"), "classes must be a sequence of names"),
+        ],
+    )
+    def test_wrong_types(self, path, call, match):
+        before = path.read_bytes()
+        with pytest.raises(TypeError, match=match):
+            call(path)
+        assert path.read_bytes() == before
+
+    def test_a_pipe_is_not_replaced(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="is a device or a pipe"):
+            save_model(micro(), tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo()
 
     def test_places_that_cannot_be_written(self, tmp_path):
         with pytest.raises(IsADirectoryError, match="path must name a file"):

@@ -190,7 +190,11 @@ def test_weights_that_are_refused(change, match):
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [({"form": "abs_of_sum"}, "form must be 'sum_of_abs'"), ({"num_grups": 3}, "model_args do not fit")],
+    [
+        ({"form": "abs_of_sum"}, "form must be 'sum_of_abs'"),
+        ({"num_grups": 3}, "model_args do not fit"),
+        ({"checkpoint_path": "kat.pth"}, "model_args must say what the model is, .*; got checkpoint_path"),
+    ],
 )
 def test_arguments_that_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):

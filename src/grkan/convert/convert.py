@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def convert_(
             as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
         num_groups: at most so many groups; every function has the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
-        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those.
+        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. Each has
+            to match a module of the model.
         act1: the first function, a name of `grkan.fit`; any other than "identity" changes what the model computes.
         forward: called as forward(model, batch) instead.
 
@@ -69,14 +71,26 @@ def convert_(
     check_module("model", model)
     check_positive("num_groups", num_groups)
     order, form = check_order(order), check_form(form)
+    if order[0] < 1:
+        raise ValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
     act1 = table.canonical_name(act1, "act1")
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     sites, skipped = find_sites(model)
-    chosen, left_out = choose(sites, _patterns("include", include), _patterns("exclude", exclude) or [])
+    if not sites:
+        raise _nothing_to_convert(model, skipped)
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
+    for argument, patterns in (("include", included), ("exclude", excluded)):
+        for pattern in patterns or []:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{argument} must match names of modules, such as {sites[0].name!r}; {pattern!r} matches none"
+                )
+    chosen, left_out = choose(sites, included, excluded or [])
     skipped += left_out
     if not chosen:
-        raise ValueError(f"model must have an MLP to convert; {type(model).__name__} has none{_reasons(skipped)}")
+        raise _nothing_to_convert(model, skipped)
 
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
     kept: list[tuple[Any, Tensor]] = []
@@ -92,7 +106,7 @@ def convert_(
         layers.append(_describe(site, histogram, found))
         entries.append(_entry(site, found, act1, num_groups))
     if not entries:
-        raise ValueError(f"model must have an MLP to convert; {type(model).__name__} has none{_reasons(skipped)}")
+        raise _nothing_to_convert(model, skipped)
 
     undo = apply_recipe(model, {"version": RECIPE_VERSION, "layers": entries})
     try:
@@ -113,11 +127,15 @@ def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
     return list(patterns)
 
 
-def _reasons(skipped: list[tuple[str, str]]) -> str:
-    if not skipped:
-        return ": no activation between two linear layers"
+def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> ValueError:
+    reasons = [f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]]
+    if any(isinstance(module, GroupRational) for module in model.modules()):
+        reasons.append("its other functions are rational already")
+    elif not skipped:
+        reasons.append("no activation between two linear layers")
     more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    return ": " + "; ".join(f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]) + more
+    kind = type(model).__name__
+    return ValueError(f"model must have an MLP to convert; {kind} has none: {'; '.join(reasons)}{more}")
 
 
 def _batches(calibration: Any) -> Iterator[Any]:
@@ -180,7 +198,7 @@ def _calibrate(
             except Exception as error:
                 raise ValueError(
                     f"calibration must have batches that the model takes; batch {number} raises "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
                 ) from error
             for site, histogram in zip(sites, histograms, strict=True):
                 if histogram.problem.endswith("not finite"):

@@ -5,6 +5,7 @@ name under which a module is known survive without being copied.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRKAN, GroupRational, RationalLinear
-from ..rational.arguments import check_module
+from ..rational.arguments import check_groups, check_module
 from ..rational.op import rational_linear
 
 RECIPE_VERSION = 1
@@ -29,6 +30,7 @@ _PARTS = {
     "linears": ("fc1", "act", "fc2"),
     "activation": ("act",),
 }
+_OPTIONAL = ("drop1", "norm", "drop2")
 
 
 class RationalConv1D(RationalLinear):
@@ -95,12 +97,19 @@ def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(recipe, Mapping):
         raise TypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
     version, layers = recipe.get("version"), recipe.get("layers")
-    if not isinstance(version, int) or not isinstance(layers, Sequence) or isinstance(layers, str):
-        raise ValueError(f"recipe must have a version and layers, as ConversionReport.recipe; got {sorted(recipe)}")
+    if type(version) is not int or version < 1 or not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise ValueError(
+            f"recipe must have a version and layers, as ConversionReport.recipe; got {reprlib.repr(dict(recipe))}"
+        )
     if version > RECIPE_VERSION:
         raise ValueError(f"recipe has version {version}, this grkan knows up to {RECIPE_VERSION}: upgrade grkan")
+    seen: set[str] = set()
     for layer in layers:
         _check_layer(layer)
+        own = {name for name in layer["parts"].values() if name is not None}
+        if own & seen:
+            raise ValueError(f"recipe must have each part in one layer; {min(own & seen)} is in two")
+        seen |= own
     return recipe
 
 
@@ -108,7 +117,9 @@ def _check_layer(layer: Any) -> None:
     try:
         known = isinstance(layer["name"], str) and set(layer["parts"]) == set(_PARTS[layer["layout"]])
         known = known and all(isinstance(layer[act], Mapping) for act in ("act1", "act2"))
-    except (KeyError, TypeError):
+        for part, name in layer["parts"].items():
+            known = known and (isinstance(name, str) or (name is None and part in _OPTIONAL))
+    except (AttributeError, KeyError, TypeError):
         known = False
     if not known:
         raise ValueError(f"recipe must have layers as grkan.convert_ writes them; got {json.dumps(layer)[:200]}")
@@ -155,6 +166,8 @@ class _Plan:
             ) from None
 
     def bind(self, modules: Mapping[str, nn.Module]) -> None:
+        if isinstance(modules.get(self.name), GRKAN):
+            raise ValueError("it is a GRKAN already")
         parent, _, self.slot = self.parts["act"].rpartition(".")
         self.parent = modules[parent]
         if not callable(getattr(self.parent, self.slot, None)):
@@ -163,9 +176,7 @@ class _Plan:
             raise ValueError(f"{self.parts['act']} is a rational function already")
         self.old = getattr(self.parent, self.slot)
         self.fc1, self.fc2 = (modules[self.parts[fc]] if fc in self.parts else None for fc in ("fc1", "fc2"))
-        self.between = {
-            part: modules[self.parts[part]] for part in ("drop1", "norm", "drop2") if self.parts.get(part) is not None
-        }
+        self.between = {part: modules[self.parts[part]] for part in _OPTIONAL if self.parts.get(part) is not None}
         for fc, act in (("fc1", "act1"), ("fc2", "act2")):
             if fc in self.parts:
                 self.check_linear(getattr(self, fc), self.parts[fc], self.layer[act])
@@ -273,6 +284,9 @@ def _adopt_hooks(old: Any, new: nn.Module) -> None:
 
 def _rational(act: Mapping[str, Any], like: Any) -> GroupRational:
     """The function that a recipe describes, where the parameters of `like` are."""
+    check_groups("width", act["width"], act["num_groups"])
+    if act["channel_dim"] not in (-1, 1) or not isinstance(act["init"], str):
+        raise ValueError(f"channel_dim must be -1 or 1, and init a name; got {act['channel_dim']!r}, {act['init']!r}")
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     rational = GroupRational(
         act["num_groups"],

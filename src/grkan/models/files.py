@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..nn import GroupRational
+from ..rational.arguments import check_module
 from .conversion import apply_recipe, check_recipe
 
 FORMAT_VERSION = 1
@@ -62,15 +63,19 @@ def save_model(
     Raises:
         ImportError: safetensors is missing.
         FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
-        TypeError: an argument, or preprocessing, is not JSON.
+        TypeError: an argument is of a wrong type; an element of arguments, or preprocessing, is not JSON.
         ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device).
     """
     safetensors = _safetensors()
-    path = Path(path)
+    path = _check_path(path)
+    _check_data(check_module("model", model))
+    for name, value in (("preprocessing", preprocessing), ("arguments", arguments)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping; got {value!r}")
+    if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+        raise TypeError(f"classes must be a sequence of names; got {classes!r}")
     try:
         with replacing(path) as temporary:
-            if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
-                raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
             metadata = _metadata(model, classes, preprocessing, arguments)
             safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
     except safetensors.SafetensorError as error:
@@ -83,9 +88,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError, FileNotFoundError: path is a folder, or lies in none.
+        OSError: it is a device or a pipe, which the file would replace.
     """
     if path.is_dir():
         raise IsADirectoryError(f"path must name a file; {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"path must name a file; {path} is a device or a pipe")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder; there is no {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -116,12 +124,16 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     Raises:
         ImportError: safetensors, or timm for a model of its registry, is missing.
         FileNotFoundError: there is no such file.
-        ValueError: the file is none of grkan's, damaged or of a newer version; the model cannot be built; or file and
-            model differ in names, shapes, or the form of a rational function. The message says which.
+        TypeError: path is no path, or model no module.
+        ValueError: the file is none of grkan's, damaged or of a newer version; the model cannot be built, or is on the
+            meta device; or file and model differ in names, shapes, or the form of a rational function. The message
+            says which.
     """
-    path = Path(path)
-    metadata, state = _read(path, tensors=True)
+    path = _check_path(path)
     built = model is None
+    if model is not None:
+        _check_data(check_module("model", model))
+    metadata, state = _read(path, tensors=True)
     if model is None:
         model = _build(metadata, path)
     undo = _convert(model, metadata, path)
@@ -151,7 +163,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ImportError, FileNotFoundError, ValueError: as for `load_model`.
     """
-    return _read(Path(path), tensors=False)[0]
+    return _read(_check_path(path), tensors=False)[0]
+
+
+def _check_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a pathlib.Path; got {path!r}")
+    return Path(path)
+
+
+def _check_data(model: nn.Module) -> None:
+    if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+        raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
 
 
 def _safetensors() -> Any:
@@ -261,7 +284,10 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from None
     try:
         metadata = json.loads(entries[_KEY])
-        version, *_ = (metadata[field] for field in ("format_version", "model", "arguments", "forms"))
+        kinds: dict[str, Any] = {"format_version": int, "model": (str, type(None)), "arguments": dict, "forms": dict}
+        if not all(isinstance(metadata[field], kind) for field, kind in kinds.items()):
+            raise TypeError
+        version = metadata["format_version"]
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format {version}, this version of grkan reads up to {FORMAT_VERSION}: upgrade grkan"
@@ -289,8 +315,9 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
     try:
         with torch.device("cpu"):
             model = timm.create_model(name, **wanted)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
+    except Exception as error:  # whatever a model makes of arguments that it does not take
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
     model.grkan_arguments = arguments
     return model
 

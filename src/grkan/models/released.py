@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     raise ImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
-from .files import replacing
+from .files import NOT_ARCHITECTURE, replacing
 
 _MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
 _FORM = "sum_of_abs"
@@ -57,6 +57,8 @@ def load_released_checkpoint(
         ImportError: timm is missing.
     """
     check_flag("use_ema", use_ema)
+    if others := sorted({*NOT_ARCHITECTURE} & {*model_args}):
+        raise ValueError(f"model_args must say what the model is, as num_classes does; got {', '.join(others)}")
     state, source = _read(path_or_state_dict, use_ema)
     name, arguments = _architecture(state, source)
     if model_args.get("form", _FORM) != _FORM:

@@ -24,9 +24,15 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def check_folder(path: str | Path | None) -> None:
-    """Raise FileNotFoundError if a file to be written lies in no folder: known before the work, not after it."""
-    if path is not None and not Path(path).parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(Path(path).parent))
+    """Raise OSError if a file to be written lies in no folder, or is something else: known before the work."""
+    if path is None:
+        return
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    if path.exists() and not path.is_file():  # a file would take the place of a device or a pipe
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, f"is a {kind}, not a file", str(path))
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -179,14 +179,24 @@ def calibration_images(original: TrainedModel, data: str, count: int) -> Iterato
     """Batches of training images, taken at equal distances, preprocessed as for a test.
 
     Raises:
-        ValueError: there is no such data set; none of the images can be read.
+        ValueError: there is no such data set; or, from the batches, none of the images can be read.
     """
     images = find_source(data).load("train")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
     picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
     images = replace(images, images=picked, labels=images.labels[chosen])
     loader = evaluation_loader(images, evaluation_transform(original.preprocessing), 32, 0)
-    return (batch.images.to(original.device) for batch in loader if len(batch.labels))
+
+    def batches() -> Iterator[Tensor]:
+        readable = False
+        for batch in loader:
+            if len(batch.labels):
+                readable = True
+                yield batch.images.to(original.device)
+        if not readable:
+            raise ValueError(f"--data {data} has no readable image")
+
+    return batches()
 
 
 def test_loader(trained: TrainedModel, data: str, batch_size: int, workers: int | None) -> DataLoader:
