@@ -54,8 +54,8 @@ def convert_(
             as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
         num_groups: at most so many groups; every function has the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
-        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. Each has
-            to match a module of the model.
+        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. At least
+            one of each has to match a module of the model.
         act1: the first function, a name of `grkan.fit`; any other than "identity" changes what the model computes.
         forward: called as forward(model, batch) instead.
 
@@ -82,11 +82,10 @@ def convert_(
         raise _nothing_to_convert(model, skipped)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
     for argument, patterns in (("include", included), ("exclude", excluded)):
-        for pattern in patterns or []:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"{argument} must match names of modules, such as {sites[0].name!r}; {pattern!r} matches none"
-                )
+        if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            raise ValueError(
+                f"{argument} must match names of modules, such as {sites[0].name!r}; {patterns} matches none"
+            )
     chosen, left_out = choose(sites, included, excluded or [])
     skipped += left_out
     if not chosen:
