@@ -76,7 +76,7 @@ REFERENCE = Kernel(_reference_forward, _reference_backward)
 
 KERNELS: dict[str, Kernel] = {}
 """Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
-served by the reference."""
+served by the reference. "xpu" is not: extreme x are computed in float64, which not all of Intel's GPUs have."""
 
 TRITON = (3, 6)
 """The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
