@@ -384,8 +384,8 @@ def test_json_of_models_has_images_per_second(tmp_path):
     ("arguments", "status", "message"),
     [
         (["oops"], 2, "invalid choice: 'oops'"),
-        (["ops", "--rounds=0"], 2, "--rounds: must be at least 1; got 0"),
-        (["ops", "--threads=-1"], 2, "--threads: must be at least 1; got -1"),
+        (["ops", "--rounds=0"], 2, "--rounds: must be a whole number, at least 1; got 0"),
+        (["ops", "--threads=-1"], 2, "--threads: must be a whole number, at least 1; got -1"),
         (["ops", "--device=tpu"], 2, "--device: invalid choice: 'tpu'"),
         (["ops", "--device=cuda"], 1, "device is 'cuda', but PyTorch finds no GPU"),
         (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),

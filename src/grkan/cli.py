@@ -263,7 +263,7 @@ def _positive(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an int, at least 1; got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text}")
     return value
 
 
