@@ -289,7 +289,8 @@ def vectors(*shape):
 
 
 def speech(seed):
-    return {"input_features": vectors(2, 80, 3000)(seed), **words(50000, 2, 64, also=["decoder_input_ids"])(seed)}
+    text = words(50000, 2, 64)(seed)["input_ids"]
+    return {"input_features": vectors(2, 80, 3000)(seed), "decoder_input_ids": text}
 
 
 class Decoder(nn.Module):
@@ -313,7 +314,10 @@ def hugging_face(name, **arguments):
 
 
 def vision_models(name):
-    return getattr(pytest.importorskip("torchvision").models, name)()
+    model = getattr(pytest.importorskip("torchvision").models, name)()
+    if name.startswith("vit"):  # its head starts at zero
+        model.heads = nn.Identity()
+    return model
 
 
 T5_V1_1 = {"feed_forward_proj": "gated-gelu", "d_ff": 1024, "num_layers": 8, "num_heads": 6}
@@ -330,11 +334,12 @@ FULL_SIZE = {
             "eva02_small_patch14_224": 12,
             "swin_tiny_patch4_window7_224": 12,
             "cait_xxs24_224": 26,
-            "mixer_b16_224": 24,
             "convnext_tiny": 18,
             "convnextv2_tiny": 18,
         }.items()
     },
+    # A Mixer's head starts at zero: its features in place of its logits.
+    "timm mixer_b16_224": (partial(timm.create_model, "mixer_b16_224", num_classes=0), pictures(), 24, SMOOTH, []),
     "transformers Bert": (partial(hugging_face, "Bert"), words(30000), 12, SMOOTH, POOLER),
     "transformers Roberta": (partial(hugging_face, "Roberta"), words(30000), 12, SMOOTH, POOLER),
     "transformers GPT2": (partial(hugging_face, "GPT2"), words(50000), 12, SMOOTH, []),
