@@ -2,7 +2,7 @@
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests that take an hour run when -m names them, and never else: neither by default nor with -m "not slow"."""
+    """Tests that take half an hour run when -m names them, and never else: not by default, nor with -m "not slow"."""
     if "full_size" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("full_size")]

@@ -273,13 +273,10 @@ def pixels(n=8):
     return lambda seed: {"pixel_values": images(n, size=224, seed=seed)}
 
 
-def words(vocabulary, n=16, length=128, **more):
+def words(vocabulary, n=16, length=128, also=()):
     def make(seed):
         generator = torch.Generator().manual_seed(seed)
-        return {
-            key: torch.randint(5, vocabulary, (n, length), generator=generator)
-            for key in ("input_ids", *more.get("also", ()))
-        }
+        return {key: torch.randint(5, vocabulary, (n, length), generator=generator) for key in ("input_ids", *also)}
 
     return make
 

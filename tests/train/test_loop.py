@@ -6,7 +6,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from grkan import GroupRational, load_model, no_weight_decay
+from grkan import GroupRational, load_model, no_weight_decay, save_model
 from grkan.models.files import read_metadata
 from grkan.train import loop
 from grkan.train.checkpoint import load_state, read_metrics
@@ -231,9 +231,12 @@ def test_a_run_is_not_overwritten(finished, tiny):
 
 
 def test_starting_from_another_model_is_refused(finished, tiny, tmp_path):
-    settings = {"init": str(finished[0]), "model": "vit_micro_patch2_8"}
-    with pytest.raises(ValueError, match="init holds a kat_micro_patch2_8, not a vit_micro_patch2_8"):
-        train(make_config(tiny, settings))
+    for model in ("vit_micro_patch2_8", "kat_micro_patch4_28"):
+        with pytest.raises(ValueError, match=f"init holds a kat_micro_patch2_8, not a {model}; .* or --init$"):
+            train(make_config(tiny, {"init": str(finished[0]), "model": model}))
+    save_model(timm.create_model("vit_micro_patch2_8"), tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"not a kat_micro_patch2_8; .*; grkan convert makes a KAT of it$"):
+        train(make_config(tiny, {"init": str(tmp_path / "vit.safetensors"), "model": "kat_micro_patch2_8"}))
     with pytest.raises(
         ValueError, match=r"best\.safetensors does not fit the model: .*has shape \(16,\) instead of \(32,\)"
     ):

@@ -133,7 +133,8 @@ def resolve(config: Config) -> Config:
         if name is None:
             raise ValueError(f"init must hold a model of timm's registry; {path} does not say which")
         if config.model not in (None, name):
-            convert = "; grkan convert makes a KAT of it" if config.model.startswith("kat_") else ""
+            to_kat = config.model.startswith("kat_") and not name.startswith("kat_")
+            convert = "; grkan convert makes a KAT of it" if to_kat else ""
             raise ValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init{convert}")
         arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
         chosen |= {"init": os.path.abspath(path), "model": name, "model_args": {**arguments, **config.model_args}}
