@@ -10,12 +10,13 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .errors import GrkanImportError
 from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
-    from .models.conversion import apply_conversion_
+    from .convert.recipe import apply_conversion_
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ConversionReport": ("grkan.convert", "fit"),
     "RationalFit": ("grkan.rational.fit", "fit"),
-    "apply_conversion_": ("grkan.models.conversion", "models"),
+    "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
     "count_operations": ("grkan.models.operations", "models"),
     "fit": ("grkan.rational.fit", "fit"),
@@ -65,7 +66,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "grkan":
             raise
-        raise ImportError(f'grkan.{name} needs {error.name}; install it by: pip install "grkan[{extra}]"') from error
+        raise GrkanImportError(
+            f'grkan.{name} needs {error.name}; install it by: pip install "grkan[{extra}]"'
+        ) from error
     globals()[name] = value
     return value
 

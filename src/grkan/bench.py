@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ._version import __version__
+from .errors import GrkanImportError, GrkanRuntimeError, GrkanValueError
 from .models import spline as spline_layers
 from .models.spline import GRID
 from .models.spline import ORDER as SPLINE_ORDER
@@ -636,14 +637,16 @@ def bench(
         OSError: the file cannot be written.
     """
     if suite not in SUITES:
-        raise ValueError(f"suite must be one of {', '.join(map(repr, SUITES))}; got {suite!r}")
+        raise GrkanValueError(f"suite must be one of {', '.join(map(repr, SUITES))}; got {suite!r}")
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+            raise GrkanValueError(f"{name} must be at least 1; got {value}")
     if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}; got {device!r}")
+        raise GrkanValueError(f"device must be one of {', '.join(map(repr, DEVICES))}; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device is 'cuda', but PyTorch finds no GPU; `python -m torch.utils.collect_env` shows why")
+        raise GrkanRuntimeError(
+            "device is 'cuda', but PyTorch finds no GPU; `python -m torch.utils.collect_env` shows why"
+        )
     check_folder(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
@@ -692,10 +695,12 @@ def bench_kernels(path: str | Path | None = None) -> None:
         import triton
 
         if problem := op.why_too_old(triton.__version__):
-            raise ImportError(problem)
+            raise GrkanImportError(problem)
         from .rational import gpu_stats
     except ImportError as error:
-        raise ImportError(f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})") from error
+        raise GrkanImportError(
+            f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})"
+        ) from error
     cases, found = list(gpu_stats.all_cases()), []
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

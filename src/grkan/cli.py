@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ._version import __version__
 from .command import Parser, run
+from .errors import GrkanValueError
 from .train.config import add_training_options, training_settings
 
 
@@ -95,7 +96,7 @@ def _train(options: argparse.Namespace) -> None:
         settings["output"] = options.output
     if options.resume:
         if options.config:
-            raise ValueError("--config does not go with --resume: the run's own configuration is used")
+            raise GrkanValueError("--config does not go with --resume: the run's own configuration is used")
         options.folder = options.resume
         from .train.loop import resume
 
@@ -124,9 +125,11 @@ def _eval(options: argparse.Namespace) -> None:
     with evaluation_bar(len(loader)) as advance:
         result = score(trained.model, loader, trained.device, unreadable, advance)
     if not result.images:
-        raise ValueError(f"--data {options.data} has no readable image")
+        raise GrkanValueError(f"--data {options.data} has no readable image")
     if not math.isfinite(result.loss):
-        raise ValueError(f"the loss of {options.model} is {result.loss}: its weights or its outputs are not finite")
+        raise GrkanValueError(
+            f"the loss of {options.model} is {result.loss}: its weights or its outputs are not finite"
+        )
     if unreadable.names:
         total = result.images + len(unreadable.names)
         print(f"{len(unreadable.names)} of {total} images were unreadable and left out", file=sys.stderr)
@@ -145,7 +148,7 @@ def _predict(options: argparse.Namespace) -> None:
             failures.append(str(error))
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise ValueError(failures[0] + more)
+        raise GrkanValueError(failures[0] + more)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -157,7 +160,7 @@ def _convert(options: argparse.Namespace) -> None:
     check_folder(options.output)
     _check_picture(options.plot)
     if not options.model and not options.checkpoint:
-        raise ValueError("give --model, --checkpoint or both: what is to be converted?")
+        raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
     original = load_original(options.model, options.checkpoint, options.data)
     images = None
     if options.data:

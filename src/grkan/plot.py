@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import GrkanImportError, GrkanValueError
+
 try:
     import numpy as np
     from matplotlib import colormaps
@@ -11,7 +13,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 except ModuleNotFoundError as error:
-    raise ImportError('grkan.plot needs matplotlib; install it with: pip install "grkan[plot]"') from error
+    raise GrkanImportError('grkan.plot needs matplotlib; install it with: pip install "grkan[plot]"') from error
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = N
     """
     modules = rationals(model)
     if not modules:
-        raise ValueError(f"model must have rational functions to plot; {type(model).__name__} has none")
+        raise GrkanValueError(f"model must have rational functions to plot; {type(model).__name__} has none")
     columns = min(4, len(modules))
     rows = -(-len(modules) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.4, 2.6 * rows + 1.1), layout="constrained", dpi=150)
@@ -156,7 +158,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         ValueError: no run has finished an epoch.
     """
     if not any("top1" in line for lines in runs.values() for line in lines):
-        raise ValueError("runs must hold at least one finished epoch")
+        raise GrkanValueError("runs must hold at least one finished epoch")
     figure = Figure(figsize=(9.5, 4.0), layout="constrained", dpi=150)
     losses, accuracies = figure.subplots(1, 2)
     for i, (name, lines) in enumerate(runs.items()):
@@ -209,7 +211,7 @@ def plot_scores(scores: Mapping[str, Sequence[float]]) -> Figure:
         ValueError: there are no scores.
     """
     if not scores or not all(scores.values()):
-        raise ValueError("scores must hold at least one accuracy for each run")
+        raise GrkanValueError("scores must hold at least one accuracy for each run")
     figure = Figure(figsize=(7.0, 1.2 + 0.26 * len(scores)), layout="constrained", dpi=150)
     axis = figure.subplots()
     for row, (name, values) in enumerate(scores.items()):
@@ -275,7 +277,7 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
     """
     worst = sorted(report.fits, key=lambda fitted: -fitted.relative_error)[:count]
     if not worst:
-        raise ValueError("report must have fits to plot; it has none")
+        raise GrkanValueError("report must have fits to plot; it has none")
     figure = Figure(figsize=(3.4 * len(worst) + 0.4, 4.6), layout="constrained", dpi=150)
     axes = figure.subplots(2, len(worst), squeeze=False, sharex="col", height_ratios=(3, 2))
     for (top, bottom), fitted in zip(axes.T, worst, strict=True):
@@ -310,7 +312,9 @@ def check_picture(path: str | Path) -> None:
     """Raise ValueError if matplotlib does not know the format that a file's ending names."""
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in known:
-        raise ValueError(f"a picture's file must end in .png, .svg or .pdf, or one of {', '.join(known)}; got {path}")
+        raise GrkanValueError(
+            f"a picture's file must end in .png, .svg or .pdf, or one of {', '.join(known)}; got {path}"
+        )
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

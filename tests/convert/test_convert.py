@@ -408,7 +408,7 @@ def test_a_failure_amid_the_change_undoes_it(monkeypatch):
         assert isinstance(model[0].output["dense"], RationalLinear)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grkan.models.conversion._adopt_hooks", fail)  # for the second layer
+    monkeypatch.setattr("grkan.convert.recipe._adopt_hooks", fail)  # for the second layer
     with pytest.raises(KeyboardInterrupt):
         apply_conversion_(model, recipe)
     assert_unchanged(model, before)

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.conversion import linear_kind
 from ..rational import table
 from ..rational.fit import RationalFit, fit, np
+from .recipe import linear_kind
 from .structure import Activation, Site
 
 _BINS_PER_UNIT = 64

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.conversion import RECIPE_VERSION, apply_recipe, linear_width
+from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..nn.modes import evaluating
 from ..rational import table
 from ..rational.arguments import check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
+from .recipe import RECIPE_VERSION, apply_recipe, linear_width
 from .report import ConversionReport
 from .structure import Site, Watched, choose, find_sites
 
@@ -72,10 +73,10 @@ def convert_(
     check_positive("num_groups", num_groups)
     order, form = check_order(order), check_form(form)
     if order[0] < 1:
-        raise ValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
+        raise GrkanValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
     act1 = table.canonical_name(act1, "act1")
     if forward is not None and not callable(forward):
-        raise TypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
+        raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     sites, skipped = find_sites(model)
     if not sites:
@@ -83,7 +84,7 @@ def convert_(
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
     for argument, patterns in (("include", included), ("exclude", excluded)):
         if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
-            raise ValueError(
+            raise GrkanValueError(
                 f"{argument} must match names of modules, such as {sites[0].name!r}; {patterns} matches none"
             )
     chosen, left_out = choose(sites, included, excluded or [])
@@ -122,11 +123,11 @@ def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
         return None
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{name} must be a pattern or several, as 'blocks.*'; got {value!r}")
+        raise GrkanTypeError(f"{name} must be a pattern or several, as 'blocks.*'; got {value!r}")
     return list(patterns)
 
 
-def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> ValueError:
+def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> GrkanValueError:
     reasons = [f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]]
     if any(isinstance(module, GroupRational) for module in model.modules()):
         reasons.append("its other functions are rational already")
@@ -134,14 +135,14 @@ def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> Val
         reasons.append("no activation between two linear layers")
     more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     kind = type(model).__name__
-    return ValueError(f"model must have an MLP to convert; {kind} has none: {'; '.join(reasons)}{more}")
+    return GrkanValueError(f"model must have an MLP to convert; {kind} has none: {'; '.join(reasons)}{more}")
 
 
 def _batches(calibration: Any) -> Iterator[Any]:
     if isinstance(calibration, (Tensor, Mapping)):
         return iter([calibration])
     if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
-        raise TypeError(
+        raise GrkanTypeError(
             f"calibration must be an iterable of batches, a Tensor or a Mapping; got {type(calibration).__name__}"
         )
     return iter(calibration)
@@ -162,7 +163,7 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
             return model(batch[0])
         if isinstance(batch, Tensor):
             return model(batch)
-    raise TypeError(f"it must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
+    raise GrkanTypeError(f"it must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
 
 
 def _first_float(output: Any) -> Tensor | None:
@@ -195,13 +196,13 @@ def _calibrate(
             try:
                 output = _first_float(_run(model, batch, forward))
             except Exception as error:
-                raise ValueError(
+                raise GrkanValueError(
                     f"calibration must have batches that the model takes; batch {number} raises "
                     f"{type(error).__name__}: {' '.join(str(error).split())}"
                 ) from error
             for site, histogram in zip(sites, histograms, strict=True):
                 if histogram.problem.endswith("not finite"):
-                    raise ValueError(
+                    raise GrkanValueError(
                         f"calibration must lead to finite values; at batch {number} {site.parts['act']}: "
                         f"{histogram.problem}"
                     )
@@ -212,9 +213,9 @@ def _calibrate(
                 if watch.calls:  # what one batch has shown is enough
                     watch.stop_watching()
     if number < 0:
-        raise ValueError("calibration must have a batch; it has none, or is a generator that is used up")
+        raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
-        raise ValueError("calibration must run through an MLP; the batches reach none of the activations")
+        raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
     for site, watch in zip(sites, watched, strict=True):
         if site.layout == "linears" and watch.calls and watch.agrees is not True:
             site.keep_linears()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.conversion import linear_kind, linear_width
 from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.modes import evaluating
 from ..rational import table
+from .recipe import linear_kind, linear_width
 
 _TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
@@ -39,7 +39,7 @@ class Site:
 
     name: str
     layout: str
-    """One of `models.conversion.LAYOUTS`."""
+    """One of `convert.recipe.LAYOUTS`."""
     parts: dict[str, str | None]
     """Their full names in the model, by those of `GRKAN`'s, `act` for the activation."""
     parent: nn.Module

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..convert.recipe import apply_recipe, check_recipe
+from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..rational.arguments import check_module
-from .conversion import apply_recipe, check_recipe
 
 FORMAT_VERSION = 1
 _KEY = "grkan"
@@ -71,9 +72,9 @@ def save_model(
     _check_data(check_module("model", model))
     for name, value in (("preprocessing", preprocessing), ("arguments", arguments)):
         if value is not None and not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a mapping; got {value!r}")
+            raise GrkanTypeError(f"{name} must be a mapping; got {value!r}")
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
-        raise TypeError(f"classes must be a sequence of names; got {classes!r}")
+        raise GrkanTypeError(f"classes must be a sequence of names; got {classes!r}")
     try:
         with replacing(path) as temporary:
             metadata = _metadata(model, classes, preprocessing, arguments)
@@ -168,13 +169,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_path(path: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or a pathlib.Path; got {path!r}")
+        raise GrkanTypeError(f"path must be a str or a pathlib.Path; got {path!r}")
     return Path(path)
 
 
 def _check_data(model: nn.Module) -> None:
     if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
-        raise ValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+        raise GrkanValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
 
 
 def _safetensors() -> Any:
@@ -182,7 +183,7 @@ def _safetensors() -> Any:
         import_module("safetensors.torch")
         return import_module("safetensors")
     except ModuleNotFoundError as error:
-        raise ImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
+        raise GrkanImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
 
 
 def _metadata(
@@ -205,13 +206,15 @@ def _metadata(
         classes = [str(c) for c in classes]
         outputs = getattr(model, "num_classes", len(classes))
         if outputs != len(classes):
-            raise ValueError(f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}")
+            raise GrkanValueError(
+                f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}"
+            )
     arguments = {key: value for key, value in (arguments or {}).items() if key not in NOT_ARCHITECTURE}
     for key, value in {**arguments, "preprocessing": preprocessing}.items():
         try:
             json.dumps(value)
         except TypeError:
-            raise TypeError(
+            raise GrkanTypeError(
                 f"{key} must be JSON to be written to a file (numbers, strings, lists); got {value!r}; "
                 "save_model(..., arguments=...) replaces what a model remembers"
             ) from None
@@ -273,7 +276,7 @@ def _forms(model: nn.Module) -> dict[str, str]:
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     safetensors = _safetensors()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a model file")
+        raise GrkanValueError(f"{path} is a folder, not a model file")
     if not path.exists():
         raise FileNotFoundError(f"there is no model file {path}")
     try:
@@ -281,7 +284,7 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]
             entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+        raise GrkanValueError(f"{path} is no safetensors file, or a damaged one: {error}") from None
     try:
         metadata = json.loads(entries[_KEY])
         kinds: dict[str, Any] = {"format_version": int, "model": (str, type(None)), "arguments": dict, "forms": dict}
@@ -289,11 +292,11 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]
             raise TypeError
         version = metadata["format_version"]
         if version > FORMAT_VERSION:
-            raise ValueError(
+            raise GrkanValueError(
                 f"{path} has format {version}, this version of grkan reads up to {FORMAT_VERSION}: upgrade grkan"
             )
     except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} was not written by grkan.save_model: it lacks its metadata") from None
+        raise GrkanValueError(f"{path} was not written by grkan.save_model: it lacks its metadata") from None
     # Of tied weights safetensors keeps one, and notes the others' names with its name.
     state |= {name: state[kept] for name, kept in entries.items() if kept in state and name != _KEY}
     return metadata, state
@@ -303,12 +306,14 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
     """The module that the metadata describe, on the CPU, with any weights."""
     name = metadata["model"]
     if name is None:
-        raise ValueError(f"{path} does not say how to build its model; pass one: load_model(path, model=...)")
+        raise GrkanValueError(f"{path} does not say how to build its model; pass one: load_model(path, model=...)")
     from . import kat  # noqa: F401  registers the models
 
     timm = import_module("timm")
     if not timm.is_model(name):
-        raise ValueError(f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)")
+        raise GrkanValueError(
+            f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)"
+        )
     arguments = {key: value for key, value in metadata["arguments"].items() if key not in NOT_ARCHITECTURE}
     # How the weights started is of no use here, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
@@ -317,7 +322,7 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
             model = timm.create_model(name, **wanted)
     except Exception as error:  # whatever a model makes of arguments that it does not take
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
+        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
     model.grkan_arguments = arguments
     return model
 
@@ -330,7 +335,7 @@ def _convert(model: nn.Module, metadata: dict[str, Any], path: Path) -> Callable
     try:
         return apply_recipe(model, check_recipe(recipe))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds a converted model, of which the {error}") from None
+        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from None
 
 
 def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
@@ -352,4 +357,4 @@ def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+        raise GrkanValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")

@@ -7,6 +7,8 @@ import inspect
 from functools import partial
 from typing import Any
 
+from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
+
 try:
     from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
     from timm.layers import Attention, Mlp, register_notrace_module
@@ -15,7 +17,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "timm":
         raise
-    raise ImportError('grkan.models needs timm; install it with: pip install "grkan[models]"') from error
+    raise GrkanImportError('grkan.models needs timm; install it with: pip install "grkan[models]"') from error
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +78,17 @@ class KAT(VisionTransformer):
         try:
             inspect.signature(mlp_layer).bind_partial(**arguments)
         except TypeError:
-            raise TypeError(
+            raise GrkanTypeError(
                 f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
             ) from None
         kwargs["mlp_layer"] = partial(mlp_layer, **arguments)
         if check_choice("attn_init", attn_init, (None, "mimetic")):
             if "attn_layer" in kwargs:
-                raise ValueError(f"attn_init 'mimetic' has its own attn_layer; got {kwargs['attn_layer']!r}")
+                raise GrkanValueError(f"attn_init 'mimetic' has its own attn_layer; got {kwargs['attn_layer']!r}")
             kwargs["attn_layer"] = MimeticAttention
         super().__init__(*args, **kwargs)
         if self.blocks and not no_weight_decay(self):
-            raise ValueError(
+            raise GrkanValueError(
                 f"block_fn must use mlp_layer: no block has a rational function; got {kwargs.get('block_fn')!r}"
             )
 

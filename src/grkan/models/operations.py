@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational, RationalLinear
 from ..rational.arguments import check_module, check_positive
 
@@ -34,7 +35,7 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
     """
     check_module("model", model)
     if not isinstance(input_size, Sequence) or isinstance(input_size, str):
-        raise TypeError(f"input_size must be a sequence of ints, as (3, 224, 224); got {input_size!r}")
+        raise GrkanTypeError(f"input_size must be a sequence of ints, as (3, 224, 224); got {input_size!r}")
     input_size = tuple(check_positive("each number of input_size", size) for size in input_size)
     # deepcopy takes what is in the memo for the copy: so the weights are not copied, and a large model costs no memory.
     memo = {id(t): _on_meta(t) for t in (*model.parameters(), *model.buffers())}
@@ -63,7 +64,7 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         with torch.no_grad(), counter:
             twin(torch.empty(1, *input_size, dtype=torch.float32, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(f"the model does not take an input of input_size {input_size}: {error}") from error
+        raise GrkanValueError(f"the model does not take an input of input_size {input_size}: {error}") from error
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "paper_operations": paper,

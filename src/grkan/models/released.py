@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..rational.arguments import check_flag, check_module
 
@@ -24,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "timm":
         raise
-    raise ImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
+    raise GrkanImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
 from .files import NOT_ARCHITECTURE, replacing
@@ -58,17 +59,17 @@ def load_released_checkpoint(
     """
     check_flag("use_ema", use_ema)
     if others := sorted({*NOT_ARCHITECTURE} & {*model_args}):
-        raise ValueError(f"model_args must say what the model is, as num_classes does; got {', '.join(others)}")
+        raise GrkanValueError(f"model_args must say what the model is, as num_classes does; got {', '.join(others)}")
     state, source = _read(path_or_state_dict, use_ema)
     name, arguments = _architecture(state, source)
     if model_args.get("form", _FORM) != _FORM:
-        raise ValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
+        raise GrkanValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
     arguments |= {"form": _FORM, **model_args}
     try:
         with torch.device("cpu"):
             model = timm.create_model(name, **arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model_args do not fit the {name} in {source}: {error}") from error
+        raise GrkanValueError(f"model_args do not fit the {name} in {source}: {error}") from error
     own = model.state_dict()
     if "head.weight" in own and "head.weight" in state and own["head.weight"].shape != state["head.weight"].shape:
         state |= {key: own[key] for key in ("head.weight", "head.bias")}
@@ -77,7 +78,7 @@ def load_released_checkpoint(
     try:
         model.load_state_dict(checkpoint_filter_fn(state, model))
     except (AssertionError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{source} does not fit a {name}: {' '.join(str(error).split())[:300]}") from None
+        raise GrkanValueError(f"{source} does not fit a {name}: {' '.join(str(error).split())[:300]}") from None
     return model.float().eval()
 
 
@@ -95,16 +96,16 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
     modules = check_module("model", model).named_modules()
     functions = {name: module for name, module in modules if isinstance(module, GroupRational)}
     if not functions:
-        raise ValueError(f"model must have rational functions; {type(model).__name__} has none")
+        raise GrkanValueError(f"model must have rational functions; {type(model).__name__} has none")
     state = dict(model.state_dict())
     for name, module in functions.items():
         if module.form != _FORM:
-            raise ValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
+            raise GrkanValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
         if module.order != (5, 4):
-            raise ValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
+            raise GrkanValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
         numerator = state.pop(f"{name}.numerator")
         if not torch.equal(numerator, numerator[:1].expand_as(numerator)):
-            raise ValueError(f"the released layout has one numerator for all groups; those of {name} differ")
+            raise GrkanValueError(f"the released layout has one numerator for all groups; those of {name} differ")
         state[f"{name}.weight_numerator"] = numerator[:1].clone()
         state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
     path = Path(path)
@@ -133,13 +134,13 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
             state = load_state_dict(label, use_ema)
         except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
             reason = " ".join(str(error).split()).partition(" No automatic")[0][:200]
-            raise ValueError(
+            raise GrkanValueError(
                 f"{label} is damaged, no checkpoint, or would have to run code: {type(error).__name__}: {reason}"
             ) from None
     else:
-        raise TypeError(f"path_or_state_dict must be a path or a mapping; got {type(source).__name__}")
+        raise GrkanTypeError(f"path_or_state_dict must be a path or a mapping; got {type(source).__name__}")
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise ValueError(f"{label} must hold weights by name; it holds something else")
+        raise GrkanValueError(f"{label} must hold weights by name; it holds something else")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, label
 
 
@@ -149,7 +150,7 @@ def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str,
     numerator, denominator = (shapes.get(f"blocks.0.mlp.act1.weight_{part}") for part in ("numerator", "denominator"))
     if numerator is None or denominator is None or len(numerator) != 2 or len(denominator) != 2:
         kind = ": it looks like a Vision Transformer; grkan.convert_ makes a KAT of one" if "cls_token" in state else ""
-        raise ValueError(
+        raise GrkanValueError(
             f"{source} holds no released KAT, which has blocks.0.mlp.act1.weight_numerator and weight_denominator{kind}"
         )
     width, patch = (shapes.get(key, (0,)) for key in ("cls_token", "patch_embed.proj.weight"))
@@ -157,7 +158,7 @@ def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str,
     name = _MODELS.get(width[-1])
     side = round(max(positions[1] - 1, 0) ** 0.5)
     if name is None or patch[2:] != (_PATCH, _PATCH) or side * side != positions[1] - 1:
-        raise ValueError(
+        raise GrkanValueError(
             f"{source} must hold a KAT of width {', '.join(map(str, _MODELS))} with patches of {_PATCH}, a class token "
             f"and positions for a square; its cls_token, patch_embed.proj.weight and pos_embed have shapes {width}, "
             f"{patch} and {positions}"

@@ -2,6 +2,6 @@
 
 from .grkan import GRKAN
 from .init import variance_gain
-from .rational import GroupRational, RationalLinear, no_weight_decay
+from .rational import GroupRational, RationalConv1D, RationalLinear, no_weight_decay
 
-__all__ = ["GRKAN", "GroupRational", "RationalLinear", "no_weight_decay", "variance_gain"]
+__all__ = ["GRKAN", "GroupRational", "RationalConv1D", "RationalLinear", "no_weight_decay", "variance_gain"]

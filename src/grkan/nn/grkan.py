@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GrkanTypeError, GrkanValueError
 from ..rational import table
 from ..rational.arguments import (
     check_choice,
@@ -79,7 +80,7 @@ class GRKAN(nn.Module):
         bias1, bias2 = check_pair("bias", bias, check_flag)
         drop1, drop2 = check_pair("drop", drop, check_probability)
         if isinstance(act_init, str) or not isinstance(act_init, Sequence) or len(act_init) != 2:
-            raise ValueError(f"act_init must be a pair, the init of act1 and that of act2; got {act_init!r}")
+            raise GrkanValueError(f"act_init must be a pair, the init of act1 and that of act2; got {act_init!r}")
         for init in act_init:
             if isinstance(init, str):
                 table.canonical_name(init, "act_init")
@@ -162,6 +163,6 @@ def _norm(norm_layer: Any, features: int, placed: dict[str, Any]) -> nn.Module:
             norm = norm_layer(features).to(**placed)
         return check_module("what norm_layer returns", norm)
     except (AttributeError, TypeError) as error:
-        raise TypeError(
+        raise GrkanTypeError(
             f"norm_layer must give a module for norm_layer({features}); got {norm_layer!r}: {error}"
         ) from error

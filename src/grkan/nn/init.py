@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GrkanTypeError, GrkanValueError
 from ..rational import reference, table
 from ..rational.arguments import check_form, evaluate, to_float64
 
@@ -47,13 +48,13 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
         elif callable(f):
             values = evaluate("function_or_numerator", f, z)
         else:
-            raise TypeError(
+            raise GrkanTypeError(
                 "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "
                 f"got {type(f).__name__} and no denominator"
             )
     power = (values.square() @ density).mean().item()
     if not 0 < power < float("inf"):
-        raise ValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
+        raise GrkanValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
     return 1.0 / power
 
 
@@ -100,7 +101,7 @@ def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:
     b = torch.atleast_2d(to_float64("denominator", denominator))
     groups = max(len(a), len(b))
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] == 0 or min(len(a), len(b)) not in (1, groups):
-        raise ValueError(
+        raise GrkanValueError(
             "numerator must have shape (m + 1,) or (groups or 1, m + 1), and denominator (n,) or (groups or 1, n); "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GrkanTypeError, GrkanValueError
 from ..rational import reference, table
 from ..rational.arguments import (
     check_flag,
@@ -69,7 +70,7 @@ class GroupRational(nn.Module):
         self.share_numerator = check_flag("share_numerator", share_numerator)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating dtype; got {dtype}")
+            raise GrkanTypeError(f"dtype must be a floating dtype; got {dtype}")
         dtype = torch.promote_types(dtype, torch.float32)
         self.init_name = init if isinstance(init, str) else getattr(init, "__name__", type(init).__name__)
         rows = 1 if self.share_numerator else self.num_groups
@@ -105,7 +106,7 @@ class GroupRational(nn.Module):
         """
         group = check_integer("group", group)
         if not 0 <= group < self.num_groups:
-            raise ValueError(f"group must lie in [0, {self.num_groups - 1}]; got {group}")
+            raise GrkanValueError(f"group must lie in [0, {self.num_groups - 1}]; got {group}")
         numerator, denominator = (
             rows[group : group + 1] if len(rows) > 1 else rows.clone()
             for rows in (c.detach().to("cpu", torch.float64, copy=True) for c in (self.numerator, self.denominator))
@@ -202,6 +203,22 @@ class RationalLinear(nn.Linear):
         return rational_linear(x, act.numerator, act.denominator, self.weight, self.bias, form=act.form)
 
 
+class RationalConv1D(RationalLinear):
+    """`RationalLinear` for a weight that lies as (in_features, out_features), as in GPT-2's Conv1D."""
+
+    def reset_parameters(self) -> None:
+        """The same start as that of a `RationalLinear`."""
+        super().reset_parameters()
+        if hasattr(self, "act"):  # the variance depends on the number of inputs, which is no longer that of the columns
+            with torch.no_grad():
+                self.weight.mul_((self.weight.shape[1] / self.weight.shape[0]) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) W + b."""
+        act = self.act
+        return rational_linear(x, act.numerator, act.denominator, self.weight.T, self.bias, form=act.form)
+
+
 def no_weight_decay(model: nn.Module) -> set[str]:
     """The full names of all rational coefficients in a model, for the parameter group without weight decay.
 
@@ -235,12 +252,14 @@ def _initial_coefficients(
             init = _fit(init, order, form)
     elif is_fit(init):
         if init.form != form:
-            raise ValueError(f"init must have the form of the module, {form!r}; got a fit of form {init.form!r}")
+            raise GrkanValueError(f"init must have the form of the module, {form!r}; got a fit of form {init.form!r}")
         init = init.numerator, init.denominator
     elif callable(init):
         init = _fit(init, order, form)
     if not isinstance(init, Sequence) or len(init) != 2:
-        raise TypeError(f"init must be a name, a callable, a RationalFit or (numerator, denominator); got {init!r}")
+        raise GrkanTypeError(
+            f"init must be a name, a callable, a RationalFit or (numerator, denominator); got {init!r}"
+        )
     return (
         _rows("numerator", init[0], m + 1, numerator_rows),
         _rows("denominator", init[1], n, denominator_rows),
@@ -253,7 +272,7 @@ def _fit(init: Any, order: tuple[int, int], form: str) -> tuple[Any, Any]:
     try:
         found = fit(init, order, form=form)
     except (TypeError, ValueError) as error:  # which calls it the target
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+        kind = GrkanTypeError if isinstance(error, TypeError) else GrkanValueError
         raise kind(f"init must be a function that can be fitted: {error}") from error
     return found.numerator, found.denominator
 
@@ -265,10 +284,10 @@ def _rows(name: str, values: Any, columns: int, rows: int) -> list[list[float]]:
         or values.shape[-1] != columns
         or (values.dim() == 2 and len(values) not in (1, rows))
     ):
-        raise ValueError(
+        raise GrkanValueError(
             f"the {name} of init must have shape ({columns},) or ({rows}, {columns}), from order and num_groups; "
             f"got {tuple(values.shape)}"
         )
     if not values.isfinite().all():
-        raise ValueError(f"the {name} of init must be finite; got {values.tolist()}")
+        raise GrkanValueError(f"the {name} of init must be finite; got {values.tolist()}")
     return values.expand(rows, columns).tolist()

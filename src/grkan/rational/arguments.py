@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GrkanTypeError, GrkanValueError
 from .reference import FORMS
 
 
 def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool; got {value!r}")
+        raise GrkanTypeError(f"{name} must be a bool; got {value!r}")
     return value
 
 
@@ -31,21 +32,21 @@ def check_integer(name: str, value: int) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r}") from None
+        raise GrkanTypeError(f"{name} must be an int; got {value!r}") from None
 
 
 def check_positive(name: str, value: int) -> int:
     value = check_integer(name, value)
     if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
+        raise GrkanValueError(f"{name} must be at least 1; got {value}")
     return value
 
 
 def check_probability(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+        raise GrkanTypeError(f"{name} must be a number; got {value!r}")
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1]; got {value}")
+        raise GrkanValueError(f"{name} must lie in [0, 1]; got {value}")
     return float(value)
 
 
@@ -53,7 +54,7 @@ def check_pair(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple
     """A pair, or one value for both."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"{name} must be one value or a pair; got {value!r}")
+        raise GrkanValueError(f"{name} must be one value or a pair; got {value!r}")
     return check(name, pair[0]), check(name, pair[1])
 
 
@@ -61,9 +62,9 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     """One of a few strings; None may be among them."""
     known = " or ".join(map(repr, choices))
     if not isinstance(value, str) and not (value is None and None in choices):
-        raise TypeError(f"{name} must be {known}; got {value!r}")
+        raise GrkanTypeError(f"{name} must be {known}; got {value!r}")
     if value not in choices:
-        raise ValueError(f"{name} must be {known}; got {value!r}")
+        raise GrkanValueError(f"{name} must be {known}; got {value!r}")
     return value
 
 
@@ -75,15 +76,15 @@ def check_form(form: str) -> str:
 def check_order(order: tuple[int, int]) -> tuple[int, int]:
     message = f"order must be a pair (m, n) of ints, m >= 0 and n >= 0; got {order!r}"
     if not isinstance(order, Sequence) or isinstance(order, str):
-        raise TypeError(message)
+        raise GrkanTypeError(message)
     if len(order) != 2:
-        raise ValueError(message)
+        raise GrkanValueError(message)
     try:
         m, n = (check_integer("order", degree) for degree in order)
     except TypeError:
-        raise TypeError(message) from None
+        raise GrkanTypeError(message) from None
     if min(m, n) < 0:
-        raise ValueError(message)
+        raise GrkanValueError(message)
     return m, n
 
 
@@ -91,13 +92,13 @@ def check_groups(name: str, features: int, num_groups: int) -> int:
     """The features, which the groups divide."""
     features, num_groups = check_positive(name, features), check_positive("num_groups", num_groups)
     if features % num_groups:
-        raise ValueError(f"{name} must be divisible by num_groups; got {features} and {num_groups}")
+        raise GrkanValueError(f"{name} must be divisible by num_groups; got {features} and {num_groups}")
     return features
 
 
 def check_module(name: str, value: nn.Module) -> nn.Module:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module; got {_short(value)}")
+        raise GrkanTypeError(f"{name} must be a torch.nn.Module; got {_short(value)}")
     return value
 
 
@@ -108,7 +109,7 @@ def to_float64(name: str, values: Any) -> Tensor:
         values = values.tolist() if hasattr(values, "tolist") else values
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     except (OverflowError, RuntimeError, TypeError, ValueError):
-        raise TypeError(f"{name} must be numbers; got {_short(values)}") from None
+        raise GrkanTypeError(f"{name} must be numbers; got {_short(values)}") from None
 
 
 def evaluate(name: str, function: Callable[[Any], Any], x: Tensor) -> Tensor:
@@ -130,13 +131,13 @@ def evaluate(name: str, function: Callable[[Any], Any], x: Tensor) -> Tensor:
             try:
                 values = function(x.clone())
             except Exception as of_tensors:
-                raise TypeError(
+                raise GrkanTypeError(
                     f"{name} must take a float64 array or tensor; got {_short(function)}, which says "
                     f"{str(of_arrays)!r} to an array and {str(of_tensors)!r} to a tensor"
                 ) from of_tensors
     result = to_float64(f"what {name} returns", values)
     if result.shape != x.shape:
-        raise ValueError(
+        raise GrkanValueError(
             f"{name} must return an array of the shape of its argument, {tuple(x.shape)}; got {tuple(result.shape)}"
         )
     return result

@@ -35,6 +35,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from . import reference, table
 from .arguments import check_form, check_order, evaluate
 from .reference import FORMS
@@ -45,7 +46,7 @@ try:
     from scipy.integrate import trapezoid
     from scipy.optimize import least_squares, linprog, nnls
 except ImportError as error:
-    raise ImportError('grkan.fit needs NumPy and SciPy; install them with: pip install "grkan[fit]"') from error
+    raise GrkanImportError('grkan.fit needs NumPy and SciPy; install them with: pip install "grkan[fit]"') from error
 
 Array = NDArray[Any]  # float64 throughout
 Function = Callable[[Array], Array]
@@ -140,7 +141,7 @@ def fit(
         bounds = (float(x.min()), float(x.max())) if interval is None else _checked_interval(interval)
         return _measured(f, a, b, form, bounds)
     if weights is not None:
-        raise ValueError("weights belong to samples; got weights and no samples")
+        raise GrkanValueError("weights belong to samples; got weights and no samples")
     if interval is not None:
         bounds, guarded = _checked_interval(interval), False
     elif isinstance(target, str):
@@ -461,7 +462,7 @@ def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array
         a = p[: m + 1] * size / scale ** np.arange(m + 1.0)
         b = p[m + 1 :] / scale ** np.arange(1.0, len(p) - m)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"x as small as {scale:g} needs coefficients beyond float64; bring x nearer to 1")
+        raise GrkanValueError(f"x as small as {scale:g} needs coefficients beyond float64; bring x nearer to 1")
     return a, b
 
 
@@ -521,13 +522,13 @@ def _as_function(target: str | Function) -> Function:
     elif callable(target):
         values = partial(evaluate, "target", target)
     else:
-        raise TypeError(f"target must be a name or a callable on numpy arrays; got {type(target).__name__}")
+        raise GrkanTypeError(f"target must be a name or a callable on numpy arrays; got {type(target).__name__}")
 
     def checked(x: Array) -> Array:
         y = values(torch.tensor(x, device="cpu")).numpy()
         wrong = np.flatnonzero(~np.isfinite(y))
         if len(wrong):
-            raise ValueError(f"target must be finite where it is fitted; got {y[wrong[0]]} at x = {x[wrong[0]]:g}")
+            raise GrkanValueError(f"target must be finite where it is fitted; got {y[wrong[0]]} at x = {x[wrong[0]]:g}")
         return y
 
     return checked
@@ -537,9 +538,9 @@ def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     try:
         bounds = () if isinstance(interval, str) else tuple(float(bound) for bound in interval)
     except (TypeError, ValueError):
-        raise TypeError(f"interval must be two numbers (low, high); got {interval!r}") from None
+        raise GrkanTypeError(f"interval must be two numbers (low, high); got {interval!r}") from None
     if len(bounds) != 2 or not all(map(math.isfinite, bounds)) or not bounds[0] < bounds[1]:
-        raise ValueError(f"interval must be two finite numbers, low < high; got {interval!r}")
+        raise GrkanValueError(f"interval must be two finite numbers, low < high; got {interval!r}")
     return bounds
 
 
@@ -550,11 +551,11 @@ def _checked_samples(samples: ArrayLike, weights: ArrayLike | None) -> tuple[Arr
         return x, np.full(len(x), 1 / len(x))
     w = _checked_vector("weights", weights)
     if len(w) != len(x):
-        raise ValueError(f"weights must be as many as samples, {len(x)}; got {len(w)}")
+        raise GrkanValueError(f"weights must be as many as samples, {len(x)}; got {len(w)}")
     if w.min() < 0:
-        raise ValueError(f"weights must not be negative; got {w.min():g} at index {w.argmin()}")
+        raise GrkanValueError(f"weights must not be negative; got {w.min():g} at index {w.argmin()}")
     if w.max() == 0:
-        raise ValueError("weights must not all be zero")
+        raise GrkanValueError("weights must not all be zero")
     w = w / w.max()
     return x, w / w.sum()
 
@@ -563,12 +564,12 @@ def _checked_vector(name: str, values: ArrayLike) -> Array:
     try:
         vector = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a 1-D array of numbers; got {type(values).__name__}") from None
+        raise GrkanTypeError(f"{name} must be a 1-D array of numbers; got {type(values).__name__}") from None
     if vector.ndim != 1 or len(vector) == 0:
-        raise ValueError(f"{name} must be 1-D and not empty; got shape {vector.shape}")
+        raise GrkanValueError(f"{name} must be 1-D and not empty; got shape {vector.shape}")
     wrong = np.flatnonzero(~np.isfinite(vector))
     if len(wrong):
-        raise ValueError(f"{name} must be finite; got {vector[wrong[0]]} at index {wrong[0]}")
+        raise GrkanValueError(f"{name} must be finite; got {vector[wrong[0]]} at index {wrong[0]}")
     return vector
 
 

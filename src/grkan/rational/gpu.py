@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import GrkanRuntimeError
+
 VECTOR_BYTES = 16
 """What one instruction reads or writes at most."""
 
@@ -475,7 +477,7 @@ def try_out() -> None:
     """Compile and run the smallest of cases on the current GPU, so that whatever is broken breaks here."""
     x, a = torch.ones(1, device="cuda"), torch.ones(1, 2, device="cuda")
     if not abs(forward(x, a, a[:, :1], "abs_of_sum", 1).item() - 1.0) < 1e-6:
-        raise RuntimeError("its kernel gives a wrong result")
+        raise GrkanRuntimeError("its kernel gives a wrong result")
 
 
 def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:

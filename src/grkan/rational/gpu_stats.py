@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..errors import GrkanRuntimeError
 from . import gpu
 
 TARGETS = {
@@ -166,7 +167,7 @@ def compile_kernel(
         RuntimeError: Triton's interpreter is on, in which nothing is compiled.
     """
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
+        raise GrkanRuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
     function = gpu.forward_kernel if kernel == "forward" else gpu.backward_kernel
     name, size = DTYPES[dtype]
     constants = {

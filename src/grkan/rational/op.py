@@ -28,6 +28,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
 from . import cpu, reference
 from .arguments import check_choice, check_form, check_integer
 
@@ -162,7 +163,7 @@ class set_backend:
         check_choice("backend", name, _BACKENDS)
         if name == "native" and not KERNELS and not (torch.cuda.is_available() and find_kernel("cuda")):
             for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
-            raise RuntimeError(
+            raise GrkanRuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
                 f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
             )
@@ -247,7 +248,7 @@ def rational_linear(
         bias = None if bias is None else bias.to(dtype)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {_name(x.dtype)}; got {_name(value.dtype)}")
+            raise GrkanTypeError(f"{name} must have the dtype of x, {_name(x.dtype)}; got {_name(value.dtype)}")
     if _composite_needed():
         return F.linear(_composite(x, numerator, denominator, form, dim, groups), weight, bias)
     if _is_eager(x, numerator, denominator, weight, bias):
@@ -303,7 +304,7 @@ def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
         return kernel
     how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
     if _backend == "native":
-        raise RuntimeError(
+        raise GrkanRuntimeError(
             f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}{how}"
         )
     if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend == "auto":
@@ -538,37 +539,37 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel
     """Raise for arguments that do not fit; return the number of groups and the channel dimension, not negative."""
     for name, value in (("x", x), ("numerator", numerator), ("denominator", denominator)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+            raise GrkanTypeError(f"{name} must be a Tensor; got {type(value).__name__}")
     if x.dtype not in _DTYPES:
-        raise TypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(x.dtype)}")
+        raise GrkanTypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(x.dtype)}")
     shape, device = x.shape, x.device
     if not shape:
-        raise ValueError("x must have at least one dimension; got a scalar tensor")
+        raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
     check_form(form)
     for name, value in (("numerator", numerator), ("denominator", denominator)):
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a floating dtype; got {_name(value.dtype)}")
+            raise GrkanTypeError(f"{name} must have a floating dtype; got {_name(value.dtype)}")
         if value.device != device:
-            raise ValueError(f"{name} must be on the device of x, {device}; got {value.device}")
+            raise GrkanValueError(f"{name} must be on the device of x, {device}; got {value.device}")
     of_a, of_b = numerator.shape, denominator.shape
     if len(of_a) != 2 or of_a[0] == 0 or of_a[1] == 0:
-        raise ValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(of_a)}")
+        raise GrkanValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(of_a)}")
     if len(of_b) != 2 or of_b[0] == 0:
-        raise ValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(of_b)}")
+        raise GrkanValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(of_b)}")
     groups = max(of_a[0], of_b[0])
     if min(of_a[0], of_b[0]) not in (1, groups):
-        raise ValueError(
+        raise GrkanValueError(
             f"numerator and denominator must have the same number of rows, or one of them a single row; "
             f"got {of_a[0]} and {of_b[0]}"
         )
     channel_dim = check_integer("channel_dim", channel_dim)
     if not -len(shape) <= channel_dim < len(shape):
-        raise ValueError(
+        raise GrkanValueError(
             f"channel_dim must lie in [{-len(shape)}, {len(shape) - 1}] for x of shape {tuple(shape)}; "
             f"got {channel_dim}"
         )
     if shape[channel_dim] % groups:
-        raise ValueError(
+        raise GrkanValueError(
             f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "
             f"got {shape[channel_dim]} channels in dimension {channel_dim} of shape {tuple(shape)}"
         )
@@ -580,16 +581,16 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if name == "bias" and value is None:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+            raise GrkanTypeError(f"{name} must be a Tensor; got {type(value).__name__}")
         if value.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {value.device}")
+            raise GrkanValueError(f"{name} must be on the device of x, {x.device}; got {value.device}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
+        raise GrkanValueError(
             f"weight must have shape (out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}; "
             f"got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight; got {tuple(bias.shape)}")
+        raise GrkanValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight; got {tuple(bias.shape)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import GrkanTypeError, GrkanValueError
 from .arguments import check_form
 
 
@@ -64,13 +65,15 @@ def canonical_name(name: str, argument: str = "name") -> str:
         ValueError: there is no function of that name; the message lists the names, and the nearest one last.
     """
     if not isinstance(name, str):
-        raise TypeError(f"{argument} must be a string; got {type(name).__name__}")
+        raise GrkanTypeError(f"{argument} must be a string; got {type(name).__name__}")
     canonical = _ALIASES.get(name, name)
     if canonical not in _EXACT:
         known = [*NAMES, *_ALIASES]
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}; got {name!r}; {hint}".rstrip("; "))
+        raise GrkanValueError(
+            f"{argument} must be one of {', '.join(map(repr, known))}; got {name!r}; {hint}".rstrip("; ")
+        )
     return canonical
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..errors import GrkanValueError
+
 STATE_FORMAT = "grkan training state 3"
 
 
@@ -93,9 +95,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # zipfile, pickle and PyTorch have an error of their own for each way a file can be broken
-        raise ValueError(f"{path} is damaged or no training state; a run of another --output starts afresh") from None
+        raise GrkanValueError(
+            f"{path} is damaged or no training state; a run of another --output starts afresh"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise ValueError(f"{path} is no training state of this version of grkan")
+        raise GrkanValueError(f"{path} is no training state of this version of grkan")
     return state
 
 

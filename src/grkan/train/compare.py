@@ -24,6 +24,7 @@ import torch
 from rich.table import Table
 
 from ..command import Parser, run
+from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from .checkpoint import read_metrics, write_bytes, write_file
 from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
@@ -49,13 +50,13 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         As `train`; runs that were finished before stay.
     """
     if not runs:
-        raise ValueError("runs must name at least one; give --models or a configuration with runs")
+        raise GrkanValueError("runs must name at least one; give --models or a configuration with runs")
     output = Path(output)
     members = {name: list(_members(name, settings)) for name, settings in runs.items()}
     against = {name: settings["against"] for name, settings in runs.items() if settings.get("against") is not None}
     for name, other in against.items():
         if other not in runs or other == name:
-            raise ValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
+            raise GrkanValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
     # All configurations are checked before the first run starts.
     configs = {}
     for name, settings in runs.items():
@@ -88,7 +89,7 @@ def _members(name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict
     if seeds is None:
         yield name, {}
     elif isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"seeds must be a number of seeds, at least 1; got {seeds!r} for {name}")
+        raise GrkanValueError(f"seeds must be a number of seeds, at least 1; got {seeds!r} for {name}")
     else:
         for seed in range(seeds):
             yield f"{name}/seed-{seed}", {"seed": seed}
@@ -98,7 +99,7 @@ def _check_same(config: Config) -> None:
     recorded = read_yaml(Path(config.output or "") / "config.yaml")
     for key, value in to_dict(config).items():
         if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
-            raise ValueError(
+            raise GrkanValueError(
                 f"{config.output} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another "
                 "--output"
             )
@@ -217,9 +218,9 @@ def _main(options: argparse.Namespace) -> None:
     if options.models:
         variants = {name: {"model": name} for name in options.models}
     if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
-        raise ValueError(f"{options.config}: runs must map names to settings")
+        raise GrkanValueError(f"{options.config}: runs must map names to settings")
     if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        raise GrkanValueError(f"--jobs must be at least 1; got {options.jobs}")
     given = training_settings(options)
     runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
     summaries = compare(runs, options.output, options.jobs)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import GrkanTypeError, GrkanValueError
+
 
 @dataclass
 class Config:
@@ -97,17 +99,17 @@ class Config:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 limits = f"at least {low:g}" if high == _INFINITY else f"in [{low:g}, {high:g}]"
-                raise ValueError(f"{name} must be {limits}; got {value!r}")
+                raise GrkanValueError(f"{name} must be {limits}; got {value!r}")
         if self.clip_grad == 0:
-            raise ValueError("clip_grad must be more than 0, or null for no limit; got 0")
+            raise GrkanValueError("clip_grad must be more than 0, or null for no limit; got 0")
         if self.lr < self.min_lr:
-            raise ValueError(f"min_lr must not exceed lr, {self.lr:g}; got {self.min_lr:g}")
+            raise GrkanValueError(f"min_lr must not exceed lr, {self.lr:g}; got {self.min_lr:g}")
         if self.warmup_epochs is None:
             self.warmup_epochs = self.epochs / 10
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
+            raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1; got {self.crop_scale}")
+            raise GrkanValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1; got {self.crop_scale}")
 
 
 _INFINITY = float("inf")
@@ -150,11 +152,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise GrkanValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
+        raise GrkanValueError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
     return content
 
 
@@ -172,7 +174,7 @@ def _parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise GrkanValueError(str(error)) from None
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
@@ -195,7 +197,7 @@ def check_name(key: Any) -> None:
     """Raise ValueError if there is no setting of that name."""
     names = [f.name for f in dataclasses.fields(Config)]
     if key not in names:
-        raise ValueError(f"unknown setting {key!r}; {nearest(str(key), names)}")
+        raise GrkanValueError(f"unknown setting {key!r}; {nearest(str(key), names)}")
 
 
 def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
@@ -218,15 +220,15 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not text.strip():
-            raise ValueError(f"--set takes key=value, where null is no value; got {assignment!r}")
+            raise GrkanValueError(f"--set takes key=value, where null is no value; got {assignment!r}")
         try:
             value = _parse_yaml(text)
         except ValueError as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"--set {key}: {text!r} is not a YAML value ({reason})") from None
+            raise GrkanValueError(f"--set {key}: {text!r} is not a YAML value ({reason})") from None
         key, dot, argument = key.partition(".")
         if dot and key != "model_args":
-            raise ValueError(f"--set {assignment}: only model_args has parts")
+            raise GrkanValueError(f"--set {assignment}: only model_args has parts")
         check_name(key)
         if dot:
             settings.setdefault(key, {})[argument] = value
@@ -295,11 +297,11 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value is False and "no" in options:  # YAML 1.1 reads a bare `no` so
             value = "no"
         if value not in options:
-            raise ValueError(f"{name} must be {' or '.join(options)}; got {value!r}")
+            raise GrkanValueError(f"{name} must be {' or '.join(options)}; got {value!r}")
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(options):
-            raise TypeError(f"{name} must be {len(options)} numbers; got {value!r}")
+            raise GrkanTypeError(f"{name} must be {len(options)} numbers; got {value!r}")
         return tuple(_convert(name, v, option) for v, option in zip(value, options, strict=True))
     if typing.get_origin(kind) is dict:
         kind = dict
@@ -307,10 +309,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         try:
             value = float(value)
         except (ValueError, OverflowError):
-            raise TypeError(f"{name} must be a number; got {value!r}") from None
+            raise GrkanTypeError(f"{name} must be a number; got {value!r}") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
-        raise TypeError(f"{name} must be {wanted[kind]}; got {value!r}")
+        raise GrkanTypeError(f"{name} must be {wanted[kind]}; got {value!r}")
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number; got {value!r}")
+        raise GrkanValueError(f"{name} must be a finite number; got {value!r}")
     return value

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from ..errors import GrkanValueError
 from .config import Config, nearest
 from .randomness import derive_seed, seeded
 
@@ -121,7 +122,7 @@ def find_source(data: str) -> Source:
             normalisation=(0.2860, 0.3530),
         )
     if not Path(data).is_dir():
-        raise ValueError(
+        raise GrkanValueError(
             f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
         )
     return Source(
@@ -164,9 +165,9 @@ def _load_fashion_mnist(folder: Path | None, split: str) -> ImageData:
     pixels = _read_idx(folder, f"{stem}-images-idx3-ubyte", 3)
     labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte", 1)
     if len(pixels) != len(labels):
-        raise ValueError(f"{folder}: {len(pixels)} {split} images, but {len(labels)} labels")
+        raise GrkanValueError(f"{folder}: {len(pixels)} {split} images, but {len(labels)} labels")
     if len(labels) and labels.max() > 9:
-        raise ValueError(f"{folder}: labels must lie in 0..9; got {labels.max()}")
+        raise GrkanValueError(f"{folder}: labels must lie in 0..9; got {labels.max()}")
     return ImageData(pixels, labels.astype(np.int64), _FASHION_CLASSES)
 
 
@@ -175,7 +176,7 @@ def _download_fashion_mnist() -> Path:
     try:
         return Path(FashionMNIST(str(cache), download=True).raw_folder)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise GrkanValueError(
             f"Fashion-MNIST is not in {DEBIAN_FASHION_MNIST}, and its download failed ({error}); "
             "install Debian's dataset-fashion-mnist or give the folder of its files: --data fashion-mnist:FOLDER"
         ) from None
@@ -187,19 +188,21 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
     if not path.is_file():
         path = folder / f"{name}.gz"
         if not path.is_file():
-            raise ValueError(f"{folder} holds neither {name} nor {name}.gz")
+            raise GrkanValueError(f"{folder} holds neither {name} nor {name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError):
-        raise ValueError(f"{path} is damaged") from None
+        raise GrkanValueError(f"{path} is damaged") from None
     header = 4 * (dims + 1)
     if len(content) < header:
-        raise ValueError(f"{path} is no IDX file of {dims} dimensions")
+        raise GrkanValueError(f"{path} is no IDX file of {dims} dimensions")
     magic, *sizes = struct.unpack(f">{dims + 1}I", content[:header])
     if magic != 0x0800 + dims:
-        raise ValueError(f"{path} is no IDX file of {dims} dimensions of bytes")
+        raise GrkanValueError(f"{path} is no IDX file of {dims} dimensions of bytes")
     if len(content) != header + math.prod(sizes):
-        raise ValueError(f"{path} is damaged: {len(content)} bytes where its header tells {header + math.prod(sizes)}")
+        raise GrkanValueError(
+            f"{path} is damaged: {len(content)} bytes where its header tells {header + math.prod(sizes)}"
+        )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
 
@@ -209,7 +212,7 @@ def _load_folder(root: Path, split: str) -> ImageData:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         if split == "train" or any((root / name).is_dir() for name in TRAIN_SPLITS):
-            raise ValueError(
+            raise GrkanValueError(
                 f"{root} must hold a folder {' or '.join(names)} with a folder for each class; it has none"
             )
         folder = root
@@ -217,7 +220,7 @@ def _load_folder(root: Path, split: str) -> ImageData:
         classes, index = find_classes(folder)
         samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: {error}".replace("\n", " ")) from None
+        raise GrkanValueError(f"{folder}: {error}".replace("\n", " ")) from None
     labels = np.array([label for _, label in samples], dtype=np.int64)
     return ImageData([Path(path) for path, _ in samples], labels, tuple(classes))
 
@@ -230,7 +233,9 @@ def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
     """
     unknown = [name for name in data.classes if name not in classes]
     if unknown:
-        raise ValueError(f"the model has no class {unknown[0]!r} ({len(unknown)} such); {nearest(unknown[0], classes)}")
+        raise GrkanValueError(
+            f"the model has no class {unknown[0]!r} ({len(unknown)} such); {nearest(unknown[0], classes)}"
+        )
     position = np.array([list(classes).index(name) for name in data.classes], dtype=np.int64)
     return replace(data, labels=position[data.labels], classes=tuple(classes))
 
@@ -260,7 +265,7 @@ def training_transform(preprocessing: dict[str, Any], config: Config) -> Callabl
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
+        raise GrkanValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
     for augment in second.transforms:
         for op in chain(getattr(augment, "ops", ()), *getattr(augment, "policy", ())):
             if op.aug_fn is auto_augment.posterize:
@@ -422,7 +427,7 @@ class UnreadableImages:
         """
         for name, reason in batch.unreadable.items():
             if self.on_corrupt == "stop":
-                raise ValueError(f"cannot read the image {name} ({reason}); on_corrupt is 'stop'")
+                raise GrkanValueError(f"cannot read the image {name} ({reason}); on_corrupt is 'stop'")
             if name not in self.names:
                 self.names.add(name)
                 print(f"unreadable image left out: {name} ({reason})", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..errors import GrkanValueError
 from ..models.files import load_model, read_metadata
 from ..models.operations import count_operations
 from .config import nearest
@@ -87,8 +88,8 @@ def model_file(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     if path.is_dir():
-        raise ValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
-    raise ValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
+        raise GrkanValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
+    raise GrkanValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
 
 
 @dataclass
@@ -110,7 +111,7 @@ def load_trained(path: str | Path) -> TrainedModel:
     path = model_file(path)
     metadata = read_metadata(path)
     if not metadata.get("classes") or not metadata.get("preprocessing"):
-        raise ValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
+        raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
     device = _device()
     model = load_model(path).to(device)
     return TrainedModel(model, metadata["classes"], metadata["preprocessing"], device)
@@ -138,7 +139,7 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
         path = model_file(checkpoint)
         metadata = read_metadata(path)
         if name not in (None, metadata["model"]):
-            raise ValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
+            raise GrkanValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
         model, classes, preprocessing = load_model(path), metadata.get("classes"), metadata.get("preprocessing")
     else:
         assert name is not None
@@ -163,7 +164,9 @@ def _load_timm(name: str, checkpoint: str | Path | None) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True)
         except Exception as error:  # what the download raises
-            raise ValueError(f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint") from None
+            raise GrkanValueError(
+                f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint"
+            ) from None
     try:
         state = timm.models.load_state_dict(str(checkpoint))
         classifier = timm.models.get_pretrained_cfg_value(name, "classifier")
@@ -172,7 +175,7 @@ def _load_timm(name: str, checkpoint: str | Path | None) -> nn.Module:
         return timm.create_model(name, checkpoint_path=str(checkpoint), **arguments)
     except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from None
+        raise GrkanValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from None
 
 
 def calibration_images(original: TrainedModel, data: str, count: int) -> Iterator[Tensor]:
@@ -194,7 +197,7 @@ def calibration_images(original: TrainedModel, data: str, count: int) -> Iterato
                 readable = True
                 yield batch.images.to(original.device)
         if not readable:
-            raise ValueError(f"--data {data} has no readable image")
+            raise GrkanValueError(f"--data {data} has no readable image")
 
     return batches()
 
@@ -245,7 +248,7 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(name):
         ours = timm.list_models("kat_*")
         others = [other for other in timm.list_models() if other not in ours]
-        raise ValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
+        raise GrkanValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
 
 
 @torch.inference_mode()
@@ -261,11 +264,11 @@ def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
     try:
         image = open_image(path)
     except UNREADABLE as error:
-        raise ValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
+        raise GrkanValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
     x = evaluation_transform(trained.preprocessing)(image).unsqueeze(0).to(trained.device)
     probabilities = trained.model(x).float().softmax(dim=-1)[0].cpu()
     if not probabilities.isfinite().all():
-        raise ValueError(f"the model's outputs for {path} are not finite")
+        raise GrkanValueError(f"the model's outputs for {path} are not finite")
     values, indices = probabilities.topk(min(5, len(probabilities)))
     top5 = [[trained.classes[i], round(p, 6)] for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
     return {"path": str(path), "label": top5[0][0], "probability": top5[0][1], "top5": top5}

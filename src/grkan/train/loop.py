@@ -32,7 +32,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..models.conversion import apply_conversion_
+from ..convert.recipe import apply_conversion_
+from ..errors import GrkanRuntimeError, GrkanValueError
 from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
 from ..nn import no_weight_decay
 from .checkpoint import (
@@ -100,11 +101,13 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> dict
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} holds no run to resume (no config.yaml)")
+        raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
     changes = dict(changes or {})
     for key in changes:
         if key not in (*RESUMABLE, "data"):
-            raise ValueError(f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} and data can")
+            raise GrkanValueError(
+                f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} and data can"
+            )
     config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
     return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
 
@@ -131,11 +134,11 @@ def resolve(config: Config) -> Config:
         metadata = read_metadata(path)
         name = metadata["model"]
         if name is None:
-            raise ValueError(f"init must hold a model of timm's registry; {path} does not say which")
+            raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
         if config.model not in (None, name):
             to_kat = config.model.startswith("kat_") and not name.startswith("kat_")
             convert = "; grkan convert makes a KAT of it" if to_kat else ""
-            raise ValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init{convert}")
+            raise GrkanValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init{convert}")
         arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
         chosen |= {"init": os.path.abspath(path), "model": name, "model_args": {**arguments, **config.model_args}}
     if config.output is None:
@@ -174,7 +177,7 @@ def _make_accelerator(config: Config) -> Accelerator:
     )
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:
-        raise RuntimeError(
+        raise GrkanRuntimeError(
             f"{started} processes were started (WORLD_SIZE), but Accelerate connects {accelerator.num_processes} on "
             f"{accelerator.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
         )
@@ -204,13 +207,13 @@ def _make_model(
         trial = copy.deepcopy(model).train()  # a copy, because running statistics move
         shape = tuple(trial(torch.zeros(2, *preprocessing["input_size"])).shape)
         if shape != (2, classes):
-            raise ValueError(f"its output for two images has shape {shape}, not {(2, classes)}")
+            raise GrkanValueError(f"its output for two images has shape {shape}, not {(2, classes)}")
     return model, preprocessing
 
 
 def _create_model(config: Config, classes: int | None) -> nn.Module:
     if refused := [name for name in config.model_args if name in _NOT_MODEL_ARGS]:
-        raise ValueError(
+        raise GrkanValueError(
             f"model_args say what the model is; {refused[0]} is not for them: weights come from --init, the number of "
             "classes from --data"
         )
@@ -232,7 +235,7 @@ def _blaming_model_args(config: Config) -> Iterator[None]:
         if " " not in reason:  # no sentence
             reason = f"{type(error).__name__} {reason}".rstrip()
         given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
-        raise ValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
+        raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
 
 
 def _fit_preprocessing(
@@ -249,7 +252,7 @@ def _fit_preprocessing(
     channels = given.get("in_chans", channels)
     height, width = to_2tuple(given.get("img_size", (height, width)))
     if channels not in (1, 3):
-        raise ValueError(f"images are gray or RGB; the model takes in_chans={channels}")
+        raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
     mean, std, crop = found["mean"], found["std"], found["crop_pct"]
     if source.normalisation is not None and not known:
         mean, std = ([value] for value in source.normalisation)
@@ -274,7 +277,7 @@ class _Run:
         self.accelerator = _make_accelerator(config)
         self.main = self.accelerator.is_main_process
         if self.main and not resumed and holds_run(self.folder):
-            raise ValueError(
+            raise GrkanValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
             )
         state_path = self.folder / "state" / "state.pt"
@@ -313,7 +316,7 @@ class _Run:
             training = source.load("train")
         test = match_classes(source.load("test"), training.classes)
         if len(training) < self.config.batch_size:
-            raise ValueError(
+            raise GrkanValueError(
                 f"batch_size {self.config.batch_size} is more than the {len(training)} training images of "
                 f"{self.config.data}; lower --batch-size"
             )
@@ -324,7 +327,7 @@ class _Run:
             return
         coefficients = no_weight_decay(self.model)
         if not coefficients:
-            raise ValueError(f"trainable: {self.config.trainable}; {self.config.model} has no rational functions")
+            raise GrkanValueError(f"trainable: {self.config.trainable}; {self.config.model} has no rational functions")
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_((name in coefficients) == (self.config.trainable == "coefficients"))
 
@@ -332,12 +335,12 @@ class _Run:
         config, processes = self.config, self.accelerator.num_processes
         parts = processes * config.accumulate
         if config.batch_size % parts:
-            raise ValueError(
+            raise GrkanValueError(
                 f"batch_size {config.batch_size} must be a multiple of processes x accumulate, "
                 f"{processes} x {config.accumulate}"
             )
         if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
-            raise ValueError(
+            raise GrkanValueError(
                 f"mixup and cutmix pair images: batch_size must be a multiple of 2 x processes x accumulate, "
                 f"{2 * parts}; got {config.batch_size}"
             )
@@ -447,7 +450,7 @@ class _Run:
             batch = next(batches)
             self.unreadable.add(batch)
             if len(batch.labels) < width:
-                raise ValueError(f"none of the {len(self.training)} training images of {config.data} can be read")
+                raise GrkanValueError(f"none of the {len(self.training)} training images of {config.data} can be read")
             images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
             targets: Tensor = labels
             if self.mixup is not None:
@@ -477,7 +480,7 @@ class _Run:
             own = score(self._evaluated(), self.test_loader, self.accelerator.device, self.unreadable)
         loss, correct, images = self._over_processes([own.loss, own.correct, own.images])
         if not images:
-            raise ValueError(f"none of the {len(self.test)} test images of {self.config.data} can be read")
+            raise GrkanValueError(f"none of the {len(self.test)} test images of {self.config.data} can be read")
         if not math.isfinite(loss):
             raise self._diverged(f"the test loss is {loss}", (self.epoch + 1) * self.steps)
         return Score(loss, int(correct), int(images)).to_dict()
@@ -687,7 +690,7 @@ class _Run:
         for key, value in self._fingerprint().items():
             if recorded.get(key) != value:
                 was, now = reprlib.repr(recorded.get(key)), reprlib.repr(value)
-                raise ValueError(f"{path} is of another run: {key} was {was} there, and is {now}")
+                raise GrkanValueError(f"{path} is of another run: {key} was {was} there, and is {now}")
 
 
 @dataclasses.dataclass

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn import GRKAN, GroupRational, RationalLinear
+from ..errors import GrkanTypeError, GrkanValueError
+from ..nn import GRKAN, GroupRational, RationalConv1D, RationalLinear
 from ..rational.arguments import check_groups, check_module
-from ..rational.op import rational_linear
 
 RECIPE_VERSION = 1
 
@@ -31,22 +31,6 @@ _PARTS = {
     "activation": ("act",),
 }
 _OPTIONAL = ("drop1", "norm", "drop2")
-
-
-class RationalConv1D(RationalLinear):
-    """`RationalLinear` for a weight that lies as (in_features, out_features), as in GPT-2's Conv1D."""
-
-    def reset_parameters(self) -> None:
-        """The same start as that of a `RationalLinear`."""
-        super().reset_parameters()
-        if hasattr(self, "act"):  # the variance depends on the number of inputs, which is no longer that of the columns
-            with torch.no_grad():
-                self.weight.mul_((self.weight.shape[1] / self.weight.shape[0]) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """F(x) W + b."""
-        act = self.act
-        return rational_linear(x, act.numerator, act.denominator, self.weight.T, self.bias, form=act.form)
 
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
@@ -95,20 +79,20 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> Callable[[], No
 def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """The recipe, if it looks like one."""
     if not isinstance(recipe, Mapping):
-        raise TypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
+        raise GrkanTypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
     version, layers = recipe.get("version"), recipe.get("layers")
     if type(version) is not int or version < 1 or not isinstance(layers, Sequence) or isinstance(layers, str):
-        raise ValueError(
+        raise GrkanValueError(
             f"recipe must have a version and layers, as ConversionReport.recipe; got {reprlib.repr(dict(recipe))}"
         )
     if version > RECIPE_VERSION:
-        raise ValueError(f"recipe has version {version}, this grkan knows up to {RECIPE_VERSION}: upgrade grkan")
+        raise GrkanValueError(f"recipe has version {version}, this grkan knows up to {RECIPE_VERSION}: upgrade grkan")
     seen: set[str] = set()
     for layer in layers:
         _check_layer(layer)
         own = {name for name in layer["parts"].values() if name is not None}
         if own & seen:
-            raise ValueError(f"recipe must have each part in one layer; {min(own & seen)} is in two")
+            raise GrkanValueError(f"recipe must have each part in one layer; {min(own & seen)} is in two")
         seen |= own
     return recipe
 
@@ -122,7 +106,7 @@ def _check_layer(layer: Any) -> None:
     except (AttributeError, KeyError, TypeError):
         known = False
     if not known:
-        raise ValueError(f"recipe must have layers as grkan.convert_ writes them; got {json.dumps(layer)[:200]}")
+        raise GrkanValueError(f"recipe must have layers as grkan.convert_ writes them; got {json.dumps(layer)[:200]}")
 
 
 def linear_kind(module: Any) -> str | None:
@@ -161,19 +145,19 @@ class _Plan:
             self.bind(modules)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(
+            raise GrkanValueError(
                 f"recipe does not fit the model, a {type(model).__name__}, at {self.name or 'its root'}: {reason}"
             ) from None
 
     def bind(self, modules: Mapping[str, nn.Module]) -> None:
         if isinstance(modules.get(self.name), GRKAN):
-            raise ValueError("it is a GRKAN already")
+            raise GrkanValueError("it is a GRKAN already")
         parent, _, self.slot = self.parts["act"].rpartition(".")
         self.parent = modules[parent]
         if not callable(getattr(self.parent, self.slot, None)):
             raise KeyError(self.parts["act"])
         if isinstance(getattr(self.parent, self.slot), GroupRational):
-            raise ValueError(f"{self.parts['act']} is a rational function already")
+            raise GrkanValueError(f"{self.parts['act']} is a rational function already")
         self.old = getattr(self.parent, self.slot)
         self.fc1, self.fc2 = (modules[self.parts[fc]] if fc in self.parts else None for fc in ("fc1", "fc2"))
         self.between = {part: modules[self.parts[part]] for part in _OPTIONAL if self.parts.get(part) is not None}
@@ -185,22 +169,22 @@ class _Plan:
             coefficients = self.layer[act]
             self.acts.append(_rational(coefficients, module) if coefficients else None)
         if self.acts[1] is None or (self.layout != "activation" and self.acts[0] is None):
-            raise ValueError("it has no coefficients")
+            raise GrkanValueError("it has no coefficients")
         if self.layout == "grkan":
             self.container = modules[self.name]
             children = {id(child) for child in self.container.children()}
             ours = {id(self.fc1), id(self.fc2), id(self.old), *map(id, self.between.values())}
             if children != ours:
-                raise ValueError(f"it is a {type(self.container).__name__} with other parts")
+                raise GrkanValueError(f"it is a {type(self.container).__name__} with other parts")
 
     def check_linear(self, fc: Any, name: str, act: Mapping[str, Any]) -> None:
         if isinstance(fc, RationalLinear):
-            raise ValueError(f"{name} is converted already")
+            raise GrkanValueError(f"{name} is converted already")
         width = linear_width(fc)
         if width is None or (self.layout == "linears" and linear_kind(fc) is None):
-            raise ValueError(f"{name} is no plain linear layer but a {type(fc).__name__}")
+            raise GrkanValueError(f"{name} is no plain linear layer but a {type(fc).__name__}")
         if width[0] != act["width"]:
-            raise ValueError(f"{name} takes {width[0]} channels instead of {act['width']}")
+            raise GrkanValueError(f"{name} takes {width[0]} channels instead of {act['width']}")
 
     def apply(self, undo: ExitStack) -> None:
         first, second = self.acts
@@ -286,7 +270,9 @@ def _rational(act: Mapping[str, Any], like: Any) -> GroupRational:
     """The function that a recipe describes, where the parameters of `like` are."""
     check_groups("width", act["width"], act["num_groups"])
     if act["channel_dim"] not in (-1, 1) or not isinstance(act["init"], str):
-        raise ValueError(f"channel_dim must be -1 or 1, and init a name; got {act['channel_dim']!r}, {act['init']!r}")
+        raise GrkanValueError(
+            f"channel_dim must be -1 or 1, and init a name; got {act['channel_dim']!r}, {act['init']!r}"
+        )
     parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     rational = GroupRational(
         act["num_groups"],

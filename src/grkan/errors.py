@@ -1,0 +1,26 @@
+"""The errors that a caller's mistake raises.
+
+Each is also the built-in error that Python programmers expect: `except ValueError` catches a `GrkanValueError`. What is
+raised as anything else is a bug, of grkan or of a library, and keeps its traceback on the command line, too. Problems
+with files stay the OSErrors that Python raises.
+"""
+
+
+class GrkanError(Exception):
+    """A mistake of the caller; the message names the argument, the value, and what would be right."""
+
+
+class GrkanValueError(GrkanError, ValueError):
+    """A wrong value or shape."""
+
+
+class GrkanTypeError(GrkanError, TypeError):
+    """A wrong type or dtype."""
+
+
+class GrkanRuntimeError(GrkanError, RuntimeError):
+    """Something that was demanded and is not available here, such as a compiled kernel."""
+
+
+class GrkanImportError(GrkanError, ImportError):
+    """A package that an optional part of grkan needs is missing."""
