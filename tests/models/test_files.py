@@ -326,9 +326,9 @@ class TestRefused:
         assert (tmp_path / "pipe").is_fifo()
 
     def test_places_that_cannot_be_written(self, tmp_path):
-        with pytest.raises(IsADirectoryError, match="path must name a file"):
+        with pytest.raises(IsADirectoryError, match="is a folder, not a file"):
             save_model(micro(), tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"there is no such folder: .*nowhere"):
             save_model(micro(), tmp_path / "nowhere" / "m.safetensors")
 
 

@@ -5,8 +5,7 @@ The metadata is one JSON document under the key "grkan"; `read_metadata` lists i
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..convert.recipe import apply_recipe, check_recipe
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..rational.arguments import check_module
+from ..writing import replacing
 
 FORMAT_VERSION = 1
 _KEY = "grkan"
@@ -48,7 +48,7 @@ def save_model(
 ) -> None:
     """Write a model to one safetensors file, from which `load_model` makes it again.
 
-    The file appears whole or not at all: it is written under another name in the same folder, synchronised and renamed.
+    The file appears whole or not at all, also if there was one already.
 
     Args:
         model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
@@ -81,33 +81,6 @@ def save_model(
             safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file for the block to write, which then takes the place of `path`; nothing is left of it if the block fails.
-
-    Raises:
-        IsADirectoryError, FileNotFoundError: path is a folder, or lies in none.
-        OSError: it is a device or a pipe, which the file would replace.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"path must name a file; {path} is a folder")
-    if path.exists() and not path.is_file():
-        raise OSError(f"path must name a file; {path} is a device or a pipe")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must lie in an existing folder; there is no {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; safetensors makes files for their owner alone
-        yield temporary
-        with open(temporary, "rb+") as file:
-            temporary.chmod(mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -15,7 +15,6 @@ import time
 import types
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,8 @@ from ..convert.recipe import apply_conversion_
 from ..errors import GrkanRuntimeError, GrkanValueError
 from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
 from ..nn import no_weight_decay
-from .checkpoint import (
-    MetricsLog,
-    load_state,
-    read_metrics,
-    remove_leftovers,
-    save_state,
-    write_bytes,
-    write_file,
-)
+from ..writing import remove_leftovers, replacing, write_bytes
+from .checkpoint import MetricsLog, load_state, read_metrics, save_state
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
 from .data import (
     ImageData,
@@ -580,7 +572,8 @@ class _Run:
                 inputs = plot.record_inputs(self._evaluated(), [images.to(self.accelerator.device)])
             figures["functions.png"] = plot.plot_functions(self._evaluated(), inputs)
         for name, figure in figures.items():
-            write_file(self.folder / name, partial(plot.save_figure, figure))
+            with replacing(self.folder / name) as path:
+                plot.save_figure(figure, path)
         return [self.folder / name for name in figures]
 
     # Small parts
