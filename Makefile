@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint bench sanitize gpu clean
 
 demo: $(VENV)/train.done
-	$(BIN)/python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
+	$(BIN)/grkan compare --config configs/demo.yaml --output runs/demo
 
 # One thread a worker: the tests are many and small.
 test: $(VENV)/test.done
