@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     raise GrkanImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
-from .files import NOT_ARCHITECTURE
+from .metadata import NOT_ARCHITECTURE
 
 _MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
 _FORM = "sum_of_abs"

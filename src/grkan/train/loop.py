@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from ..convert.recipe import apply_conversion_
 from ..errors import GrkanRuntimeError, GrkanValueError
-from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
+from ..models.files import load_model, read_metadata, save_model
+from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..nn import no_weight_decay
 from ..writing import remove_leftovers, replacing, write_bytes
 from .checkpoint import MetricsLog, load_state, read_metrics, save_state
@@ -124,15 +125,15 @@ def resolve(config: Config) -> Config:
     if config.init:
         path = model_file(config.init)
         metadata = read_metadata(path)
-        name = metadata["model"]
-        if name is None:
+        held = metadata["model"]
+        if held is None:
             raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
-        if config.model not in (None, name):
-            to_kat = config.model.startswith("kat_") and not name.startswith("kat_")
+        if config.model not in (None, held):
+            to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
             convert = "; grkan convert makes a KAT of it" if to_kat else ""
-            raise GrkanValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init{convert}")
+            raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
         arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
-        chosen |= {"init": os.path.abspath(path), "model": name, "model_args": {**arguments, **config.model_args}}
+        chosen |= {"init": os.path.abspath(path), "model": held, "model_args": {**arguments, **config.model_args}}
     if config.output is None:
         chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
@@ -180,8 +181,8 @@ def _make_accelerator(config: Config) -> Accelerator:
 
 
 def _make_model(
-    config: Config, classes: int, source: Source, preprocessing: dict[str, Any] | None
-) -> tuple[nn.Module, dict[str, Any]]:
+    config: Config, classes: int, source: Source, preprocessing: Preprocessing | None
+) -> tuple[nn.Module, Preprocessing]:
     """The model at its start, and its preprocessing; that of a state means that weights from there will follow."""
     check_model_name(config.model or "")
     torch.manual_seed(derive_seed("model", config.seed))
@@ -191,7 +192,7 @@ def _make_model(
         model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
         if model.num_classes != classes:
             model.reset_classifier(classes)  # type: ignore[operator]
-        preprocessing = _fit_preprocessing(config, model, source, metadata.get("preprocessing"))
+        preprocessing = _fit_preprocessing(config, model, source, metadata["preprocessing"])
     else:
         model = _create_model(config, classes)
         preprocessing = preprocessing or _fit_preprocessing(config, model, source, None)
@@ -230,9 +231,7 @@ def _blaming_model_args(config: Config) -> Iterator[None]:
         raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
 
 
-def _fit_preprocessing(
-    config: Config, model: nn.Module, source: Source, known: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _fit_preprocessing(config: Config, model: nn.Module, source: Source, known: Preprocessing | None) -> Preprocessing:
     """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
 
     Args:
@@ -279,7 +278,7 @@ class _Run:
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         self.model, self.preprocessing = _make_model(
-            config, len(self.training.classes), source, state and state["preprocessing"]
+            config, len(self.training.classes), source, None if state is None else state["preprocessing"]
         )
         if state is not None and state.get("conversion"):
             apply_conversion_(self.model, state["conversion"])
