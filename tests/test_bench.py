@@ -342,7 +342,7 @@ def test_a_missing_timm_is_named_with_its_extra():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 2
-    assert done.stderr.count("timm is missing; install it with: pip install timm") == 2
+    assert done.stderr.count('pip install "grkan[models]"') == 2
 
 
 # The command.

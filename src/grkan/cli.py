@@ -225,7 +225,8 @@ def _eval(options: argparse.Namespace) -> None:
     import math
 
     from .train.data import UnreadableImages
-    from .train.evaluate import load_trained, score, test_loader
+    from .train.evaluate import score, test_loader
+    from .train.model import load_trained
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
@@ -246,7 +247,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from .train.evaluate import load_trained, predict
+    from .train.evaluate import predict
+    from .train.model import load_trained
 
     trained = load_trained(options.model)
     failures = []
@@ -282,17 +284,17 @@ def _compare(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
-    from .train.evaluate import calibration_images, load_original
+    from .train.data import calibration_images
+    from .train.model import load_original
     from .writing import check_writable
 
     check_writable(options.output)
     _check_picture(options.plot)
-    if options.model is None and options.checkpoint is None:
-        raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
     original = load_original(options.model, options.checkpoint, options.data)
     images = None
     if options.data is not None:
-        images = calibration_images(original, options.data, options.images)
+        batches = calibration_images(options.data, original.preprocessing, options.images)
+        images = (batch.to(original.device) for batch in batches)
     report = convert_(
         original.model,
         calibration=images,
@@ -316,7 +318,8 @@ def _convert(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
     from .train.data import UnreadableImages
-    from .train.evaluate import first_images, load_trained, load_weights, test_loader
+    from .train.evaluate import first_images, test_loader
+    from .train.model import load_trained, load_weights
     from .writing import replacing
 
     _check_picture(options.output)
@@ -338,7 +341,7 @@ def _plot(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from .train.evaluate import describe
+    from .train.model import describe
     from .train.progress import make_console
 
     rows = describe(options.model)

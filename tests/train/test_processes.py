@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from grkan.train import loop
-from grkan.train.checkpoint import read_metrics
 from grkan.train.config import make_config
 from grkan.train.loop import train
+from grkan.train.metrics import read_metrics
 
 
 def _losses(folder):

@@ -24,9 +24,10 @@ from rich.table import Table
 from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
-from .checkpoint import read_metrics
 from .config import RESUMABLE, Config, make_config, merge, read_yaml, to_dict
-from .loop import check_model, holds_run, resolve, resume, train
+from .loop import Summary, holds_run, resolve, resume, train
+from .metrics import read_metrics
+from .model import check_model
 from .progress import make_console
 
 _COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
@@ -57,7 +58,7 @@ def make_runs(
     return {name: merge(common, settings, given) for name, settings in runs.items()}
 
 
-def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int = 1) -> dict[str, dict[str, Any]]:
+def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int = 1) -> dict[str, Summary]:
     """Train each run, in the folder `output/NAME`, or `output/NAME/seed-K` if it has seeds; then write comparison.json,
     comparison.md and a picture beside these folders.
 
@@ -68,7 +69,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         jobs: how many runs are trained at a time, each in a process of its own and with its share of the processors.
 
     Returns:
-        By the name of the folder, the summary of each run, see `train`.
+        By the name of the folder, the summary of each run.
 
     Raises:
         ValueError: there is no run, seeds or against make no sense, or a folder holds a run with other settings.
@@ -94,7 +95,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         if holds_run(Path(config.output or "")):
             _check_same(config)
 
-    summaries: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, Summary] = {}
     for folder, summary in _train_all(configs, jobs):
         summaries[folder] = summary
         done = {folder: summaries[folder] for folder in configs if folder in summaries}  # in the order of the runs
@@ -130,7 +131,7 @@ def _check_same(config: Config) -> None:
             )
 
 
-def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, Summary]]:
     if jobs == 1:
         for folder, config in configs.items():
             yield folder, _train_or_resume(config)
@@ -157,12 +158,12 @@ def _start_worker(threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
 
 
-def _train_or_resume(config: Config) -> dict[str, Any]:
+def _train_or_resume(config: Config) -> Summary:
     folder = Path(config.output or "")
     return resume(folder) if holds_run(folder) else train(config)
 
 
-def _variant(scores: Mapping[Any, Mapping[str, Any]], others: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, Summary]) -> dict[str, Any]:
     """Means over the seeds, and what the run gains on another with the same seed: `others` is that one's scores."""
     summaries = list(scores.values())
     common = [seed for seed in scores if seed in others]
@@ -184,7 +185,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def _write(
     output: Path,
-    summaries: Mapping[str, Mapping[str, Any]],
+    summaries: Mapping[str, Summary],
     variants: Mapping[str, Mapping[str, Any]],
     against: Mapping[str, str],
 ) -> None:
