@@ -131,7 +131,7 @@ def test_without_files_everything_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(bars, "run_suite", write)
     monkeypatch.setattr(bars, "run_kernels", lambda path: write("kernels", path))
     assert bars.main([]) == 1
-    assert measured == ["ops", "layers", "models", "kernels"]
+    assert measured == ["kernels", "ops", "layers", "models"]
     assert capsys.readouterr().out.count("kat_tiny_patch16_224 / vit_tiny_patch16_224") == 6
 
 

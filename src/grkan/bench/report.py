@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..rational import op
-from ..train.checkpoint import write_bytes
+from ..writing import write_bytes
 from .contest import Ratio, Result
 from .kernels import PUBLISHED, RATES, Stats
 

@@ -8,8 +8,8 @@ from rich.progress import Progress
 
 from ..errors import GrkanRuntimeError
 from ..rational.arguments import check_choice, check_positive
-from ..train.checkpoint import check_folder
 from ..train.progress import make_console
+from ..writing import check_writable
 from . import kernels, report
 from .contest import Result, clock_of, hold
 from .suites import SUITES, Suite
@@ -49,7 +49,7 @@ def run_suite(
         raise GrkanRuntimeError(
             "device is 'cuda', but PyTorch finds no GPU; `python -m torch.utils.collect_env` shows why"
         )
-    check_folder(path)
+    check_writable(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -94,7 +94,7 @@ def run_kernels(*, path: str | Path | None = None) -> list[kernels.Stats]:
         RuntimeError: Triton's interpreter is on.
         OSError: the file cannot be written.
     """
-    check_folder(path)
+    check_writable(path)
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         cases = list(kernels.all_cases())
