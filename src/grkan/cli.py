@@ -161,9 +161,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
     sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
-    sub.add_argument("--rounds", type=_positive, default=15, metavar="N", help="turns of each rival (15)")
+    sub.add_argument("--rounds", type=_positive, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda, a GPU")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="cpu (default), or cuda, a GPU")
     sub.add_argument("--json", metavar="FILE", help="write all that was measured")
     return parser
 
@@ -376,12 +376,16 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .bench import bench, bench_kernels
+    settings = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if options.suite == "kernels" and given:
+        raise GrkanValueError(f"--{next(iter(given))} does not go with kernels, which are compiled and not timed")
+    from .bench import run_kernels, run_suite
 
     if options.suite == "kernels":
-        bench_kernels(options.json)
-        return
-    bench(options.suite, options.rounds, options.threads, options.json, options.device)
+        run_kernels(path=options.json)
+    else:
+        run_suite(options.suite, path=options.json, **given)
 
 
 def _check_picture(path: str | None) -> None:
