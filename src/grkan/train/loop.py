@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -142,13 +143,18 @@ def _run(config: Config, resumed: bool) -> Summary:
 
 def _make_accelerator(config: Config) -> Accelerator:
     """The device, the precision and the processes, which `torchrun` or `accelerate launch` has started."""
-    accelerator = Accelerator(
-        # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        step_scheduler_with_optimizer=False,
-    )
+    if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
+        AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
+    try:
+        accelerator = Accelerator(
+            # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # about the precision, or the variables of torchrun and accelerate launch
+        raise GrkanRuntimeError(f"Accelerate cannot start with precision {config.precision!r}: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:
         raise GrkanRuntimeError(
