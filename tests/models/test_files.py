@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import grkan.models.kat
-from grkan.models import load_model, read_metadata, save_model
+from grkan.models import files, load_model, read_metadata, save_model
 from grkan.models.metadata import FORMAT_VERSION
 from grkan.nn import GRKAN, GroupRational
 
@@ -258,6 +258,22 @@ class TestRefused:
     def test_arguments_that_do_not_fit(self, path, arguments, match):
         self.rewrite(path, arguments=arguments)
         with pytest.raises(ValueError, match=f"cannot be built: {match}"):
+            load_model(path)
+
+    def test_a_failure_of_the_machine_is_not_the_files(self, path, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        for module, name in ((timm, "create_model"), (files, "apply_recipe"), (nn.Module, "load_state_dict")):
+            self.rewrite(path, conversion={"version": 1, "layers": []})
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                with pytest.raises(RuntimeError, match=r"^CUDA error"):
+                    load_model(path)
+
+    def test_a_recipe_that_is_wrong(self, path):
+        self.rewrite(path, conversion={"version": 1, "layers": [3]})
+        with pytest.raises(ValueError, match="holds a converted model, of which the recipe must have layers"):
             load_model(path)
 
     def test_a_file_cannot_name_another_file(self, path, tmp_path):

@@ -78,7 +78,7 @@ class KAT(VisionTransformer):
         }
         try:
             inspect.signature(mlp_layer).bind_partial(**arguments)
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: a builtin, of which Python does not know the arguments
             raise GrkanTypeError(
                 f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
             ) from None
