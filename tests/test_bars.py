@@ -8,6 +8,7 @@ import pytest
 import bars
 from grkan.bench import kernels, suites
 from grkan.bench.report import kernels_as_json
+from grkan.bench.rivals import INFERENCE
 
 GOOD = kernels.Stats(
     "sm_90", "backward", "float32", "abs_of_sum", (5, 4), vector=4, registers=80, stack=0, load=128, store=128,
@@ -15,13 +16,20 @@ GOOD = kernels.Stats(
 )  # fmt: skip
 
 
+NAMES = {
+    "ops": ["GELU", "grkan", "grkan (5,4)", "grkan (7,6)", "Horner, compiled", "B-spline"],
+    "layers": ["Mlp", "GRKAN"],
+    "models": ["vit_tiny_patch16_224", "kat_tiny_patch16_224"],
+}
+"""The rivals that the bars name."""
+
+
 def report_of(suite, change=lambda job, name: 1.0):
     """What `grkan bench` would write, with the rivals' time and bytes kept in units of the baseline's."""
     contests = []
     for contest in suites.SUITES[suite]("cpu").contests:
         figures = {}
-        for name in ("GELU", "grkan", "grkan (5,4)", "grkan (7,6)", "Horner, compiled", "B-spline",
-                     "Mlp", "GRKAN", "vit_tiny_patch16_224", "kat_tiny_patch16_224"):  # fmt: skip
+        for name in NAMES[suite]:
             figure = change(contest.job, name)
             figures[name] = {"seconds": [figure, 3 * figure, 2 * figure], "bytes kept": figure}
         contests.append({"job": contest.job, "rivals": figures})
@@ -38,11 +46,21 @@ def no_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
-def test_what_the_bars_name_is_measured(suite):
+def test_the_contests_of_the_bars_are_held(suite):
     assert all(verdict.figure == pytest.approx(1) for verdict in bars.judge(report_of(suite)))
 
 
-def test_the_bars_of_kernels_name_what_is_compiled(monkeypatch):
+def test_the_rivals_of_the_bars_compete():
+    small = {
+        "ops": suites.ops(shapes=((1, 8),)).contests,
+        "layers": suites.layers(widths=(8,), batch=1, tokens=1).contests,
+        "models": [contest for contest in suites.models(batches=(1,)).contests if contest.job["pass"] == INFERENCE],
+    }
+    for suite, contests in small.items():
+        assert set(NAMES[suite]) <= {name for contest in contests for name in contest.enter()}
+
+
+def test_the_bars_of_kernels_name_what_is_compiled():
     found = [dataclasses.replace(GOOD, **dict(zip(("target", "kernel", "dtype", "form", "order"), case, strict=True)))
              for case in kernels.all_cases()]  # fmt: skip
     assert all(verdict.figure is not None for verdict in bars.judge(report_of_kernels(*found)))
