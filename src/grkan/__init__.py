@@ -1,16 +1,16 @@
 """grkan: the Kolmogorov-Arnold Transformer (arXiv 2409.10594) as a library.
 
 One idea runs through it: a group-wise rational function in front of a linear layer. This module holds the public names.
-Importing it needs torch alone. If timm can be imported, the KAT models are registered with it; names that need another
-package load when they are first used, and say which extra brings what is missing.
+Importing it needs torch alone. The KAT models are registered with timm when timm is imported, before grkan or after it.
+Names that need another package load when they are first used, and say which extra brings what is missing.
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import GrkanImportError
+from .integrations.imports import when_imported
 from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
@@ -77,18 +77,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_models() -> None:
-    """Register the KAT models with timm, if it is there; a timm that cannot be imported must not break grkan."""
-    try:
-        importlib.import_module("timm")
-        importlib.import_module("grkan.models.kat")
-    except Exception as error:
-        if not (isinstance(error, ModuleNotFoundError) and error.name == "timm"):
-            warnings.warn(
-                f"the KAT models are not registered, because timm cannot be used: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-
-_register_models()
+# Here and not in a model's module, because timm knows our models as soon as it is imported, by whomever.
+when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
