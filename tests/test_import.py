@@ -78,15 +78,15 @@ def test_nothing_optional_is_imported_and_nothing_slow():
     stdout, _ = run(
         """
         import sys, time, torch
-        before, start = set(sys.modules), time.perf_counter()
+        before, start = set(sys.modules), time.process_time()
         import grkan
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
         print(*{name.partition(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names)
         """
     )
     seconds, imported = stdout.splitlines()
     assert imported == "grkan"
-    assert float(seconds) < 0.5  # 0.02 on a quiet machine; timm would take 1.5
+    assert float(seconds) < 0.5  # 0.02, where timm takes 1.5
 
 
 IN_A_FORK = """
