@@ -44,8 +44,8 @@ class GroupParallel(ParallelStyle):
             raise GrkanValueError(f"GroupParallel needs a mesh of one dimension, such as mesh['tp']; got {device_mesh}")
         if module.num_groups % device_mesh.size():
             raise GrkanValueError(
-                f"GroupParallel needs num_groups to be a multiple of the number of ranks, {device_mesh.size()}, so that "
-                f"each has whole groups; got {module.num_groups} groups"
+                f"GroupParallel needs num_groups to be a multiple of the number of ranks, {device_mesh.size()}, so "
+                f"that each has whole groups; got {module.num_groups}"
             )
         for name, shared in (("numerator", module.share_numerator), ("denominator", False)):
             parameter = getattr(module, name)
