@@ -209,7 +209,7 @@ def sequence_parallel_around_the_mlp():
 def a_plan_without_group_parallel_is_refused():
     layer = mlp()
     parallelize_module(layer, mesh, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
-    with pytest.raises(GrkanValueError, match="64 channels.*32.*GroupParallel"):
+    with pytest.raises(GrkanValueError, match=r"64 channels.*32.*GroupParallel"):
         layer(numbers(4, 32))
 
 
@@ -217,9 +217,9 @@ def a_plan_without_group_parallel_is_refused():
 def groups_that_the_ranks_do_not_divide_are_refused():
     torch.manual_seed(0)
     layer = grkan.GRKAN(30, 60, num_groups=3)
-    with pytest.raises(GrkanValueError, match="num_groups.* multiple of the number of ranks, 2.*got 3"):
+    with pytest.raises(GrkanValueError, match=r"num_groups.* multiple of the number of ranks, 2.*got 3"):
         parallelize_module(layer, mesh, PLAN)
-    with pytest.raises(GrkanTypeError, match="GroupParallel is for a GroupRational.*Linear"):
+    with pytest.raises(GrkanTypeError, match=r"GroupParallel is for a GroupRational.*Linear"):
         parallelize_module(layer, mesh, {"fc1": grkan.GroupParallel()})
 
 
