@@ -17,14 +17,17 @@ from .rational.op import group_rational, rational_linear, set_backend
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
+    from .export import plain
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
+    from .parallel import GroupParallel
     from .rational.fit import RationalFit, fit
 
 # name -> the module that has it, and the extra that brings what this module imports
 _LAZY = {
     "ConversionReport": ("grkan.convert", "fit"),
+    "GroupParallel": ("grkan.parallel", "models"),
     "RationalFit": ("grkan.rational.fit", "fit"),
     "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
@@ -32,12 +35,14 @@ _LAZY = {
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
+    "plain": ("grkan.export", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
 
 __all__ = [
     "GRKAN",
     "ConversionReport",
+    "GroupParallel",
     "GroupRational",
     "RationalFit",
     "RationalLinear",
@@ -51,6 +56,7 @@ __all__ = [
     "load_released_checkpoint",
     "no_weight_decay",
     "param_groups",
+    "plain",
     "rational_linear",
     "save_model",
     "set_backend",
@@ -80,3 +86,5 @@ def __dir__() -> list[str]:
 
 # Here and not in a model's module, because timm knows our models as soon as it is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
+# DTensors know no operator without a sharding rule.
+when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))

@@ -5,12 +5,11 @@ the channels are cut, each piece must hold whole groups, whose coefficients it t
 cut anywhere, and the gradients of the coefficients are sums over the pieces. What is cut otherwise is gathered first.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -18,6 +17,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from .errors import GrkanTypeError, GrkanValueError
 from .nn import GroupRational
 from .rational.arguments import check_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _Rule = tuple[list[Placement | None], list[Placement | None]]  # of the outputs, and of the arguments
 
@@ -57,7 +59,7 @@ class GroupParallel(ParallelStyle):
 
 
 def shard_(
-    module: nn.Module, mesh: DeviceMesh | None = None, policy: MixedPrecisionPolicy | None = None, **options: Any
+    module: nn.Module, mesh: DeviceMesh | None = None, policy: "MixedPrecisionPolicy | None" = None, **options: Any
 ) -> nn.Module:
     """`torch.distributed.fsdp.fully_shard` for a module that may hold rational functions, which stay float32.
 
@@ -78,6 +80,8 @@ def shard_(
     Raises:
         TypeError: module is no module.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     check_module("module", module)
     acts = [m for m in module.modules() if isinstance(m, GroupRational) and not isinstance(m, FSDPModule)]
     if acts:

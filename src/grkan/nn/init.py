@@ -89,13 +89,40 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
             initialisation of the released code comes to.
     """
     weight = layer.weight
+    # A sharded weight is drawn whole: on a CPU, processes with the same seed would draw the same for different parts.
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
     if scheme == "trunc_normal":
-        nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.trunc_normal_(drawn, std=0.02)
     else:
         fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
-        nn.init.normal_(weight, std=(gain / fan_in) ** 0.5)
+        nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
+    if drawn is not weight:
+        assign_(weight, drawn, source=0)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without an import of what defines these."""
+    return hasattr(tensor, "placements")
+
+
+def assign_(parameter: Tensor, values: Tensor, source: int | None = None) -> None:
+    """Set a parameter, whole or sharded.
+
+    Args:
+        parameter: it changes.
+        values: of its whole shape.
+        source: the rank whose values count for a sharded parameter; None: all ranks have the same.
+    """
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        values = values.to(sharded.device, sharded.dtype)
+        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=source)
+    with torch.no_grad():
+        parameter.copy_(values)
 
 
 def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preserving") -> None:

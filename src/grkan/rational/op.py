@@ -254,7 +254,7 @@ def rational_linear(
     if _is_eager(x, numerator, denominator, weight, bias):
         run = _RationalLinear.apply if torch.is_grad_enabled() else _linear_forward
         return run(x, numerator, denominator, weight, bias, form)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN:
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)
     # Whoever counts or intercepts operations is to see the linear one.
     return F.linear(torch.ops.grkan.group_rational(x, numerator, denominator, form, dim), weight, bias)
