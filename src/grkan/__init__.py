@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import GrkanImportError
+from .integrations.imports import when_imported
 from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
@@ -92,3 +93,16 @@ def _register_models() -> None:
 
 
 _register_models()
+
+
+def _tell_transformers() -> None:
+    """transformers itself loads what it is told by, when it is imported."""
+
+    def know(name: str) -> Any:
+        return lambda module: getattr(importlib.import_module("grkan.integrations.transformers"), name)(module)
+
+    when_imported("transformers.configuration_utils", know("know_configs"))
+    when_imported("transformers.modeling_utils", know("know_models"))
+
+
+_tell_transformers()

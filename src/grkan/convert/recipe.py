@@ -32,6 +32,10 @@ _PARTS = {
 }
 _OPTIONAL = ("drop1", "norm", "drop2")
 
+RECORDERS: list[Callable[[nn.Module, Mapping[str, Any], ExitStack], None]] = []
+"""Called with a converted model, its whole recipe and what undoes the conversion: to keep it in a library's own
+description of the model."""
+
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Convert a model in place as a recipe says, without data: the same structure, with the same fitted functions.
@@ -55,8 +59,8 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     apply_recipe(model, check_recipe(recipe))
 
 
-def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> Callable[[], None]:
-    """`apply_conversion_`, with a function that undoes it as the result."""
+def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], record: bool = True) -> Callable[[], None]:
+    """`apply_conversion_`, with a function that undoes it as the result; record: whether `RECORDERS` are told."""
     modules = dict(model.named_modules(remove_duplicate=False))
     plans = [_Plan(layer, modules, model) for layer in recipe["layers"]]  # all checks come before the first change
     before = getattr(model, "grkan_conversion", None)
@@ -73,7 +77,33 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> Callable[[], No
         undo.callback(delattr, model, "grkan_conversion")
     else:
         undo.callback(setattr, model, "grkan_conversion", before)
+    for recorder in RECORDERS if record else ():
+        recorder(model, model.grkan_conversion, undo)
     return undo.close
+
+
+def recipe_of(model: nn.Module) -> dict[str, Any] | None:
+    """All that was converted in a model or in a part of it, as one recipe for the model; None: nothing."""
+    layers = []
+    for prefix, module in model.named_modules():
+        for layer in getattr(module, "grkan_conversion", {"layers": []})["layers"]:
+            layers.append(rename(layer, lambda name, prefix=prefix: f"{prefix}.{name}".strip(".")))
+    return {"version": RECIPE_VERSION, "layers": layers} if layers else None
+
+
+def rename(layer: Mapping[str, Any], new: Callable[[str], str]) -> dict[str, Any]:
+    """A layer of a recipe with other names."""
+    parts = {part: None if name is None else new(name) for part, name in layer["parts"].items()}
+    return {**layer, "name": new(layer["name"]), "parts": parts}
+
+
+def is_there(layer: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a model has the modules that a layer of a recipe names, and they are not converted."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parent, _, slot = layer["parts"]["act"].rpartition(".")
+    parts = [modules.get(name) for part, name in layer["parts"].items() if part != "act" and name is not None]
+    parts.append(getattr(modules.get(parent), slot, None))
+    return not any(part is None or isinstance(part, (GroupRational, RationalLinear)) for part in parts)
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
