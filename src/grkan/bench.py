@@ -36,8 +36,8 @@ from .models.spline import ORDER as SPLINE_ORDER
 from .nn import GRKAN, GroupRational
 from .rational import op
 from .rational.op import group_rational
-from .train.checkpoint import check_folder, write_bytes
 from .train.progress import make_console
+from .writing import check_writable, write_bytes
 
 BLOCK = 0.01
 """Seconds of a block: long against the clock's resolution, short against the drift of the machine's speed."""
@@ -647,7 +647,7 @@ def bench(
         raise GrkanRuntimeError(
             "device is 'cuda', but PyTorch finds no GPU; `python -m torch.utils.collect_env` shows why"
         )
-    check_folder(path)
+    check_writable(path)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -690,7 +690,7 @@ def bench_kernels(path: str | Path | None = None) -> None:
         RuntimeError: Triton's interpreter is on.
         OSError: the file cannot be written.
     """
-    check_folder(path)
+    check_writable(path)
     try:
         import triton
 

@@ -154,10 +154,10 @@ def _predict(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
-    from .train.checkpoint import check_folder
     from .train.evaluate import calibration_images, load_original
+    from .writing import check_writable
 
-    check_folder(options.output)
+    check_writable(options.output)
     _check_picture(options.plot)
     if not options.model and not options.checkpoint:
         raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
@@ -176,19 +176,20 @@ def _convert(options: argparse.Namespace) -> None:
     save_model(original.model, options.output, classes=original.classes or None, preprocessing=original.preprocessing)
     if options.plot:
         from .plot import plot_conversion, save_figure
-        from .train.checkpoint import write_file
+        from .writing import replacing
 
         figure = plot_conversion(report)
-        write_file(options.plot, lambda path: save_figure(figure, path))
+        with replacing(options.plot) as path:
+            save_figure(figure, path)
         print(options.plot)
     print(options.output)
 
 
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
-    from .train.checkpoint import write_file
     from .train.data import UnreadableImages
     from .train.evaluate import first_images, load_trained, load_weights, test_loader
+    from .writing import replacing
 
     _check_picture(options.output)
     inputs = None
@@ -201,7 +202,8 @@ def _plot(options: argparse.Namespace) -> None:
     else:
         model = load_weights(options.model)
     figure = plot_functions(model, inputs)
-    write_file(options.output, lambda path: save_figure(figure, path))
+    with replacing(options.output) as path:
+        save_figure(figure, path)
     print(options.output)
 
 
@@ -233,11 +235,12 @@ def _fit(options: argparse.Namespace) -> None:
 
         from .plot import plot_fit, save_figure
         from .rational.table import exact
-        from .train.checkpoint import write_file
+        from .writing import replacing
 
         target = exact(options.name)
         figure = plot_fit(result, lambda x: target(torch.from_numpy(x)).numpy(), result.interval, options.name)
-        write_file(options.output, lambda path: save_figure(figure, path))
+        with replacing(options.output) as path:
+            save_figure(figure, path)
         print(options.output)
 
 
@@ -254,9 +257,9 @@ def _check_picture(path: str | None) -> None:
     """A picture's place and format, before the work."""
     if path is not None:
         from .plot import check_picture
-        from .train.checkpoint import check_folder
+        from .writing import check_writable
 
-        check_folder(path)
+        check_writable(path)
         check_picture(path)
 
 

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import grkan.models.kat
-from grkan.models import files, load_model, read_metadata, save_model
+from grkan.models import load_model, read_metadata, save_model
+from grkan.models.metadata import FORMAT_VERSION
 from grkan.nn import GRKAN, GroupRational
 
 
@@ -222,14 +223,20 @@ class TestRefused:
         with pytest.raises(ValueError, match="no safetensors file"):
             load_model(path)
 
-    @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"grkan": "{"}, {"grkan": "[]"}, {"grkan": "{}"}])
+    @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
     def test_foreign(self, path, metadata):
         safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata=metadata)
         with pytest.raises(ValueError, match=r"was not written by grkan\.save_model"):
             load_model(path)
 
+    def test_damaged_metadata(self, path):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata={"grkan": '{"format_version": 1'})
+        for function in (load_model, read_metadata):
+            with pytest.raises(ValueError, match=r"m\.safetensors is damaged: its metadata are no JSON"):
+                function(path)
+
     def test_newer_format(self, path):
-        self.rewrite(path, format_version=files.FORMAT_VERSION + 1)
+        self.rewrite(path, format_version=FORMAT_VERSION + 1)
         with pytest.raises(ValueError, match=r"has format 2, .* reads up to 1: upgrade grkan"):
             load_model(path)
 
@@ -249,12 +256,6 @@ class TestRefused:
     def test_arguments_that_do_not_fit(self, path, arguments, match):
         self.rewrite(path, arguments=arguments)
         with pytest.raises(ValueError, match=f"cannot be built: {match}"):
-            load_model(path)
-
-    @pytest.mark.parametrize("fields", [{"arguments": []}, {"forms": None}, {"model": 3}, {"format_version": "1"}])
-    def test_metadata_of_other_types(self, path, fields):
-        self.rewrite(path, **fields)
-        with pytest.raises(ValueError, match=r"was not written by grkan\.save_model"):
             load_model(path)
 
     def test_a_file_cannot_name_another_file(self, path, tmp_path):
@@ -326,9 +327,9 @@ class TestRefused:
         assert (tmp_path / "pipe").is_fifo()
 
     def test_places_that_cannot_be_written(self, tmp_path):
-        with pytest.raises(IsADirectoryError, match="path must name a file"):
+        with pytest.raises(IsADirectoryError, match="is a folder, not a file"):
             save_model(micro(), tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"there is no such folder: .*nowhere"):
             save_model(micro(), tmp_path / "nowhere" / "m.safetensors")
 
 

@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from grkan.train.checkpoint import MetricsLog, load_state, read_metrics, save_state, write_bytes, write_file
+from grkan.train.checkpoint import MetricsLog, load_state, read_metrics, save_state
 
 
 def test_state_round_trip(tmp_path):
@@ -12,20 +12,6 @@ def test_state_round_trip(tmp_path):
     state = load_state(tmp_path / "s.pt")
     assert torch.equal(state["weights"]["a"], torch.arange(3.0))
     assert state["step"] == 4
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file.bin"
-    write_bytes(path, b"old")
-
-    def fail(temporary):
-        temporary.write_bytes(b"half")
-        raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="full"):
-        write_file(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, -1])

@@ -5,6 +5,7 @@ weight_denominator (8, 4). Their kernels compute the form sum_of_abs. `GroupRati
 module finds out which model a file is for.
 """
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..rational.arguments import check_flag, check_module
+from ..writing import write_bytes
 
 try:
     import timm
@@ -28,7 +30,7 @@ except ModuleNotFoundError as error:
     raise GrkanImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
-from .files import NOT_ARCHITECTURE, replacing
+from .metadata import NOT_ARCHITECTURE
 
 _MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
 _FORM = "sum_of_abs"
@@ -110,13 +112,16 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
         state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+    # Made in memory: on a full disk both libraries have an error of their own, which hides the reason.
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save
 
-            save_file(state, str(temporary))
-        else:
-            torch.save(state, temporary)
+        content = save(state)
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+    write_bytes(path, content)
 
 
 def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:

@@ -1,76 +1,16 @@
-"""Files of a run's folder, written so that an interruption or a full disk leaves the previous ones whole."""
+"""Files of a run's folder: the state that it resumes from, and its metrics."""
 
-import contextlib
-import errno
 import io
 import json
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import GrkanValueError
+from ..writing import naming, write_bytes
 
 STATE_FORMAT = "grkan training state 3"
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError: the system does so where one is opened, but not where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def check_folder(path: str | Path | None) -> None:
-    """Raise OSError if a file to be written lies in no folder, or is something else: known before the work."""
-    if path is None:
-        return
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
-    if path.exists() and not path.is_file():  # a file would take the place of a device or a pipe
-        kind = "folder" if path.is_dir() else "device or a pipe"
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, f"is a {kind}, not a file", str(path))
-
-
-def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name beside `path`, flush it to the disk, and rename it to `path`.
-
-    Raises:
-        OSError: the file, which is named, cannot be written; nothing is left of it, and an older one stays.
-    """
-    path = Path(path)
-    check_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        with _naming(path):
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename, too, is to survive a power cut
-    finally:
-        os.close(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of a run that was killed while it wrote."""
-    for temporary in folder.rglob(".*.[0-9]*.tmp*"):
-        temporary.unlink()
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """`write_file` for content that is at hand."""
-    write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
@@ -126,7 +66,7 @@ class MetricsLog:
             OSError: the file cannot be written.
         """
         text = json.dumps(line, allow_nan=False) + "\n"
-        with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
 
     def size(self) -> int:

@@ -26,7 +26,8 @@ from rich.table import Table
 from ..command import Parser, run
 from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
-from .checkpoint import read_metrics, write_bytes, write_file
+from ..writing import replacing, write_bytes
+from .checkpoint import read_metrics
 from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
 from .loop import check_model, holds_run, resolve, resume, train
 from .progress import make_console
@@ -170,12 +171,14 @@ def _write(
     write_bytes(output / "comparison.md", text.encode())
     if summaries.keys() != variants.keys():  # several seeds of a run
         figure = plot_scores({name: variant["top1"]["values"] for name, variant in variants.items()})
-        write_file(output / "scores.png", lambda path: save_figure(figure, path))
+        with replacing(output / "scores.png") as path:
+            save_figure(figure, path)
         return
     lines = {name: read_metrics(output / name / "metrics.jsonl") for name in summaries}
     if any("top1" in line for run in lines.values() for line in run):
         figure = plot_curves(lines)
-        write_file(output / "curves.png", lambda path: save_figure(figure, path))
+        with replacing(output / "curves.png") as path:
+            save_figure(figure, path)
 
 
 _COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]

@@ -27,6 +27,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import GrkanValueError
+from ..models.metadata import Preprocessing
 from .config import Config, nearest
 from .randomness import derive_seed, seeded
 
@@ -240,7 +241,7 @@ def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
     return replace(data, labels=position[data.labels], classes=tuple(classes))
 
 
-def evaluation_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     """What turns an image into the model's input, [C, H, W] float32: timm's resize, centre crop and normalisation.
 
     Args:
@@ -249,7 +250,7 @@ def evaluation_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image
     return T.Compose([_Convert(preprocessing), create_transform(**preprocessing)])
 
 
-def training_transform(preprocessing: dict[str, Any], config: Config) -> Callable[[Image.Image], Tensor]:
+def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
     """The same with augmentation, after the configuration."""
     arguments = {key: preprocessing[key] for key in ("input_size", "mean", "std", "interpolation")}
     try:
@@ -285,7 +286,7 @@ def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
 class _Convert:
     """To gray or RGB, after the channels of the model's input."""
 
-    def __init__(self, preprocessing: dict[str, Any]) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         self.mode = {1: "L", 3: "RGB"}[preprocessing["input_size"][0]]
 
     def __call__(self, image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import GrkanValueError
 from ..models.files import load_model, read_metadata
+from ..models.metadata import Preprocessing
 from ..models.operations import count_operations
 from .config import nearest
 from .data import (
@@ -98,7 +99,7 @@ class TrainedModel:
 
     model: nn.Module
     classes: Sequence[str]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     device: torch.device
 
 
@@ -110,11 +111,12 @@ def load_trained(path: str | Path) -> TrainedModel:
     """
     path = model_file(path)
     metadata = read_metadata(path)
-    if not metadata.get("classes") or not metadata.get("preprocessing"):
+    classes, preprocessing = metadata["classes"], metadata["preprocessing"]
+    if not classes or not preprocessing:
         raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
     device = _device()
     model = load_model(path).to(device)
-    return TrainedModel(model, metadata["classes"], metadata["preprocessing"], device)
+    return TrainedModel(model, classes, preprocessing, device)
 
 
 def _device() -> torch.device:
@@ -140,13 +142,13 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
         metadata = read_metadata(path)
         if name not in (None, metadata["model"]):
             raise GrkanValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
-        model, classes, preprocessing = load_model(path), metadata.get("classes"), metadata.get("preprocessing")
+        model, classes, preprocessing = load_model(path), metadata["classes"], metadata["preprocessing"]
     else:
         assert name is not None
         model, classes, preprocessing = _load_timm(name, checkpoint), None, None
     if classes is None and data is not None:
         found = find_source(data).load("train").classes
-        classes = found if len(found) == model.num_classes else None
+        classes = list(found) if len(found) == model.num_classes else None
     return TrainedModel(model.to(device), classes or (), preprocessing or resolve_data_config({}, model=model), device)
 
 
@@ -230,7 +232,7 @@ def describe(model: str) -> dict[str, dict[str, int]]:
     if Path(model).exists():
         path = model_file(model)
         built, metadata = load_model(path), read_metadata(path)
-        size = (metadata.get("preprocessing") or resolve_data_config({}, model=built))["input_size"]
+        size = (metadata["preprocessing"] or resolve_data_config({}, model=built))["input_size"]
         return {str(path): count_operations(built, tuple(size))}
     check_model_name(model)
     names = [model]

@@ -15,7 +15,6 @@ import time
 import types
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,11 @@ from torch import Tensor, nn
 
 from ..convert.recipe import apply_conversion_
 from ..errors import GrkanRuntimeError, GrkanValueError
-from ..models.files import NOT_ARCHITECTURE, load_model, read_metadata, save_model
+from ..models.files import load_model, read_metadata, save_model
+from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..nn import no_weight_decay
-from .checkpoint import (
-    MetricsLog,
-    load_state,
-    read_metrics,
-    remove_leftovers,
-    save_state,
-    write_bytes,
-    write_file,
-)
+from ..writing import remove_leftovers, replacing, write_bytes
+from .checkpoint import MetricsLog, load_state, read_metrics, save_state
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
 from .data import (
     ImageData,
@@ -132,15 +125,15 @@ def resolve(config: Config) -> Config:
     if config.init:
         path = model_file(config.init)
         metadata = read_metadata(path)
-        name = metadata["model"]
-        if name is None:
+        held = metadata["model"]
+        if held is None:
             raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
-        if config.model not in (None, name):
-            to_kat = config.model.startswith("kat_") and not name.startswith("kat_")
+        if config.model not in (None, held):
+            to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
             convert = "; grkan convert makes a KAT of it" if to_kat else ""
-            raise GrkanValueError(f"init holds a {name}, not a {config.model}; leave out --model, or --init{convert}")
+            raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
         arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
-        chosen |= {"init": os.path.abspath(path), "model": name, "model_args": {**arguments, **config.model_args}}
+        chosen |= {"init": os.path.abspath(path), "model": held, "model_args": {**arguments, **config.model_args}}
     if config.output is None:
         chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
@@ -188,8 +181,8 @@ def _make_accelerator(config: Config) -> Accelerator:
 
 
 def _make_model(
-    config: Config, classes: int, source: Source, preprocessing: dict[str, Any] | None
-) -> tuple[nn.Module, dict[str, Any]]:
+    config: Config, classes: int, source: Source, preprocessing: Preprocessing | None
+) -> tuple[nn.Module, Preprocessing]:
     """The model at its start, and its preprocessing; that of a state means that weights from there will follow."""
     check_model_name(config.model or "")
     torch.manual_seed(derive_seed("model", config.seed))
@@ -199,7 +192,7 @@ def _make_model(
         model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
         if model.num_classes != classes:
             model.reset_classifier(classes)  # type: ignore[operator]
-        preprocessing = _fit_preprocessing(config, model, source, metadata.get("preprocessing"))
+        preprocessing = _fit_preprocessing(config, model, source, metadata["preprocessing"])
     else:
         model = _create_model(config, classes)
         preprocessing = preprocessing or _fit_preprocessing(config, model, source, None)
@@ -238,9 +231,7 @@ def _blaming_model_args(config: Config) -> Iterator[None]:
         raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
 
 
-def _fit_preprocessing(
-    config: Config, model: nn.Module, source: Source, known: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _fit_preprocessing(config: Config, model: nn.Module, source: Source, known: Preprocessing | None) -> Preprocessing:
     """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
 
     Args:
@@ -287,7 +278,7 @@ class _Run:
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         self.model, self.preprocessing = _make_model(
-            config, len(self.training.classes), source, state and state["preprocessing"]
+            config, len(self.training.classes), source, None if state is None else state["preprocessing"]
         )
         if state is not None and state.get("conversion"):
             apply_conversion_(self.model, state["conversion"])
@@ -580,7 +571,8 @@ class _Run:
                 inputs = plot.record_inputs(self._evaluated(), [images.to(self.accelerator.device)])
             figures["functions.png"] = plot.plot_functions(self._evaluated(), inputs)
         for name, figure in figures.items():
-            write_file(self.folder / name, partial(plot.save_figure, figure))
+            with replacing(self.folder / name) as path:
+                plot.save_figure(figure, path)
         return [self.folder / name for name in figures]
 
     # Small parts
