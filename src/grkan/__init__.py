@@ -96,7 +96,7 @@ _register_models()
 
 
 def _tell_transformers() -> None:
-    """transformers itself loads what it is told by, when it is imported."""
+    """Let transformers save and load converted models; what that takes is loaded when transformers is."""
 
     def know(name: str) -> Any:
         return lambda module: getattr(importlib.import_module("grkan.integrations.transformers"), name)(module)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalConv1D, RationalLinear
+from ..nn.wrappers import plain_name
 from ..rational.arguments import check_groups, check_module
 
 RECIPE_VERSION = 1
@@ -78,21 +79,26 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], record: bool = Tru
     else:
         undo.callback(setattr, model, "grkan_conversion", before)
     for recorder in RECORDERS if record else ():
-        recorder(model, model.grkan_conversion, undo)
+        recorder(model, model.grkan_conversion, undo)  # type: ignore[arg-type]
     return undo.close
 
 
 def recipe_of(model: nn.Module) -> dict[str, Any] | None:
-    """All that was converted in a model or in a part of it, as one recipe for the model; None: nothing."""
+    """All that was converted in a model or in parts of it, as one recipe for the model; None: nothing."""
     layers = []
     for prefix, module in model.named_modules():
-        for layer in getattr(module, "grkan_conversion", {"layers": []})["layers"]:
-            layers.append(rename(layer, lambda name, prefix=prefix: f"{prefix}.{name}".strip(".")))
+        recipe: Any = getattr(module, "grkan_conversion", {"layers": []})
+        layers += [moved(layer, plain_name(prefix)) for layer in recipe["layers"]]
     return {"version": RECIPE_VERSION, "layers": layers} if layers else None
 
 
-def rename(layer: Mapping[str, Any], new: Callable[[str], str]) -> dict[str, Any]:
-    """A layer of a recipe with other names."""
+def moved(layer: Mapping[str, Any], into: str = "", out_of: str = "") -> dict[str, Any]:
+    """A layer of a recipe under the names that its modules have one level up, in `into`, or down, from `out_of`."""
+
+    def new(name: str) -> str:
+        name = name.removeprefix(f"{out_of}.") if out_of else name
+        return f"{into}.{name}".strip(".")
+
     parts = {part: None if name is None else new(name) for part, name in layer["parts"].items()}
     return {**layer, "name": new(layer["name"]), "parts": parts}
 

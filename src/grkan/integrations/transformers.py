@@ -103,13 +103,8 @@ def _convert(model: Any, recipe: Mapping[str, Any]) -> None:
     """Convert what the recipe names here: it may be of this model, of one around it, or of this one with a head."""
     layers = []
     for layer in recipe["layers"]:
-        for prefix in ("", f"{model.base_model_prefix}."):
-            names = [name for name in (layer["name"], *layer["parts"].values()) if name]
-            if all(name.startswith(prefix) for name in names):
-                moved = recipes.rename(layer, lambda name, prefix=prefix: name.removeprefix(prefix))
-                if recipes.is_there(moved, model):
-                    layers.append(moved)
-                    break
+        candidates = (layer, recipes.moved(layer, out_of=model.base_model_prefix))
+        layers += [here for here in candidates if recipes.is_there(here, model)][:1]
     if layers:
         recipes.apply_recipe(model, {**recipe, "layers": layers}, record=False)
 

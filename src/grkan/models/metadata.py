@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 from torch import nn
 
 from .._version import __version__
+from ..convert.recipe import recipe_of
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 
@@ -152,7 +153,7 @@ def describe_model(
         "classes": classes,
         "preprocessing": _as_json("preprocessing", preprocessing),
         "forms": forms(model),
-        "conversion": getattr(model, "grkan_conversion", None),
+        "conversion": recipe_of(model),
     }
     if problem := _problem(fields["preprocessing"] or {}, _PREPROCESSING_FIELDS):
         raise GrkanValueError(f"preprocessing: {problem}")
