@@ -85,8 +85,8 @@ def know_models(modeling_utils: ModuleType) -> None:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model.config, _FIELD, None) and recipes.recipe_of(model) is None:
             raise GrkanValueError(
-                f"the checkpoint is of a model that grkan has converted, and {cls.__name__} has none of the modules "
-                f"that were: {model.config.grkan['layers'][0]['parts']}"
+                f"{cls.__name__} has none of the modules that grkan has converted in the model that was saved, as "
+                f"{model.config.grkan['layers'][0]['name']}; load that model, and take the part of it"
             )
         return loaded
 
