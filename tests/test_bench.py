@@ -28,7 +28,7 @@ def tiny(monkeypatch):
     ops, layers, models = bench.ops, bench.layers, bench.models
     monkeypatch.setitem(bench.SUITES, "ops", partial(ops, shapes=((2, 16), (1, 3, 8))))
     monkeypatch.setitem(bench.SUITES, "layers", partial(layers, widths=(8, 16), batch=2, tokens=3))
-    names = ("vit_micro_patch2_8", "kat_micro_patch2_8")
+    names = ("grkan_vit_micro_patch2_8", "kat_micro_patch2_8")
     monkeypatch.setitem(bench.SUITES, "models", partial(models, names=names, batches=(1, 2)))
     monkeypatch.setattr(bench, "BLOCK", 0.0)
     monkeypatch.setattr(bench, "_compiled", lambda function: function)
@@ -296,7 +296,7 @@ def test_models():
     assert [(r.job["batch"], r.job["pass"]) for r in results] == [
         (batch, pass_) for batch in (1, 2) for pass_ in ("training step", "inference")
     ]
-    assert all(list(r.measurements) == ["vit_micro_patch2_8", "kat_micro_patch2_8"] for r in results)
+    assert all(list(r.measurements) == ["grkan_vit_micro_patch2_8", "kat_micro_patch2_8"] for r in results)
     assert [bar.limit for bar in bars] == [1.03] * 4 + [0.80] * 2
     assert bars[1].ratio == results[1].ratio("kat_micro_patch2_8")
 

@@ -1,12 +1,11 @@
 """grkan: the Kolmogorov-Arnold Transformer (arXiv 2409.10594) as a library.
 
 One idea runs through it: a group-wise rational function in front of a linear layer. This module holds the public names.
-Importing it needs torch alone. If timm can be imported, the KAT models are registered with it; names that need another
-package load when they are first used, and say which extra brings what is missing.
+Importing it needs torch alone. The KAT models are registered with timm when timm is imported, before grkan or after it.
+Names that need another package load when they are first used, and say which extra brings what is missing.
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -78,31 +77,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_models() -> None:
-    """Register the KAT models with timm, if it is there; a timm that cannot be imported must not break grkan."""
-    try:
-        importlib.import_module("timm")
-        importlib.import_module("grkan.models.kat")
-    except Exception as error:
-        if not (isinstance(error, ModuleNotFoundError) and error.name == "timm"):
-            warnings.warn(
-                f"the KAT models are not registered, because timm cannot be used: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+def _integration(name: str) -> Any:
+    return importlib.import_module(f"grkan.integrations.{name}")
 
 
-_register_models()
-
-
-def _tell_transformers() -> None:
-    """Let transformers save and load converted models; what that takes is loaded when transformers is."""
-
-    def know(name: str) -> Any:
-        return lambda module: getattr(importlib.import_module("grkan.integrations.transformers"), name)(module)
-
-    when_imported("transformers.configuration_utils", know("know_configs"))
-    when_imported("transformers.modeling_utils", know("know_models"))
-
-
-_tell_transformers()
+# Here and not in the modules concerned, because timm knows our models, and transformers converted ones, as soon as either
+# is imported, by whomever.
+when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
+when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
+when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))

@@ -280,7 +280,7 @@ def test_a_model_of_ones_own_in_a_file(tmp_path):
 def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
     import timm
 
-    model = timm.create_model("vit_micro_patch2_8", depth=2)
+    model = timm.create_model("grkan_vit_micro_patch2_8", depth=2)
     x = torch.randn(4, 1, 8, 8)
     convert_(model, calibration=x)
     grkan.save_model(model, tmp_path / "m.safetensors")

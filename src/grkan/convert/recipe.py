@@ -183,7 +183,7 @@ class _Plan:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise GrkanValueError(
                 f"recipe does not fit the model, a {type(model).__name__}, at {self.name or 'its root'}: {reason}"
-            ) from None
+            ) from error
 
     def bind(self, modules: Mapping[str, nn.Module]) -> None:
         if isinstance(modules.get(self.name), GRKAN):

@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..convert.recipe import apply_recipe, check_recipe, recipe_of
@@ -19,6 +18,7 @@ from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 from ..nn.wrappers import is_sharded, plain_name, unwrap
 from ..rational.arguments import check_module
 from ..writing import replacing
+from .build import WrongArgumentsError, build_model
 from .metadata import NOT_ARCHITECTURE, ModelMetadata, describe_model, forms, parse_metadata
 
 _KEY = "grkan"
@@ -180,6 +180,8 @@ def _safetensors() -> Any:
         import_module("safetensors.torch")
         return import_module("safetensors")
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "safetensors":
+            raise
         raise GrkanImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
 
 
@@ -222,12 +224,10 @@ def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
     # How the weights started is of no use here, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
     try:
-        with torch.device("cpu"):
-            model = timm.create_model(name, **wanted)
-    except Exception as error:  # whatever a model makes of arguments that it does not take
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
-    model.grkan_arguments = arguments
+        model = build_model(name, wanted)
+    except WrongArgumentsError as error:
+        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
+    model.grkan_arguments = arguments  # type: ignore[assignment]
     return model
 
 
@@ -238,8 +238,8 @@ def _repeat_conversion(model: nn.Module, metadata: ModelMetadata, path: Path) ->
         return lambda: None
     try:
         return apply_recipe(model, check_recipe(recipe))
-    except (TypeError, ValueError) as error:
-        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from None
+    except (GrkanTypeError, GrkanValueError) as error:
+        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from error
 
 
 def _check_weights_fit(model: nn.Module, metadata: ModelMetadata, state: dict[str, Tensor], path: Path) -> None:

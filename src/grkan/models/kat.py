@@ -1,6 +1,7 @@
 """Kolmogorov-Arnold Transformers in timm's registry, and what the small ones are compared with.
 
-Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`.
+Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`. The names of models that are no KAT
+begin with grkan_, so that they get in nobody's way.
 """
 
 import inspect
@@ -77,7 +78,7 @@ class KAT(VisionTransformer):
         }
         try:
             inspect.signature(mlp_layer).bind_partial(**arguments)
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: a builtin, of which Python does not know the arguments
             raise GrkanTypeError(
                 f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
             ) from None
@@ -213,12 +214,18 @@ default_cfgs = generate_default_cfgs(
         "kat_micro_patch2_8": _micro_cfg(1, 8),
         "kat_micro_patch4_28": _micro_cfg(1, 28),
         "kat_micro_patch4_32": _micro_cfg(3, 32),
-        "vit_micro_patch2_8": _micro_cfg(1, 8),
-        "vit_micro_patch4_28": _micro_cfg(1, 28),
-        "vit_kan_micro_patch4_28": _micro_cfg(1, 28),
-        "vit_micro_patch4_32": _micro_cfg(3, 32),
+        "grkan_vit_micro_patch2_8": _micro_cfg(1, 8),
+        "grkan_vit_micro_patch4_28": _micro_cfg(1, 28),
+        "grkan_vit_kan_micro_patch4_28": _micro_cfg(1, 28),
+        "grkan_vit_micro_patch4_32": _micro_cfg(3, 32),
     }
 )
+
+
+def twin_of(name: str) -> str:
+    """The name of the Vision Transformer of the size of a KAT of this module: timm's, or for the small ones our own."""
+    return ("grkan_" if "_micro_" in name else "") + name.replace("kat_", "vit_", 1)
+
 
 _MICRO: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 
@@ -263,25 +270,25 @@ def kat_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> KAT:
 
 
 @register_model
-def vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch2_8`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
 
 
 @register_model
-def vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch4_28`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
-def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch4_32`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
-def vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """`vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
+def grkan_vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`grkan_vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
     size = {"patch_size": 4, "mlp_ratio": 1.0, "mlp_layer": SplineMlp, **_MICRO}
-    return _create(VisionTransformer, "vit_kan_micro_patch4_28", pretrained, kwargs, **size)
+    return _create(VisionTransformer, "grkan_vit_kan_micro_patch4_28", pretrained, kwargs, **size)

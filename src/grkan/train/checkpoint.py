@@ -34,10 +34,12 @@ def load_state(path: str | Path) -> dict[str, Any]:
     content = io.BytesIO(Path(path).read_bytes())
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:  # zipfile, pickle and PyTorch have an error of their own for each way a file can be broken
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, pickle and PyTorch have one of their own for each way a file can be broken
         raise GrkanValueError(
             f"{path} is damaged or no training state; a run of another --output starts afresh"
-        ) from None
+        ) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise GrkanValueError(f"{path} is no training state of this version of grkan")
     return state

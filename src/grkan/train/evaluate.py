@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import GrkanValueError
 from ..models.files import load_model, read_metadata
+from ..models.kat import twin_of
 from ..models.metadata import Preprocessing
 from ..models.operations import count_operations
 from .config import nearest
@@ -236,8 +237,8 @@ def describe(model: str) -> dict[str, dict[str, int]]:
         return {str(path): count_operations(built, tuple(size))}
     check_model_name(model)
     names = [model]
-    if model.startswith("kat_") and timm.is_model(twin := model.replace("kat_", "vit_", 1)):
-        names.append(twin)
+    if model in timm.list_models("kat_*", module="kat"):
+        names.append(twin_of(model))
     counts = {}
     for name in names:
         built = timm.create_model(name)
