@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .errors import GrkanImportError
 from .integrations.imports import when_imported
-from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
+from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, param_groups, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "load_model",
     "load_released_checkpoint",
     "no_weight_decay",
+    "param_groups",
     "rational_linear",
     "save_model",
     "set_backend",
@@ -81,8 +82,8 @@ def _integration(name: str) -> Any:
     return importlib.import_module(f"grkan.integrations.{name}")
 
 
-# Here and not in the modules concerned, because timm knows our models, and transformers converted ones, as soon as either
-# is imported, by whomever.
+# Here and not in the modules concerned, because timm knows our models, and transformers those that were converted, as
+# soon as either is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
 when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))

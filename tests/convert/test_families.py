@@ -16,7 +16,7 @@ from torch import nn
 
 import grkan
 from grkan.convert import convert_
-from grkan.nn import GRKAN, RationalLinear
+from grkan.nn import GRKAN, GroupRational, RationalLinear
 
 SMOOTH, KINKED = 0.01, 0.02
 
@@ -177,15 +177,15 @@ def vision(t, name, **arguments):
 
 
 HUGGING_FACE = {
-    "bert": (lambda t: text(t, "Bert"), 2, "linears", ["activation"]),  # the pooler has one linear layer
-    "roberta": (lambda t: text(t, "Roberta"), 2, "linears", ["activation"]),
-    "gpt2": (gpt2, 2, "linears", []),
-    "vit": (lambda t: vision(t, "ViT"), 2, "linears", ["activation"]),
-    "deit": (lambda t: vision(t, "DeiT"), 2, "linears", ["activation"]),
-    "dinov2": (lambda t: vision(t, "Dinov2", mlp_ratio=2), 2, "linears", []),
-    "clip": (clip, 4, "linears", []),
-    "whisper": (whisper, 4, "linears", []),
-    "t5": (lambda t: t5(t, gated=False), 2, "linears", []),
+    "bert": (lambda t: text(t, "Bert"), 2, "linear", ["activation"]),  # the pooler has one linear layer
+    "roberta": (lambda t: text(t, "Roberta"), 2, "linear", ["activation"]),
+    "gpt2": (gpt2, 2, "linear", []),
+    "vit": (lambda t: vision(t, "ViT"), 2, "linear", ["activation"]),
+    "deit": (lambda t: vision(t, "DeiT"), 2, "linear", ["activation"]),
+    "dinov2": (lambda t: vision(t, "Dinov2", mlp_ratio=2), 2, "linear", []),
+    "clip": (clip, 4, "linear", []),
+    "whisper": (whisper, 4, "linear", []),
+    "t5": (lambda t: t5(t, gated=False), 2, "linear", []),
     "t5 1.1, gated": (lambda t: t5(t, gated=True), 2, "activation", []),
     "llama, gated": (lambda t: text(t, "Llama"), 2, "activation", []),
 }
@@ -199,7 +199,7 @@ def test_transformers(family):
     bound = KINKED if family == "t5" else SMOOTH
     model, report = check(model, batch, layers, bound, skipped)
     assert {layer["layout"] for layer in report.layers} == {layout}
-    assert sum(isinstance(m, RationalLinear) for m in model.modules()) == (2 * layers if layout == "linears" else 0)
+    assert sum(isinstance(m, RationalLinear) for m in model.modules()) == (layers if layout == "linear" else 0)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
@@ -213,7 +213,7 @@ def test_torchvision(family):
         block = models.convnext.CNBlockConfig
         model = models.ConvNeXt([block(32, 48, 1), block(48, None, 1)], num_classes=10)
     _, report = check(model, lambda seed: images(8, seed=seed), 2)
-    assert {layer["layout"] for layer in report.layers} == ({"linears"} if family == "convnext" else {"grkan"})
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()])
@@ -227,12 +227,12 @@ def test_torch_encoder(activation, norm_first):
         return torch.randn(8, 6, 32, generator=torch.Generator().manual_seed(seed))
 
     model, report = check(model, make, 2, KINKED if activation == "relu" else SMOOTH)
-    assert {layer["layout"] for layer in report.layers} == {"linears"}
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
     for converted in model.layers:
         assert converted.activation_relu_or_gelu == 0
-        assert isinstance(converted.activation, nn.Identity)
+        assert isinstance(converted.activation, GroupRational)
         assert isinstance(converted.linear1, RationalLinear)
-        assert isinstance(converted.linear2, RationalLinear)
+        assert type(converted.linear2) is nn.Linear
 
 
 def test_torch_decoder():
@@ -258,7 +258,7 @@ def test_beside_from_pretrained(tmp_path):
     stirred(model).save_pretrained(tmp_path)
     recipe = convert_(model, calibration=[batch(0)]).recipe
     with torch.no_grad():
-        model.encoder.layer[0].output.dense.act.numerator += 0.1  # as training would
+        model.encoder.layer[0].intermediate.intermediate_act_fn.numerator += 0.1  # as training would
     again = transformers.BertModel.from_pretrained(tmp_path)
     grkan.apply_conversion_(again, recipe)
     again.load_state_dict(model.state_dict())

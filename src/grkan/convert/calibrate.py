@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn.kinds import is_conv1d
 from ..rational import table
 from ..rational.fit import RationalFit, fit, np
-from .recipe import linear_kind
 from .structure import Activation, Site
 
 _BINS_PER_UNIT = 64
@@ -106,7 +106,7 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
         return unknown
     with torch.no_grad():
         weight = weight.detach().to("cpu", torch.float64)
-        weight = weight.T if linear_kind(first) == "conv1d" else weight.flatten(1)
+        weight = weight.T if is_conv1d(first) else weight.flatten(1)
         bias = 0.0 if first.bias is None else first.bias.detach().to("cpu", torch.float64)
         means, squares = [], []
         for norm in site.norms:

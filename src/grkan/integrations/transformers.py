@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from ..convert import recipe as recipes
+from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanValueError
-from ..nn import GroupRational
+from ..nn import GroupRational, RationalLinear
 
 _FIELD = "grkan"
 
@@ -63,7 +63,7 @@ def know_models(modeling_utils: ModuleType) -> None:
     def post_init_(self: Any) -> None:
         post_init(self)
         if recipe := getattr(self.config, _FIELD, None):
-            _convert(self, recipes.check_recipe(recipe))
+            _convert(self, check_recipe(recipe))
 
     @functools.wraps(initialize)
     def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ def know_models(modeling_utils: ModuleType) -> None:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if getattr(model.config, _FIELD, None) and recipes.recipe_of(model) is None:
+        if getattr(model.config, _FIELD, None) and recipe_of(model) is None:
             raise GrkanValueError(
                 f"{cls.__name__} has none of the modules that grkan has converted in the model that was saved, as "
                 f"{model.config.grkan['layers'][0]['name']}; load that model, and take the part of it"
@@ -96,23 +96,33 @@ def know_models(modeling_utils: ModuleType) -> None:
     base.from_pretrained = classmethod(from_pretrained)
 
     config_class = modeling_utils.PreTrainedConfig
-    recipes.RECORDERS.append(functools.partial(_record, config_class))
+    RECORDERS.append(functools.partial(_record, config_class))
 
 
-def _convert(model: Any, recipe: Mapping[str, Any]) -> None:
+def _convert(model: Any, recipe: Recipe) -> None:
     """Convert what the recipe names here: it may be of this model, of one around it, or of this one with a head."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     layers = []
-    for layer in recipe["layers"]:
-        candidates = (layer, recipes.moved(layer, out_of=model.base_model_prefix))
-        layers += [here for here in candidates if recipes.is_there(here, model)][:1]
+    for layer in recipe.layers:
+        candidates = (layer, layer.inside(model.base_model_prefix))
+        layers += [candidate for candidate in candidates if _waits(candidate, modules)][:1]
     if layers:
-        recipes.apply_recipe(model, {**recipe, "layers": layers}, record=False)
+        apply_recipe(model, Recipe(tuple(layers)), record=False)
+
+
+def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
+    """Whether the modules that a layer of a recipe names are there, and not converted."""
+    parent, _, slot = layer.activation.rpartition(".")
+    parts = [getattr(modules.get(parent), slot, None)]
+    if layer.linear is not None:
+        parts.append(modules.get(layer.linear))
+    return not any(part is None or isinstance(part, (GroupRational, RationalLinear)) for part in parts)
 
 
 def _written(model: Any) -> ExitStack:
     """While this is open, the config says what it has to say in config.json."""
     stack = ExitStack()
-    config, recipe = model.config, recipes.recipe_of(model)
+    config, recipe = model.config, recipe_of(model)
     for part in _configs(config):
         _set(part, stack, _FIELD, None)
     if recipe is not None:
@@ -120,7 +130,7 @@ def _written(model: Any) -> ExitStack:
         if quantised is not None and not isinstance(quantised, dict):
             quantised = quantised.to_dict()
         refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
-        _set(config, stack, _FIELD, recipe)
+        _set(config, stack, _FIELD, recipe.to_dict())
         _set(config, stack, "quantization_config", refused)
     return stack
 

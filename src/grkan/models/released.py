@@ -111,11 +111,13 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
             raise GrkanValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
         if module.order != (5, 4):
             raise GrkanValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
-        numerator = state.pop(f"{name}.numerator")
+        numerator, denominator = (rows.detach() for rows in module.coefficients())
         if not torch.equal(numerator, numerator[:1].expand_as(numerator)):
             raise GrkanValueError(f"the released layout has one numerator for all groups; those of {name} differ")
         state[f"{name}.weight_numerator"] = numerator[:1].clone()
-        state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
+        state[f"{name}.weight_denominator"] = denominator.clone()
+        for own in ("numerator", "denominator", "_extra_state"):
+            del state[f"{name}.{own}"]
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     # Made in memory: on a full disk both libraries have an error of their own, which hides the reason.
