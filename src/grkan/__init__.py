@@ -84,7 +84,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Here and not in a model's module, because timm knows our models as soon as it is imported, by whomever.
+def _integration(name: str) -> Any:
+    return importlib.import_module(f"grkan.integrations.{name}")
+
+
+# Here and not in the modules concerned, because timm knows our models, and transformers those that were converted, as
+# soon as either is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
 # DTensors know no operator without a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
+when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
+when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))

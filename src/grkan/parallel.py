@@ -88,7 +88,8 @@ def shard_(
         own = {key: value for key, value in options.items() if key == "offload_policy"}
         # What enters is not cast; x keeps the dtype that the layers around it have.
         in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard([a for a in acts if a is not module] or module, mesh=mesh, mp_policy=in_float32, **own)
+        units: Any = [act for act in acts if act is not module] or module
+        fully_shard(units, mesh=mesh, mp_policy=in_float32, **own)
     if not isinstance(module, FSDPModule):
         fully_shard(module, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy(), **options)
     return module

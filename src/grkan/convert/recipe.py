@@ -9,7 +9,7 @@ is. Parameters, hooks, modes and every other name under which a module is known 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.kinds import linear_kind, linear_width
+from ..nn.wrappers import plain_name
 from ..rational.arguments import check_groups, check_module
 
 RECIPE_VERSION = 1
@@ -88,6 +89,18 @@ class LayerRecipe:
     act2: FunctionRecipe
     """The function in place of the activation."""
 
+    def within(self, module: str) -> "LayerRecipe":
+        """The same for the model around, which has this one as `module`."""
+        return self._renamed(lambda name: f"{module}.{name}".strip("."))
+
+    def inside(self, module: str) -> "LayerRecipe":
+        """The same for a part of the model, `module`; as it is if it lies elsewhere."""
+        return self._renamed(lambda name: name.removeprefix(f"{module}."))
+
+    def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
+        linear = None if self.linear is None else new(self.linear)
+        return replace(self, name=new(self.name), linear=linear, activation=new(self.activation))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -98,6 +111,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, which `check_recipe` reads."""
         return {"version": RECIPE_VERSION, "layers": [asdict(layer) for layer in self.layers]}
+
+
+RECORDERS: list[Callable[[nn.Module, Mapping[str, Any], ExitStack], None]] = []
+"""Called with a converted model, its whole recipe and what undoes the conversion: to keep it in a library's own
+description of the model."""
 
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
@@ -122,8 +140,8 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     apply_recipe(model, check_recipe(recipe))
 
 
-def apply_recipe(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
-    """`apply_conversion_`, with a function that undoes it as the result."""
+def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
+    """`apply_conversion_`, with a function that undoes it as the result; record: whether `RECORDERS` are told."""
     modules = dict(model.named_modules(remove_duplicate=False))
     plans = [_Plan(layer, modules, model) for layer in recipe.layers]  # all checks come before the first change
     before = getattr(model, "grkan_conversion", None)
@@ -141,7 +159,19 @@ def apply_recipe(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
         converted["layers"] = [*before["layers"], *converted["layers"]]
         undo.callback(setattr, model, "grkan_conversion", before)
     model.grkan_conversion = converted  # type: ignore[assignment]
+    for recorder in RECORDERS if record else ():
+        recorder(model, converted, undo)
     return undo.close
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """All that was converted in a model or in parts of it, as one recipe for the model; None: nothing."""
+    layers: list[LayerRecipe] = []
+    for name, module in model.named_modules():
+        recipe: Any = getattr(module, "grkan_conversion", None)
+        if recipe is not None:
+            layers += [layer.within(plain_name(name)) for layer in check_recipe(recipe).layers]
+    return Recipe(tuple(layers)) if layers else None
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> Recipe:
