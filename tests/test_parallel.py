@@ -48,3 +48,21 @@ def test_two_processes(run, name):
     said, _, stderr = run
     assert name in said, f"torchrun ended before it: {stderr}"
     assert said[name] is None, said[name]
+
+
+def test_one_process_reads_what_two_have_written(run):
+    """Both ways of saving: a checkpoint in parts, and a model file of the gathered weights."""
+    import timm
+    import torch.distributed.checkpoint as dcp
+
+    import grkan
+
+    _, folder, stderr = run
+    assert (folder / "gathered.pt").exists(), stderr
+    expected = torch.load(folder / "gathered.pt")
+    model = timm.create_model("kat_micro_patch2_8", depth=2)
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True)
+    for loaded in (state["model"], grkan.load_model(folder / "gathered.safetensors").state_dict()):
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())

@@ -444,6 +444,7 @@ def main(results, names):
             problem = None
         except Exception:
             problem = f"process {rank}: {traceback.format_exc()}"
+            print(name, problem, file=sys.stderr, flush=True)  # if it failed alone, the other one waits elsewhere
         problems_of_all = [None, None]
         dist.all_gather_object(problems_of_all, problem)
         problems[name] = next((p for p in problems_of_all if p), None)
