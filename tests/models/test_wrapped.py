@@ -170,3 +170,47 @@ class TestAStateDict:
         state = {name: tensor.to("meta") for name, tensor in micro().state_dict().items()}
         with pytest.raises(ValueError, match="on the meta device"):
             save_model(micro(), tmp_path / "m.safetensors", state)
+
+
+class TestConversion:
+    def model(self):
+        torch.manual_seed(0)
+        return timm.create_model("grkan_vit_micro_patch2_8", depth=1).eval()
+
+    @pytest.mark.parametrize("kind", ["compile", "DataParallel", "compile, DataParallel"])
+    def test_of_what_is_inside(self, tmp_path, kind):
+        x, inner = torch.randn(2, 1, 8, 8), self.model()
+        wrapped = WRAPPERS[kind](inner)
+        before = wrapped(x)
+        report = grkan.convert_(wrapped, calibration=x)
+        assert [layer["name"] for layer in report.layers] == ["blocks.0.mlp"]
+        assert isinstance(inner.blocks[0].mlp, grkan.GRKAN)
+        after = wrapped(x)
+        assert 0 < (after - before).norm() / before.norm() < 0.05
+        assert torch.equal(after, inner(x))
+        other = WRAPPERS[kind](self.model())
+        grkan.apply_conversion_(other, report.recipe)
+        assert torch.equal(other(x), after)
+        save_model(wrapped, tmp_path / "m.safetensors")
+        assert torch.equal(load_model(tmp_path / "m.safetensors")(x), after)
+
+    @pytest.mark.parametrize("kind", ["ModelEmaV3", "AveragedModel"])
+    def test_of_what_keeps_a_list_of_parameters(self, kind):
+        model = WRAPPERS[kind](self.model())
+        recipe = grkan.convert_(self.model()).recipe
+        message = rf"before it is wrapped: {kind} keeps a list of its parameters; convert what is inside, \.module"
+        for convert in (grkan.convert_, lambda model: grkan.apply_conversion_(model, recipe)):
+            with pytest.raises(ValueError, match=message):
+                convert(model)
+
+    def test_of_what_is_distributed(self):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        with one_process():
+            with pytest.raises(ValueError, match="DistributedDataParallel keeps a list of its parameters"):
+                grkan.convert_(nn.parallel.DistributedDataParallel(self.model()))
+            model = self.model()
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match="before it is sharded; its cls_token is a DTensor"):
+                grkan.convert_(model)

@@ -14,6 +14,7 @@ from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..nn.kinds import linear_width
 from ..nn.modes import evaluating
+from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
@@ -49,7 +50,8 @@ def convert_(
     the coefficients as they are. What is not recognised stays as it is.
 
     Args:
-        model: any module, of timm, transformers, torchvision or PyTorch, or your own.
+        model: any module, of timm, transformers, torchvision or PyTorch, or your own. Inside of torch.compile or
+            DataParallel it is converted under its own names; DDP, FSDP and averages of weights come afterwards.
         calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
             batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
             as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
@@ -65,11 +67,12 @@ def convert_(
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value; the model has no MLP to convert; the calibration
-            has no batch, or one that the model does not take, or leads to values that are not finite.
+            has no batch, or one that the model does not take, or leads to values that are not finite; the model is
+            wrapped in what keeps a list of its parameters.
         ImportError: SciPy is missing.
         The model is left as it was.
     """
-    check_module("model", model)
+    model = unwrap_to_change(check_module("model", model))
     check_positive("num_groups", num_groups)
     order, form = check_order(order), check_form(form)
     if order[0] < 1:

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.kinds import linear_kind, linear_width
-from ..nn.wrappers import plain_name
+from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
 
 RECIPE_VERSION = 1
@@ -91,7 +91,7 @@ class LayerRecipe:
 
     def within(self, module: str) -> "LayerRecipe":
         """The same for the model around, which has this one as `module`."""
-        return self._renamed(lambda name: f"{module}.{name}".strip("."))
+        return self._renamed(lambda name: plain_name(f"{module}.{name}".strip(".")))
 
     def inside(self, module: str) -> "LayerRecipe":
         """The same for a part of the model, `module`; as it is if it lies elsewhere."""
@@ -134,10 +134,10 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     Raises:
         TypeError: model is no module, or recipe no mapping.
         ValueError: recipe is none of grkan's, or of a newer version; or the model lacks a part that it names, or has a
-            part of another kind or width there. The model is left as it was.
+            part of another kind or width there; or it is wrapped in what keeps a list of its parameters. The model is
+            left as it was.
     """
-    check_module("model", model)
-    apply_recipe(model, check_recipe(recipe))
+    apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
 
 
 def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
@@ -170,7 +170,7 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     for name, module in model.named_modules():
         recipe: Any = getattr(module, "grkan_conversion", None)
         if recipe is not None:
-            layers += [layer.within(plain_name(name)) for layer in check_recipe(recipe).layers]
+            layers += [layer.within(name) for layer in check_recipe(recipe).layers]
     return Recipe(tuple(layers)) if layers else None
 
 

@@ -40,7 +40,8 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
     while (kind := _kind(inner)) is not None:
         if kind not in _OPEN:
             raise GrkanValueError(
-                f"model must be converted before it is wrapped: {kind} keeps a list of its parameters; got one that is"
+                f"model must be converted before it is wrapped: {kind} keeps a list of its parameters; convert what is "
+                f"inside, .{_WRAPPERS[kind]}, and wrap that anew"
             )
         inner = getattr(inner, _WRAPPERS[kind])
     if sharded := [name for name, parameter in inner.named_parameters() if is_sharded(parameter)]:
