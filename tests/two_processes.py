@@ -223,6 +223,48 @@ def groups_that_the_ranks_do_not_divide_are_refused():
         parallelize_module(layer, mesh, {"fc1": grkan.GroupParallel()})
 
 
+@check
+def transformers_plans():
+    """`tp_plan` of a converted LLaMA, whose activation lies between the two, and of its wrapped linear layers."""
+    transformers = pytest.importorskip("transformers")
+    distributed = pytest.importorskip("transformers.distributed")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    one = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (2, 8))
+    grkan.convert_(one, calibration=[{"input_ids": ids}])
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if "numerator" in name or "denominator" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    if rank == 0:
+        one.save_pretrained(folder / "llama")
+    dist.barrier()
+    two = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "llama", distributed_config=distributed.DistributedConfig(tp_plan="auto", tp_size=2)
+    ).eval()
+    act = two.model.layers[0].mlp.act_fn
+    assert act.denominator.placements == (Shard(0),)
+    assert two.model.layers[0].mlp.down_proj.weight.placements == (Shard(1),)
+    close(two(input_ids=ids).logits, one(input_ids=ids).logits)
+    for model in (one, two):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for name in ("numerator", "denominator"):
+        close(getattr(act, name).grad, getattr(one.model.layers[0].mlp.act_fn, name).grad, 1e-4)
+    plain = transformers.LlamaForCausalLM(config)
+    if rank == 0:
+        plain.save_pretrained(folder / "plain")
+    dist.barrier()
+    sharded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "plain", distributed_config=distributed.DistributedConfig(tp_plan="auto", tp_size=2)
+    )
+    with pytest.raises(GrkanValueError, match="shard"):
+        grkan.convert_(sharded, calibration=[{"input_ids": ids}])
+
+
 def kat(**arguments):
     torch.manual_seed(0)
     return timm.create_model("kat_micro_patch2_8", depth=2, **arguments)

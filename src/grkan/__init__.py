@@ -95,3 +95,6 @@ when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
 when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))
+when_imported(
+    "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
+)

@@ -40,22 +40,34 @@ class GroupParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, GroupRational):
-            raise GrkanTypeError(f"GroupParallel is for a GroupRational, such as act2; got a {type(module).__name__}")
-        if device_mesh.ndim != 1:
-            raise GrkanValueError(f"GroupParallel needs a mesh of one dimension, such as mesh['tp']; got {device_mesh}")
-        if module.num_groups % device_mesh.size():
-            raise GrkanValueError(
-                f"GroupParallel needs num_groups to be a multiple of the number of ranks, {device_mesh.size()}, so "
-                f"that each has whole groups; got {module.num_groups}"
-            )
-        for name, shared in (("numerator", module.share_numerator), ("denominator", False)):
-            parameter = getattr(module, name)
-            placement = Replicate() if shared else Shard(0)
-            sharded = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=self.src_data_rank)
-            module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        module.groups_are_local = True
+        for name in ("numerator", "denominator"):
+            shard_groups_(module, name, device_mesh, self.src_data_rank)
         return module
+
+
+def shard_groups_(module: nn.Module, name: str, mesh: DeviceMesh, source: int | None) -> None:
+    """Make one of the two parameters of a `GroupRational` a DTensor; errors as of `GroupParallel`.
+
+    Args:
+        module: it changes; from then on a plain tensor is taken for the channels of this rank.
+        name: "numerator" or "denominator".
+        mesh: of one dimension.
+        source: the rank whose coefficients count; None: all ranks have the same.
+    """
+    if not isinstance(module, GroupRational):
+        raise GrkanTypeError(f"GroupParallel is for a GroupRational, such as act2; got a {type(module).__name__}")
+    if mesh.ndim != 1:
+        raise GrkanValueError(f"GroupParallel needs a mesh of one dimension, such as mesh['tp']; got {mesh}")
+    if module.num_groups % mesh.size():
+        raise GrkanValueError(
+            f"GroupParallel needs num_groups to be a multiple of the number of ranks, {mesh.size()}, so that each has "
+            f"whole groups; got {module.num_groups}"
+        )
+    parameter = getattr(module, name)
+    placement = Replicate() if name == "numerator" and module.share_numerator else Shard(0)
+    sharded = distribute_tensor(parameter, mesh, [placement], src_data_rank=source)
+    module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+    module.groups_are_local = True
 
 
 def shard_(
