@@ -97,7 +97,7 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
         fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
         nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
     if drawn is not weight:
-        assign_(weight, drawn, source=0)
+        assign_(weight, drawn, src_rank=0)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
@@ -107,20 +107,20 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def assign_(parameter: Tensor, values: Tensor, source: int | None = None) -> None:
-    """Set a parameter, whole or sharded.
+def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> None:
+    """Set a parameter, whole or sharded, to values of its shape.
 
     Args:
-        parameter: it changes.
-        values: of its whole shape.
-        source: the rank whose values count for a sharded parameter; None: all ranks have the same.
+        parameter: on any device; a DTensor takes its part.
+        values: of any dtype and device.
+        src_rank: whose values all processes take; None where they have the same.
     """
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = parameter
         values = values.to(sharded.device, sharded.dtype)
-        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=source)
+        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=src_rank)
     with torch.no_grad():
         parameter.copy_(values)
 

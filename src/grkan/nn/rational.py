@@ -211,7 +211,8 @@ class GroupRational(nn.Module):
         if isinstance(state, Tensor) and state.is_meta:
             return None
         try:
-            said = bytes(state.tolist()).decode().rstrip()
+            # Whoever casts a state dict casts this, too; half types hold every byte exactly.
+            said = bytes(map(int, state.tolist())).decode().rstrip()
         except (AttributeError, TypeError, ValueError):
             return f"the extra state of a rational function must be a uint8 tensor of grkan's; got {state!r}"
         if said == self._meaning():
