@@ -65,6 +65,7 @@ def check(model, make, layers, bound=SMOOTH, skipped=(), prepare=stirred):
     """Convert, calibrated on inputs of make(0); the output for those of make(1) has to stay within the bound."""
     model = prepare(model)
     parameters = {id(p) for p in model.parameters()}
+    modules, state = dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
     before = run(model, make(1))
     start = time.perf_counter()
     report = convert_(model, calibration=[make(0)])
@@ -79,7 +80,37 @@ def check(model, make, layers, bound=SMOOTH, skipped=(), prepare=stirred):
     now = {id(p): name for name, p in model.named_parameters()}
     assert parameters <= set(now)
     assert {now[new].rpartition(".")[2] for new in set(now) - parameters} == {"numerator", "denominator"}
+    assert_little_changed(model, report, modules)
+    # The state dict of the model as it was loads: what is missing are the coefficients.
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == grkan.no_weight_decay(model)
+    assert unexpected == []
+    assert torch.equal(run(model, make(1)), after)
     return model, report
+
+
+def assert_little_changed(model, report, before):
+    """Apart from the activations and the first linear layers, every module is under its name what it was."""
+    now = dict(model.named_modules())
+    replaced, wrapped, grkans = set(), set(), set()
+    for layer in report.recipe["layers"]:
+        replaced.add(layer["activation"])
+        if layer["layout"] == "linear":
+            wrapped.add(layer["linear"])
+        elif layer["layout"] == "grkan":
+            grkans.add(layer["name"])
+    for name, module in before.items():
+        if name in wrapped:
+            assert type(now[name]) is RationalLinear
+            assert now[name].linear is module
+        elif name in grkans:
+            assert now[name] is module
+            assert type(module) is GRKAN
+        elif name not in replaced:
+            assert now[name] is module
+    for layer in report.recipe["layers"]:
+        act = now[layer["name"]].act2 if layer["layout"] == "grkan" else now[layer["activation"]]
+        assert type(act) is GroupRational
 
 
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
@@ -233,6 +264,30 @@ def test_torch_encoder(activation, norm_first):
         assert isinstance(converted.activation, GroupRational)
         assert isinstance(converted.linear1, RationalLinear)
         assert type(converted.linear2) is nn.Linear
+
+
+@pytest.mark.parametrize("calibrated", ["padded", "plain", None])
+@pytest.mark.parametrize("nested", [True, False])
+def test_torch_encoder_with_a_padding_mask(nested, calibrated):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+    model = stirred(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested))
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 5:] = mask[2, 3:] = True
+
+    def forward(model, x):
+        return model(x, src_key_padding_mask=mask)
+
+    with torch.no_grad():
+        before = forward(model, x)
+        report = convert_(
+            model, calibration=None if calibrated is None else x, forward=forward if calibrated == "padded" else None
+        )
+        after = forward(model, x)
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
+    error = float((after - before)[~mask].norm() / before[~mask].norm())
+    assert 0 < error < (0.05 if calibrated is None else SMOOTH)
+    torch.testing.assert_close(forward(model, x)[~mask], after[~mask], rtol=1e-4, atol=1e-4)  # with gradients
 
 
 def test_torch_decoder():

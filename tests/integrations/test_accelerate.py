@@ -80,14 +80,21 @@ def test_a_model_is_loaded_in_parts(tmp_path):
     assert len([*(tmp_path / "parts").glob("*.safetensors")]) > 1
     with accelerate.init_empty_weights():
         empty = kat()
-    accelerate.load_checkpoint_in_model(empty, tmp_path / "parts")
-    places = {name: "cpu" for name, _ in empty.named_children()} | {
-        "blocks": "disk",
-        "cls_token": "cpu",
-        "pos_embed": "cpu",
-    }
-    loaded = accelerate.dispatch_model(empty, places, main_device="cpu", offload_dir=tmp_path).eval()
-    assert torch.equal(output(loaded), output(model))
+    places = {name: "cpu" for name, _ in empty.named_children()} | {"blocks.0": "cpu", "blocks.1": "disk"}
+    places |= {"cls_token": "cpu", "pos_embed": "cpu"}
+    del places["blocks"]
+    loaded = accelerate.load_checkpoint_and_dispatch(
+        empty, tmp_path / "parts", places, offload_folder=tmp_path / "disk"
+    )
+    assert loaded.blocks[1].mlp.act1.numerator.is_meta
+    assert torch.equal(output(loaded.eval()), output(model))
+
+
+def test_weights_of_another_form_are_refused(tmp_path):
+    accelerate.Accelerator(cpu=True).save_model(kat(), tmp_path)
+    other = timm.create_model("kat_micro_patch2_8", depth=2, form="sum_of_abs")
+    with pytest.raises(ValueError, match="the coefficients are for form abs_of_sum"):
+        accelerate.load_checkpoint_and_dispatch(other, tmp_path, {"": "cpu"})
 
 
 def test_save_model_takes_what_accelerate_unwraps_and_gathers(tmp_path):

@@ -250,6 +250,23 @@ def test_the_start_survives_every_initialisation(weight_init, fix_init, meta):
         assert all(0.8 < ratio < 1.25 for ratio in ratios), ratios
 
 
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_checkpoint_of_another_form_is_refused(tmp_path, ending):
+    saved = timm.create_model("kat_micro_patch2_8", depth=1, form="sum_of_abs")
+    path = str(tmp_path / f"kat.{ending}")
+    if ending == "pth":
+        torch.save({"state_dict": saved.state_dict()}, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_model(saved, path)
+    match = "the coefficients are for form sum_of_abs, .*; the model has form abs_of_sum"
+    with pytest.raises(RuntimeError, match=match):
+        timm.create_model("kat_micro_patch2_8", depth=1, checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=match):
+        timm.models.load_checkpoint(timm.create_model("kat_micro_patch2_8", depth=1), path, strict=False)
+    model = timm.create_model("kat_micro_patch2_8", depth=1, form="sum_of_abs", checkpoint_path=path)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, saved.blocks[0].mlp.fc1.weight)
+
+
 @pytest.mark.parametrize("name", ["kat_micro_patch2_8", "grkan_vit_micro_patch2_8"])
 @pytest.mark.parametrize("weight_init", ["", "jax", "skip"])
 def test_mlp_init(name, weight_init):

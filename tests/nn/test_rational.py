@@ -298,6 +298,15 @@ class TestStateDict:
                 nn.Sequential(GroupRational(2, form="sum_of_abs"), GroupRational(2)), str(tmp_path / "m.safetensors")
             )
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_whoever_casts_all_of_it(self, dtype):
+        state = {name: t.to(dtype) for name, t in GroupRational(2, "gelu").state_dict().items()}
+        module = GroupRational(2)
+        module.load_state_dict(state)
+        torch.testing.assert_close(module.numerator, GroupRational(2, "gelu").numerator, rtol=0.01, atol=0.01)
+        with pytest.raises(RuntimeError, match="the model has form sum_of_abs"):
+            GroupRational(2, form="sum_of_abs").load_state_dict(state)
+
     def test_averages_and_ensembles(self):
         utils = pytest.importorskip("timm").utils
         module = nn.Sequential(GroupRational(2, "gelu"))

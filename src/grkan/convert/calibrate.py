@@ -65,6 +65,10 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Count the scalars of x; what is wrong with it goes into `problem`."""
+        if x.is_nested:
+            for part in x.unbind():
+                self.add(part)
+            return
         if not x.is_floating_point() or x.dim() < -self.channel_dim or x.shape[self.channel_dim] != self.width:
             self.problem = f"its input has shape {tuple(x.shape)} and dtype {x.dtype}, not {self.width} channels"
             return

@@ -380,6 +380,15 @@ def _follows(site: Site) -> bool:
     return watched.agrees is not False
 
 
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order."""
+    if x is y or x.numel() != y.numel():
+        return x is y
+    if x.is_nested or y.is_nested:
+        return x.is_nested and y.is_nested and all(map(torch.equal, x.unbind(), y.unbind()))
+    return torch.equal(x.reshape(-1), y.reshape(-1))
+
+
 class Watched(nn.Module):
     """In place of an activation while it is entered: calls it, hands its input on, and sees where the output goes.
 
@@ -419,9 +428,7 @@ class Watched(nn.Module):
         if not self.watching:
             return
         x, y, self.output = inputs[0] if inputs else None, self.output, None
-        same = False
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() == y.numel():
-            same = x is y or torch.equal(x.reshape(-1), y.reshape(-1))
+        same = isinstance(x, Tensor) and isinstance(y, Tensor) and _equal(x, y)
         self.followed += same
         self.strangers += not same
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRKAN, no_weight_decay, variance_gain
-from ..nn.init import WEIGHT_INITS, init_linear_
+from ..nn.init import WEIGHT_INITS, assign_, init_linear_
 from ..rational.arguments import check_choice
 from .spline import SplineMlp
 
@@ -114,30 +114,27 @@ class MimeticAttention(Attention):
 
     def init_weights(self) -> None:
         """Draw the weights again."""
-        with torch.no_grad():
-            # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
-            query, key, value = self.qkv.weight.chunk(3)
-            for q, k in zip(query.split(self.head_dim), key.split(self.head_dim), strict=True):
-                left, right = _factors(q, 0.7, 0.7)
-                q.copy_(left.T)
-                k.copy_(right.T)
-            left, right = _factors(value, 0.4, -0.4)
-            value.copy_(left.T)
-            self.proj.weight.copy_(right)
-            for layer in (self.qkv, self.proj):
-                if layer.bias is not None:
-                    layer.bias.zero_()
+        # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
+        weight = self.qkv.weight
+        heads = [_factors(weight, self.head_dim, 0.7, 0.7) for _ in range(self.num_heads)]
+        query, key = zip(*heads, strict=True)
+        value, out = _factors(weight, weight.shape[0] // 3, 0.4, -0.4)
+        assign_(weight, torch.cat([*query, *key, value], dim=1).T, src_rank=0)
+        assign_(self.proj.weight, out, src_rank=0)
+        for layer in (self.qkv, self.proj):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def reset_parameters(self) -> None:
         """The same as `init_weights`."""
         self.init_weights()
 
 
-def _factors(like: Tensor, noise: float, identity: float) -> tuple[Tensor, Tensor]:
-    """L, R of (d, r): L R^T is the best approximation of rank r to noise Z + identity I; `like` has shape (r, d)."""
-    rank, width = like.shape
+def _factors(like: Tensor, rank: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+    """L, R of (d, rank): L R^T is the best approximation of that rank to noise Z + identity I; `like` has d columns."""
+    width = like.shape[1]
     if like.is_meta:
-        return like.T, like.T
+        return (torch.empty(width, rank, device="meta"),) * 2
     # Half types have no decomposition.
     placed: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     target = noise / width**0.5 * torch.randn(width, width, **placed) + identity * torch.eye(width, **placed)

@@ -98,6 +98,24 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
         nn.init.zeros_(layer.bias)
 
 
+def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> None:
+    """Set a parameter, whole or sharded, to values of its shape.
+
+    Args:
+        parameter: on any device; a DTensor takes its part.
+        values: of any dtype and device.
+        src_rank: whose values all processes take; None where they have the same.
+    """
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        values = values.to(sharded.device, sharded.dtype)
+        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=src_rank)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
 def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preserving") -> None:
     """Let `layer.reset_parameters()` be `init_linear_`, whoever calls it and when.
 

@@ -17,7 +17,7 @@ from ..rational.arguments import (
     to_float64,
 )
 from ..rational.op import group_rational
-from .init import fitted
+from .init import assign_, fitted
 
 _COEFFICIENTS = ("numerator", "denominator")
 
@@ -105,7 +105,7 @@ class GroupRational(nn.Module):
     def reset_parameters(self) -> None:
         """Set the coefficients to their initial values."""
         for parameter, rows in zip((self.numerator, self.denominator), self.initial_coefficients(), strict=True):
-            _assign(parameter, rows.flatten())
+            assign_(parameter, rows.flatten())
 
     def init_weights(self) -> None:
         """The same as `reset_parameters`, under the name that timm calls."""
@@ -193,7 +193,8 @@ class GroupRational(nn.Module):
         if isinstance(state, Tensor) and state.is_meta:
             return None
         try:
-            said = bytes(state.tolist()).decode().rstrip()
+            # Whoever casts a state dict casts this, too; half types hold every byte exactly.
+            said = bytes(map(int, state.tolist())).decode().rstrip()
         except (AttributeError, TypeError, ValueError):
             return f"the extra state of a rational function must be a uint8 tensor of grkan's; got {state!r}"
         if said == self._meaning():
@@ -246,19 +247,6 @@ class GroupRational(nn.Module):
             return t.to(result.device) if narrow else result
 
         return super()._apply(wide, recurse)
-
-
-def _assign(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter, whole or sharded."""
-    if hasattr(parameter, "placements"):
-        from torch.distributed.tensor import distribute_tensor
-
-        # Every process has the values, and takes its part.
-        sharded: Any = parameter
-        values = values.to(sharded.device, sharded.dtype)
-        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=None)
-    with torch.no_grad():
-        parameter.copy_(values)
 
 
 def _initial_coefficients(
