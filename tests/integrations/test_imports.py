@@ -205,6 +205,16 @@ class AskingOthers(MetaPathFinder):
         return spec
 
 
+class AskingAllButItself(AskingOthers):
+    def find_spec(self, name, path=None, target=None):
+        if name != "zoo.models":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(spec for spec in specs if spec is not None)
+        spec.loader = Recording(spec.loader, self.loaded)
+        return spec
+
+
 class Recording(Loader):
     def __init__(self, loader, loaded):
         self.loader, self.loaded = loader, loaded
@@ -231,7 +241,7 @@ class Providing(MetaPathFinder):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", [AskingOthers, Providing])
+@pytest.mark.parametrize("kind", [AskingOthers, AskingAllButItself, Providing])
 def test_other_finders_are_heard(write_zoo, calls, kind, when):
     other = kind()
     if when == "before":
@@ -245,10 +255,10 @@ def test_other_finders_are_heard(write_zoo, calls, kind, when):
         assert zoo.models.make == "provided"
         return
     assert calls == [zoo.models]
-    if kind is AskingOthers:
-        assert other.loaded == [zoo.models]
-    else:
+    if kind is Providing:
         assert zoo.models.make == "provided"
+    else:
+        assert other.loaded == [zoo.models]
     assert other in sys.meta_path
 
 
