@@ -88,8 +88,8 @@ def _integration(name: str) -> Any:
     return importlib.import_module(f"grkan.integrations.{name}")
 
 
-# Here and not in the modules concerned, because timm knows our models, and transformers those that were converted, as
-# soon as either is imported, by whomever.
+# Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
+# Accelerate their functions, as soon as either is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
 # DTensors know no operator without a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
@@ -98,3 +98,4 @@ when_imported("transformers.modeling_utils", lambda module: _integration("transf
 when_imported(
     "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
 )
+when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))
