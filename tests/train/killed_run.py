@@ -10,7 +10,7 @@ import signal
 
 import torch
 
-from grkan.train import checkpoint, loop
+from grkan.train import loop
 from grkan.train.config import make_config
 
 given = globals()
@@ -38,7 +38,7 @@ def _die_or_replace(source, target):
 
 
 loop._Run._optimise = _optimise_and_die
-checkpoint.os.replace = _die_or_replace
+os.replace = _die_or_replace
 if os.path.exists(os.path.join(given["folder"], "config.yaml")):
     loop.resume(given["folder"])
 else:

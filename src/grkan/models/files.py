@@ -1,46 +1,33 @@
 """Model files: weights and what is needed to use them, in one safetensors file.
 
-The metadata is one JSON document under the key "grkan"; `read_metadata` lists its fields. Nothing is unpickled.
+The metadata is one JSON document under the key "grkan", see `metadata.py`. Nothing is unpickled.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._version import __version__
-from ..convert.recipe import apply_recipe, check_recipe
+from ..convert.recipe import apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
-from ..nn import GroupRational
+from ..nn.wrappers import is_sharded, plain_name, unwrap
 from ..rational.arguments import check_module
+from ..writing import replacing
+from .build import WrongArgumentsError, build_model
+from .metadata import NOT_ARCHITECTURE, ModelMetadata, describe_model, forms, parse_metadata
 
-FORMAT_VERSION = 1
 _KEY = "grkan"
-
-# Arguments of timm.create_model that say where weights come from or go to, not what the model is. A file that could set
-# them could make a loader fetch or unpickle something.
-NOT_ARCHITECTURE = (
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_model_args",
-    "pretrained_strict",
-    "checkpoint_path",
-    "cache_dir",
-    "device",
-    "dtype",
-)
 
 
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor] | None = None,
     *,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
@@ -48,13 +35,16 @@ def save_model(
 ) -> None:
     """Write a model to one safetensors file, from which `load_model` makes it again.
 
-    The file appears whole or not at all: it is written under another name in the same folder, synchronised and renamed.
+    The file appears whole or not at all, also if there was one already.
 
     Args:
         model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
             arguments are known; the weights of any other can be loaded into a module that is there already. Tied
             weights stay tied, dtypes stay what they are. What `grkan.convert_` did to the model is in the file, too.
+            Of a wrapper (DDP, DataParallel, FSDP, torch.compile, an average of the weights) it is the model inside.
         path: the file; replaced if it exists. Its folder must exist.
+        state_dict: the weights, where the model does not hold them whole, as a sharded one: what
+            `torch.distributed.checkpoint.state_dict.get_model_state_dict` or Accelerate's `get_state_dict` gather.
         classes: the names of the outputs; None: those of the file that the model was loaded from, if any.
         preprocessing: how images become inputs, as JSON; None: that of the file that the model was loaded from, else
             what timm says of the model (input_size, interpolation, mean, std, crop_pct, crop_mode).
@@ -65,49 +55,25 @@ def save_model(
         ImportError: safetensors is missing.
         FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
         TypeError: an argument is of a wrong type; an element of arguments, or preprocessing, is not JSON.
-        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device).
+        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device), or a
+            part of it alone; or state_dict has not the names of the model.
     """
     safetensors = _safetensors()
     path = _check_path(path)
-    _check_data(check_module("model", model))
+    weights = _weights(check_module("model", model), state_dict)
+    model = unwrap(model)
     for name, value in (("preprocessing", preprocessing), ("arguments", arguments)):
         if value is not None and not isinstance(value, Mapping):
             raise GrkanTypeError(f"{name} must be a mapping; got {value!r}")
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
         raise GrkanTypeError(f"classes must be a sequence of names; got {classes!r}")
+    metadata = describe_model(model, classes, preprocessing, arguments)
     try:
         with replacing(path) as temporary:
-            metadata = _metadata(model, classes, preprocessing, arguments)
-            safetensors.torch.save_model(model, str(temporary), metadata={_KEY: metadata})
+            # It asks a model for its state dict, and nothing else.
+            safetensors.torch.save_model(weights, str(temporary), metadata={_KEY: json.dumps(metadata)})
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file for the block to write, which then takes the place of `path`; nothing is left of it if the block fails.
-
-    Raises:
-        IsADirectoryError, FileNotFoundError: path is a folder, or lies in none.
-        OSError: it is a device or a pipe, which the file would replace.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"path must name a file; {path} is a folder")
-    if path.exists() and not path.is_file():
-        raise OSError(f"path must name a file; {path} is a device or a pipe")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must lie in an existing folder; there is no {path.parent}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; safetensors makes files for their owner alone
-        yield temporary
-        with open(temporary, "rb+") as file:
-            temporary.chmod(mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -131,35 +97,26 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
             says which.
     """
     path = _check_path(path)
-    built = model is None
     if model is not None:
-        _check_data(check_module("model", model))
+        _check_data(check_module("model", model).state_dict())
     metadata, state = _read(path, tensors=True)
-    if model is None:
-        model = _build(metadata, path)
-    undo = _convert(model, metadata, path)
+    inner = _build(metadata, path) if model is None else unwrap(model)
+    undo = _repeat_conversion(inner, metadata, path)
     try:
-        _compare(model, metadata, state, path)
+        _check_weights_fit(inner, metadata, state, path)
     except ValueError:
         undo()
         raise
-    if built:
-        for name, tensor in model.state_dict(keep_vars=True).items():
+    if model is None:
+        for name, tensor in inner.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state)
-    model.grkan_metadata = metadata  # type: ignore[assignment]
-    return model.eval()
+    inner.load_state_dict(state)
+    inner.grkan_metadata = metadata  # type: ignore[assignment]
+    return (inner if model is None else model).eval()
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata:
     """What a file of `save_model` says about its model, without the weights.
-
-    Returns:
-        format_version: int; grkan_version: str.
-        model: the name in timm's registry, or None; arguments: the keyword arguments for `timm.create_model`.
-        classes: list of str, or None; preprocessing: dict, or None.
-        forms: the form of every rational function, by the name of its module.
-        conversion: the recipe of `grkan.convert_`, or None.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as for `load_model`.
@@ -173,9 +130,58 @@ def _check_path(path: Any) -> Path:
     return Path(path)
 
 
-def _check_data(model: nn.Module) -> None:
-    if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+def _check_data(state: Mapping[str, Tensor]) -> None:
+    if meta := [name for name, t in state.items() if t.is_meta]:
         raise GrkanValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+
+
+class _Weights:
+    """What safetensors asks a model for."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+
+def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weights:
+    """The weights of a model under its own names, whatever is wrapped around it or around its parts."""
+    if state_dict is None:
+        state = _plain_names(unwrap(model).state_dict())
+        if sharded := [name for name, t in state.items() if is_sharded(t) or "_flat_param" in name]:
+            raise GrkanValueError(
+                f"model must hold its weights whole, and its {sharded[0]} is sharded; gather a state dict in all "
+                "processes, and save in one of them: save_model(model, path, state_dict)"
+            )
+    else:
+        if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
+            raise GrkanTypeError(f"state_dict must be a mapping of names to tensors; got {reprlib.repr(state_dict)}")
+        outer = "module." if model is not unwrap(model) else ""
+        state = {name.removeprefix(outer): tensor for name, tensor in _plain_names(state_dict).items()}
+        # Asked for its names, FSDP1 would gather what it shards, and wait for the other processes.
+        if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            expected = _plain_names(unwrap(model).state_dict()).keys()
+            if wrong := expected ^ state.keys():
+                raise GrkanValueError(
+                    f"state_dict must have the names of the model; {min(wrong)} and {len(wrong) - 1} others are in one "
+                    "of them alone"
+                )
+    _check_data(state)
+    return _Weights(_without_padding(state))
+
+
+def _without_padding(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors that are a part of their memory, as gathered ones can be; safetensors refuses these."""
+    copies: dict[Any, Tensor] = {}  # tied weights stay tied
+    for name, t in state.items():
+        if t.untyped_storage().nbytes() != t.numel() * t.itemsize:
+            state[name] = copies.setdefault((t.data_ptr(), t.shape, t.stride()), t.clone())
+    return state
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in state.items()}
 
 
 def _safetensors() -> Any:
@@ -183,97 +189,12 @@ def _safetensors() -> Any:
         import_module("safetensors.torch")
         return import_module("safetensors")
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "safetensors":
+            raise
         raise GrkanImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
 
 
-def _metadata(
-    model: nn.Module,
-    classes: Sequence[str] | None,
-    preprocessing: Mapping[str, Any] | None,
-    arguments: Mapping[str, Any] | None,
-) -> str:
-    """The JSON document about a model."""
-    previous: Any = getattr(model, "grkan_metadata", {})
-    name = None
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    if cfg is not None:  # built by timm
-        name = cfg.get("architecture")
-        arguments = _arguments(model) if arguments is None else arguments
-        preprocessing = preprocessing or _preprocessing(model, arguments, previous.get("preprocessing"))
-    if classes is None:
-        classes = previous.get("classes")
-    if classes is not None:
-        classes = [str(c) for c in classes]
-        outputs = getattr(model, "num_classes", len(classes))
-        if outputs != len(classes):
-            raise GrkanValueError(
-                f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}"
-            )
-    arguments = {key: value for key, value in (arguments or {}).items() if key not in NOT_ARCHITECTURE}
-    for key, value in {**arguments, "preprocessing": preprocessing}.items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            raise GrkanTypeError(
-                f"{key} must be JSON to be written to a file (numbers, strings, lists); got {value!r}; "
-                "save_model(..., arguments=...) replaces what a model remembers"
-            ) from None
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "grkan_version": __version__,
-        "model": name,
-        "arguments": arguments,
-        "classes": classes,
-        "preprocessing": preprocessing,
-        "forms": _forms(model),
-        "conversion": getattr(model, "grkan_conversion", None),
-    }
-    return json.dumps(fields)
-
-
-def _arguments(model: Any) -> dict[str, Any]:
-    """What a model of timm's registry was made with, brought up to date."""
-    from timm import models
-
-    if hasattr(model, "grkan_arguments"):
-        arguments = dict(model.grkan_arguments)
-    elif hasattr(models, "get_model_args"):
-        arguments = models.get_model_args(model)
-    else:
-        arguments = {}
-    if isinstance(getattr(model, "num_classes", None), int):
-        arguments["num_classes"] = model.num_classes
-    if isinstance(model, models.VisionTransformer):
-        # Where the last norm is depends on the pooling at the start, and stays there when the pooling changes.
-        arguments |= {"global_pool": model.global_pool, "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
-        if model.patch_embed.img_size is not None:
-            arguments["img_size"] = model.patch_embed.img_size
-    return arguments
-
-
-def _preprocessing(
-    model: nn.Module, arguments: Mapping[str, Any], previous: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the file that the model came from says, or else timm, for the size and the channels of this model."""
-    from timm.data import resolve_model_data_config
-    from timm.layers import to_2tuple
-
-    known = dict(previous or resolve_model_data_config(model))
-    if "input_size" not in known:
-        return known
-    channels = arguments.get("in_chans", known["input_size"][0])
-    known["input_size"] = (channels, *to_2tuple(arguments.get("img_size", known["input_size"][1:])))
-    for key in ("mean", "std"):
-        if key in known and len(known[key]) != channels:
-            known[key] = (sum(known[key]) / len(known[key]),) * channels
-    return known
-
-
-def _forms(model: nn.Module) -> dict[str, str]:
-    return {name: module.form for name, module in model.named_modules() if isinstance(module, GroupRational)}
-
-
-def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, tensors: bool) -> tuple[ModelMetadata, dict[str, Tensor]]:
     safetensors = _safetensors()
     if path.is_dir():
         raise GrkanValueError(f"{path} is a folder, not a model file")
@@ -284,25 +205,19 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]
             entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise GrkanValueError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+        raise GrkanValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+    if _KEY not in entries:
+        raise GrkanValueError(f"{path} was not written by grkan.save_model: it lacks its metadata")
     try:
-        metadata = json.loads(entries[_KEY])
-        kinds: dict[str, Any] = {"format_version": int, "model": (str, type(None)), "arguments": dict, "forms": dict}
-        if not all(isinstance(metadata[field], kind) for field, kind in kinds.items()):
-            raise TypeError
-        version = metadata["format_version"]
-        if version > FORMAT_VERSION:
-            raise GrkanValueError(
-                f"{path} has format {version}, this version of grkan reads up to {FORMAT_VERSION}: upgrade grkan"
-            )
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise GrkanValueError(f"{path} was not written by grkan.save_model: it lacks its metadata") from None
+        metadata = parse_metadata(entries[_KEY])
+    except GrkanValueError as error:
+        raise GrkanValueError(f"{path} {error}") from error
     # Of tied weights safetensors keeps one, and notes the others' names with its name.
     state |= {name: state[kept] for name, kept in entries.items() if kept in state and name != _KEY}
     return metadata, state
 
 
-def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
+def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
     """The module that the metadata describe, on the CPU, with any weights."""
     name = metadata["model"]
     if name is None:
@@ -318,27 +233,25 @@ def _build(metadata: dict[str, Any], path: Path) -> nn.Module:
     # How the weights started is of no use here, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
     try:
-        with torch.device("cpu"):
-            model = timm.create_model(name, **wanted)
-    except Exception as error:  # whatever a model makes of arguments that it does not take
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
-    model.grkan_arguments = arguments
+        model = build_model(name, wanted)
+    except WrongArgumentsError as error:
+        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
+    model.grkan_arguments = arguments  # type: ignore[assignment]
     return model
 
 
-def _convert(model: nn.Module, metadata: dict[str, Any], path: Path) -> Callable[[], None]:
+def _repeat_conversion(model: nn.Module, metadata: ModelMetadata, path: Path) -> Callable[[], None]:
     """Convert a model as the one in the file was, if it is not converted yet; how to undo it."""
-    recipe = metadata.get("conversion")
-    if recipe is None or hasattr(model, "grkan_conversion"):
+    recipe = metadata["conversion"]
+    if recipe is None or recipe_of(model) is not None:
         return lambda: None
     try:
         return apply_recipe(model, check_recipe(recipe))
-    except (TypeError, ValueError) as error:
-        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from None
+    except (GrkanTypeError, GrkanValueError) as error:
+        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from error
 
 
-def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
+def _check_weights_fit(model: nn.Module, metadata: ModelMetadata, state: dict[str, Tensor], path: Path) -> None:
     """Raise if the weights do not belong to the model."""
     expected = model.state_dict()
     problems = [
@@ -351,7 +264,7 @@ def _compare(model: nn.Module, metadata: dict[str, Any], state: dict[str, Tensor
         ),
         *(
             f"{name} has the form {metadata['forms'][name]!r} instead of {form!r}"
-            for name, form in _forms(model).items()
+            for name, form in forms(model).items()
             if metadata["forms"].get(name, form) != form
         ),
     ]

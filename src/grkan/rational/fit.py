@@ -25,7 +25,6 @@ times as far from zero.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
+from ..writing import write_bytes
 from . import reference, table
 from .arguments import check_form, check_order, evaluate
 from .reference import FORMS
@@ -610,9 +610,7 @@ def _main() -> None:
     for entry in make_table():
         lines.append(json.dumps(entry))
         print("{name:13} {form:11} {order} on {interval}: max {max_error:.3g}, rms {rms_error:.3g}".format_map(entry))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
     print(f"wrote {len(lines)} fits to {path}")
 
 

@@ -1071,7 +1071,7 @@ def _rational_linear(
         x = x.to(dtype)
     if _plain_operations_wanted():
         y = _composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
-    elif is_compiling():
+    elif is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN:
         if dtype is not None:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)

@@ -27,6 +27,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import GrkanValueError
+from ..models.metadata import Preprocessing
 from .config import Config, nearest
 from .randomness import derive_seed, seeded
 
@@ -240,7 +241,7 @@ def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
     return replace(data, labels=position[data.labels], classes=tuple(classes))
 
 
-def evaluation_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     """What turns an image into the model's input, [C, H, W] float32: timm's resize, centre crop and normalisation.
 
     Args:
@@ -249,7 +250,7 @@ def evaluation_transform(preprocessing: dict[str, Any]) -> Callable[[Image.Image
     return T.Compose([_Convert(preprocessing), create_transform(**preprocessing)])
 
 
-def training_transform(preprocessing: dict[str, Any], config: Config) -> Callable[[Image.Image], Tensor]:
+def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
     """The same with augmentation, after the configuration."""
     arguments = {key: preprocessing[key] for key in ("input_size", "mean", "std", "interpolation")}
     try:
@@ -285,7 +286,7 @@ def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
 class _Convert:
     """To gray or RGB, after the channels of the model's input."""
 
-    def __init__(self, preprocessing: dict[str, Any]) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         self.mode = {1: "L", 3: "RGB"}[preprocessing["input_size"][0]]
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -406,6 +407,30 @@ def evaluation_loader(
         persistent_workers=workers > 0,
         collate_fn=_collate,
     )
+
+
+def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
+    """Batches of at most `count` training images, taken at equal distances, preprocessed as for a test.
+
+    Raises:
+        ValueError: there is no such data set; or, from the batches, none of the images can be read.
+    """
+    images = find_source(data).load("train")
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+    picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
+    images = replace(images, images=picked, labels=images.labels[chosen])
+    loader = evaluation_loader(images, evaluation_transform(preprocessing), 32)
+
+    def batches() -> Iterator[Tensor]:
+        readable = False
+        for batch in loader:
+            if len(batch.labels):
+                readable = True
+                yield batch.images
+        if not readable:
+            raise GrkanValueError(f"--data {data} has no readable image")
+
+    return batches()
 
 
 class UnreadableImages:
