@@ -13,7 +13,7 @@ demo: $(VENV)/train.done
 
 # One thread a worker: the tests are many and small.
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .

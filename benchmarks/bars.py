@@ -1,8 +1,8 @@
 """Hold grkan's figures against bars.yaml: `make bars`, or `make bars JSON="ops.json kernels.json"`.
 
 Without files every suite of the list is run first, a quarter of an hour in all. With files, as `grkan bench --json`
-writes them, the bars of their suites are held against what they say. The exit status is 1 if a bar is missed or has no
-figure, because a rival could not take part.
+writes them, what they say is held against the bars of their suites. The exit status is 1 if a bar is missed, or has no
+figure because a rival could not take part.
 """
 
 import argparse
@@ -25,8 +25,8 @@ BARS: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name(
 
 
 @dataclass(frozen=True)
-class Held:
-    """A bar, and the figure that was held against it; None: there is none."""
+class Verdict:
+    """A bar, and the figure that is held against it; None: it was not measured."""
 
     bar: Mapping[str, Any]
     figure: float | None
@@ -47,18 +47,18 @@ class Held:
         return f"{line}; {where}" if where else line
 
 
-def hold(report: Mapping[str, Any]) -> list[Held]:
+def judge(report: Mapping[str, Any]) -> list[Verdict]:
     """The bars of a report's suite, each with its figure in the report."""
     figure_of = _of_kernels if report["suite"] == "kernels" else _of_contests
-    return [Held(bar, figure_of(bar, report)) for bar in BARS[report["suite"]]]
+    return [Verdict(bar, figure_of(bar, report)) for bar in BARS[report["suite"]]]
 
 
 def _of_contests(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
     """The geometric mean over the contests; None if one of them, or of the two rivals, is missing."""
-    contests = {tuple(contest["job"].items()): contest["rivals"] for contest in report["contests"]}
     figures = []
     for values in itertools.product(*map(_alternatives, bar["in"].values())):
-        rivals = contests.get(tuple(zip(bar["in"], values, strict=True)), {})
+        job = dict(zip(bar["in"], values, strict=True))
+        rivals: Mapping[str, Any] = next((c["rivals"] for c in report["contests"] if c["job"] == job), {})
         if not {bar["of"], bar["to"]} <= rivals.keys():
             return None
         one, other = rivals[bar["of"]], rivals[bar["to"]]
@@ -85,7 +85,7 @@ def _alternatives(value: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hold each bar; the exit status."""
+    """Measure, unless there are files, and print each verdict; the exit status."""
     parser = argparse.ArgumentParser(prog="bars.py", description="Hold grkan's figures against bars.yaml.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="what `grkan bench --json` wrote (measure now)")
     files = parser.parse_args(arguments).files
@@ -100,14 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = [json.loads(Path(file).read_text()) for file in files]
     if any("gpu" in report for report in reports):
         parser.error("the bars are those of a CPU, and this was measured on a GPU")
-    held = []
+    verdicts = []
     for report in reports:
         print(", ".join(f"{key} {value}" for key, value in report.items() if not isinstance(value, (list, dict))))
-        for result in hold(report):
-            print(result)
-            held.append(result)
-    missed = sum(not result.met for result in held)
-    print(f"{missed} of {len(held)} bars are missed" if missed else f"all {len(held)} bars are met")
+        for verdict in judge(report):
+            print(verdict)
+            verdicts.append(verdict)
+    missed = sum(not verdict.met for verdict in verdicts)
+    print(f"{missed} of {len(verdicts)} bars are missed" if missed else f"all {len(verdicts)} bars are met")
     return 1 if missed else 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import bars
 from grkan.bench import kernels, suites
 from grkan.bench.report import kernels_as_json
+from grkan.bench.rivals import INFERENCE
 
 GOOD = kernels.Stats(
     "sm_90", "backward", "float32", "abs_of_sum", (5, 4), vector=4, registers=80, stack=0, load=128, store=128,
@@ -15,13 +16,20 @@ GOOD = kernels.Stats(
 )  # fmt: skip
 
 
+NAMES = {
+    "ops": ["GELU", "grkan", "grkan (5,4)", "grkan (7,6)", "Horner, compiled", "B-spline"],
+    "layers": ["Mlp", "GRKAN"],
+    "models": ["vit_tiny_patch16_224", "kat_tiny_patch16_224"],
+}
+"""The rivals that the bars name."""
+
+
 def report_of(suite, change=lambda job, name: 1.0):
     """What `grkan bench` would write, with the rivals' time and bytes kept in units of the baseline's."""
     contests = []
     for contest in suites.SUITES[suite]("cpu").contests:
         figures = {}
-        for name in ("GELU", "grkan", "grkan (5,4)", "grkan (7,6)", "Horner, compiled", "B-spline",
-                     "Mlp", "GRKAN", "vit_tiny_patch16_224", "kat_tiny_patch16_224"):  # fmt: skip
+        for name in NAMES[suite]:
             figure = change(contest.job, name)
             figures[name] = {"seconds": [figure, 3 * figure, 2 * figure], "bytes kept": figure}
         contests.append({"job": contest.job, "rivals": figures})
@@ -38,14 +46,24 @@ def no_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
-def test_what_the_bars_name_is_measured(suite):
-    assert all(held.figure == pytest.approx(1) for held in bars.hold(report_of(suite)))
+def test_the_contests_of_the_bars_are_held(suite):
+    assert all(verdict.figure == pytest.approx(1) for verdict in bars.judge(report_of(suite)))
 
 
-def test_the_bars_of_kernels_name_what_is_compiled(monkeypatch):
+def test_the_rivals_of_the_bars_compete():
+    small = {
+        "ops": suites.ops(shapes=((1, 8),)).contests,
+        "layers": suites.layers(widths=(8,), batch=1, tokens=1).contests,
+        "models": [contest for contest in suites.models(batches=(1,)).contests if contest.job["pass"] == INFERENCE],
+    }
+    for suite, contests in small.items():
+        assert set(NAMES[suite]) <= {name for contest in contests for name in contest.enter()}
+
+
+def test_the_bars_of_kernels_name_what_is_compiled():
     found = [dataclasses.replace(GOOD, **dict(zip(("target", "kernel", "dtype", "form", "order"), case, strict=True)))
              for case in kernels.all_cases()]  # fmt: skip
-    assert all(held.figure is not None for held in bars.hold(report_of_kernels(*found)))
+    assert all(verdict.figure is not None for verdict in bars.judge(report_of_kernels(*found)))
 
 
 def test_a_figure_is_a_geometric_mean_over_the_contests_that_are_named():
@@ -55,11 +73,11 @@ def test_a_figure_is_a_geometric_mean_over_the_contests_that_are_named():
         wanted = name == "grkan (5,4)" and (job["dtype"], job["pass"]) == ("float32", "forward")
         return times[job["shape"]] if wanted else 1.0
 
-    first, *others = bars.hold(report_of("ops", change))
+    first, *others = bars.judge(report_of("ops", change))
     assert (first.figure, first.met) == (pytest.approx(0.5), True)
-    last = next(held for held in others if held.bar["of"] == "B-spline")
+    last = next(verdict for verdict in others if verdict.bar["of"] == "B-spline")
     assert (last.figure, last.met) == (pytest.approx(2.0), False)  # "at least"
-    assert all(held.figure == pytest.approx(1) for held in others if held is not last)
+    assert all(verdict.figure == pytest.approx(1) for verdict in others if verdict is not last)
 
 
 def test_a_ratio_of_times_is_taken_within_a_round():
@@ -67,15 +85,15 @@ def test_a_ratio_of_times_is_taken_within_a_round():
     training = report["contests"][0]["rivals"]
     training["vit_tiny_patch16_224"]["seconds"] = [1.0, 2.0, 8.0]
     training["kat_tiny_patch16_224"]["seconds"] = [1.5, 2.0, 12.0]
-    assert bars.hold(report)[0].figure == pytest.approx(1.5)
+    assert bars.judge(report)[0].figure == pytest.approx(1.5)
 
 
 def test_what_was_not_measured_is_not_met():
     report = report_of("ops")
     del report["contests"][3]["rivals"]["Horner, compiled"]  # no compiler
     del report["contests"][-1]
-    missing = [held for held in bars.hold(report) if held.figure is None]
-    assert [(held.bar["to"], held.met) for held in missing] == [("Horner, compiled", False), ("GELU", False)]
+    missing = [verdict for verdict in bars.judge(report) if verdict.figure is None]
+    assert [(verdict.bar["to"], verdict.met) for verdict in missing] == [("Horner, compiled", False), ("GELU", False)]
     assert "not measured" in str(missing[0])
 
 
@@ -101,7 +119,9 @@ def test_what_was_not_measured_is_not_met():
 )
 def test_a_kernel_that_breaks_a_bar_is_found(change, broken):
     report = report_of_kernels(GOOD, dataclasses.replace(GOOD, **change), GOOD)
-    assert [held.bar["figure"] for held in bars.hold(report) if held.figure is not None and not held.met] == broken
+    assert [
+        verdict.bar["figure"] for verdict in bars.judge(report) if verdict.figure is not None and not verdict.met
+    ] == broken
 
 
 def test_the_command_prints_each_bar_and_fails_if_one_is_missed(tmp_path, capsys):

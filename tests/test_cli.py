@@ -118,7 +118,7 @@ def test_info_shows_the_twin(capsys):
     assert main(["info", "kat_micro_patch2_8"]) == 0
     out = capsys.readouterr().out
     assert "kat_micro_patch2_8" in out
-    assert "vit_micro_patch2_8" in out
+    assert "grkan_vit_micro_patch2_8" in out
     assert "paper" in out
 
 
@@ -341,7 +341,7 @@ def test_bench_kernels_without_a_triton_that_will_do(version, problem, capsys, m
 def vit(tmp_path_factory):
     """A ViT after one epoch."""
     folder = tmp_path_factory.mktemp("vit") / "run"
-    arguments = ["--data", "digits", "--model", "vit_micro_patch2_8", "--epochs", "1", "--output", str(folder)]
+    arguments = ["--data", "digits", "--model", "grkan_vit_micro_patch2_8", "--epochs", "1", "--output", str(folder)]
     assert main(["train", *arguments, "--set", "model_args.depth=1", "--set", "model_args.patch_size=4"]) == 0
     return folder
 
@@ -369,10 +369,10 @@ def test_convert_then_eval_and_train(vit, tmp_path, capsys):
 
 
 def test_convert_takes_a_checkpoint_of_timm(tmp_path, capsys):
-    model = timm.create_model("vit_micro_patch2_8", num_classes=4)
+    model = timm.create_model("grkan_vit_micro_patch2_8", num_classes=4)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
     output = tmp_path / "kat.safetensors"
-    arguments = ["--model", "vit_micro_patch2_8", "--checkpoint", str(tmp_path / "vit.pth"), "--num-groups", "1"]
+    arguments = ["--model", "grkan_vit_micro_patch2_8", "--checkpoint", str(tmp_path / "vit.pth"), "--num-groups", "1"]
     assert main(["convert", *arguments, "--output", str(output)]) == 0
     assert grkan.load_model(output).num_classes == 4
 
@@ -383,7 +383,10 @@ def test_convert_takes_a_checkpoint_of_timm(tmp_path, capsys):
         ([], "give --model, --checkpoint or both"),
         (["--model", "vit_micro"], "unknown model 'vit_micro'; did you mean"),
         (["--checkpoint", "none.pth"], "none.pth does not exist"),
-        (["--model", "vit_micro_patch2_8", "--checkpoint", "setup.py"], "setup.py holds no weights of a vit_micro"),
+        (
+            ["--model", "grkan_vit_micro_patch2_8", "--checkpoint", "setup.py"],
+            "setup.py holds no weights of a grkan_vit_micro",
+        ),
     ],
 )
 def test_mistakes_of_convert_get_one_line(arguments, message, tmp_path, capsys, monkeypatch):

@@ -28,7 +28,7 @@ def _curves(axis, style):
 def test_every_layer_has_a_panel_with_every_group_and_the_start(model):
     act = model.blocks[1].mlp.act2
     with torch.no_grad():
-        act.numerator[2] *= 2
+        act.coefficients()[0][2] *= 2
     figure = plot_functions(model)
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == [f"blocks.{i}.mlp.act{j}" for i in (0, 1) for j in (1, 2)]

@@ -1,30 +1,33 @@
 """grkan: the Kolmogorov-Arnold Transformer (arXiv 2409.10594) as a library.
 
 One idea runs through it: a group-wise rational function in front of a linear layer. This module holds the public names.
-Importing it needs torch alone. If timm can be imported, the KAT models are registered with it; names that need another
-package load when they are first used, and say which extra brings what is missing.
+Importing it needs torch alone. The KAT models are registered with timm when timm is imported, before grkan or after it.
+Names that need another package load when they are first used, and say which extra brings what is missing.
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import GrkanImportError
-from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, variance_gain
+from .integrations.imports import when_imported
+from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, param_groups, variance_gain
 from .rational.op import group_rational, rational_linear, set_backend
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
+    from .export import plain
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
+    from .parallel import GroupParallel
     from .rational.fit import RationalFit, fit
 
 # name -> the module that has it, and the extra that brings what this module imports
 _LAZY = {
     "ConversionReport": ("grkan.convert", "fit"),
+    "GroupParallel": ("grkan.parallel", "models"),
     "RationalFit": ("grkan.rational.fit", "fit"),
     "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
@@ -32,12 +35,14 @@ _LAZY = {
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
+    "plain": ("grkan.export", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
 
 __all__ = [
     "GRKAN",
     "ConversionReport",
+    "GroupParallel",
     "GroupRational",
     "RationalFit",
     "RationalLinear",
@@ -50,6 +55,8 @@ __all__ = [
     "load_model",
     "load_released_checkpoint",
     "no_weight_decay",
+    "param_groups",
+    "plain",
     "rational_linear",
     "save_model",
     "set_backend",
@@ -77,18 +84,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_models() -> None:
-    """Register the KAT models with timm, if it is there; a timm that cannot be imported must not break grkan."""
-    try:
-        importlib.import_module("timm")
-        importlib.import_module("grkan.models.kat")
-    except Exception as error:
-        if not (isinstance(error, ModuleNotFoundError) and error.name == "timm"):
-            warnings.warn(
-                f"the KAT models are not registered, because timm cannot be used: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+def _integration(name: str) -> Any:
+    return importlib.import_module(f"grkan.integrations.{name}")
 
 
-_register_models()
+# Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
+# Accelerate their functions, as soon as either is imported, by whomever.
+when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
+# DTensors know no operator without a sharding rule.
+when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
+when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
+when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))
+when_imported(
+    "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
+)
+when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 import torch
 from torch import Tensor, nn
 
-from .nn import GroupRational, RationalLinear
+from .nn import GroupRational
 from .nn.modes import evaluating
 from .rational import reference
 
@@ -50,17 +50,14 @@ def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.n
     """
     found: dict[str, list[Tensor]] = {}
     hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, RationalLinear):  # which uses the coefficients of its child without calling it
-            name = f"{name}.act" if name else "act"
-        if isinstance(module, (GroupRational, RationalLinear)):
+    for name, module in rationals(model).items():
 
-            def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                x = inputs[0].detach().float().flatten()
-                step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it meets all channels of the usual widths
-                found.setdefault(name, []).append(x[::step].cpu())
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            x = inputs[0].detach().float().flatten()
+            step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it meets all channels of the usual widths
+            found.setdefault(name, []).append(x[::step].cpu())
 
-            hooks.append(module.register_forward_pre_hook(record))
+        hooks.append(module.register_forward_pre_hook(record))
     try:
         with evaluating(model):
             for batch in batches:

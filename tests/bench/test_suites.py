@@ -54,8 +54,8 @@ def test_models():
     assert jobs(suite) == [(batch, pass_) for batch in (1, 2) for pass_ in (TRAIN_STEP, INFERENCE)]
     for contest in suite.contests:
         result = hold(contest, rounds=1)
-        assert list(result.measurements) == ["vit_micro_patch2_8", "kat_micro_patch2_8"]
-        assert result.baseline == "vit_micro_patch2_8"
+        assert list(result.measurements) == ["grkan_vit_micro_patch2_8", "kat_micro_patch2_8"]
+        assert result.baseline == "grkan_vit_micro_patch2_8"
         assert bool(result.facts["kat_micro_patch2_8"]) == (contest.job["pass"] == TRAIN_STEP)
 
 

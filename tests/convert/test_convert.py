@@ -51,19 +51,64 @@ def assert_unchanged(model, before):
     assert modules == before[0]
     assert all(torch.equal(t, before[1][name]) for name, t in state.items())
     assert not hasattr(model, "grkan_conversion")
+    assert not any("reset_parameters" in vars(m) for m in model.modules())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_a_sequential_becomes_a_grkan():
-    model = sequential()
-    first, second, x = model[0].weight, model[3].weight, data()
+def mlp(width=16, **arguments):
+    import timm
+
+    return timm.layers.Mlp(width, 32, drop=(0.1, 0.2), **arguments)
+
+
+def test_timms_mlp_becomes_a_grkan():
+    model = mlp(norm_layer=nn.LayerNorm)
+    parts, parameters, x = dict(model.named_children()), set(model.parameters()), data()
+    state = copy.deepcopy(model.state_dict())
     before = model.eval()(x).detach()
     report = convert_(model, calibration=x)
     assert type(model) is GRKAN
-    assert model.fc1.weight is first
-    assert model.fc2.weight is second
-    assert model.drop1.p == 0.1
+    for name, part in parts.items():
+        if name != "act":
+            assert getattr(model, name) is part
+    assert {p for name, p in model.named_parameters() if "act" not in name} == parameters
     assert torch.equal(model.act1(x), x)
+    assert (model.act1.width, model.act2.width) == (16, 32)
+    assert float((model(x).detach() - before).norm() / before.norm()) == pytest.approx(report.relative_error, rel=1e-3)
+    assert report.relative_error < 0.01
+    assert_loads(model, state)
+
+
+def test_a_converted_mlp_can_start_anew():
+    model = mlp(192)
+    convert_(model, num_groups=4)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert 0.8 < model.eval()(data(1024, 192)).square().mean() < 1.25
+
+
+def assert_loads(model, state):
+    """The state dict of a model from before its conversion loads into it: what is missing are the coefficients."""
+    state = {name: t + 1 if t.is_floating_point() else t for name, t in state.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == grkan.no_weight_decay(model)
+    assert unexpected == []
+    loaded = [t for t in model.state_dict().values() if any(torch.equal(t, s) for s in state.values())]
+    assert len(loaded) >= len(state)
+
+
+def test_a_sequential_keeps_its_children():
+    model = sequential()
+    children, x = list(model), data()
+    state = copy.deepcopy(model.state_dict())
+    before = model.eval()(x).detach()
+    report = convert_(model, calibration=x)
+    assert type(model) is nn.Sequential
+    assert [type(child) for child in model] == [RationalLinear, GroupRational, nn.Dropout, nn.Linear]
+    assert [model[0].linear, model[2], model[3]] == [children[0], children[2], children[3]]
+    assert torch.equal(model[0].act(x), x)
+    assert (model[0].act.width, model[1].width) == (16, 32)
     error = float((model(x).detach() - before).norm() / before.norm())
     assert error == pytest.approx(report.relative_error, rel=1e-3)
     assert error < 0.01
@@ -71,6 +116,7 @@ def test_a_sequential_becomes_a_grkan():
     with torch.enable_grad():
         model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert_loads(model, state)
 
 
 def test_dropout_and_norm_keep_their_places():
@@ -78,8 +124,8 @@ def test_dropout_and_norm_keep_their_places():
     model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), drops[0], norm, nn.Linear(32, 16), drops[1]), data()
     before = model.eval()(x)
     convert_(model, calibration=x)
-    assert type(model) is GRKAN
-    assert (model.drop1, model.norm, model.drop2) == (drops[0], norm, drops[1])
+    assert isinstance(model[1], GroupRational)
+    assert (model[2], model[3], model[5]) == (drops[0], norm, drops[1])
     assert float((model(x) - before).norm() / before.norm()) < 0.01
 
 
@@ -97,7 +143,7 @@ def test_the_report_tells_the_truth():
     ]
     for block, layer, (z, y) in zip(model, report.layers, seen, strict=True):
         z, y = z.detach(), y.detach()
-        error = block.output["dense"].act.double()(z) - y
+        error = block.intermediate["act"].double()(z) - y
         assert layer["samples"] == z.numel()
         # A bin is 1/64 wide.
         assert layer["rms_error"] == pytest.approx(error.square().mean().sqrt().item(), rel=0.1)
@@ -121,24 +167,28 @@ def test_dtypes_hooks_modes_and_requires_grad_survive():
     model[1].eval()
     calls = []
     handle = model[0].intermediate["dense"].register_forward_hook(lambda *_: calls.append(1))
+    model[0].output["dense"].register_forward_hook(lambda *_: calls.append(2))
     parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     modes = {name: m.training for name, m in model.named_modules()}
     convert_(model, calibration=data().bfloat16())
-    now = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    now = {name.replace(".linear", ""): (id(p), p.requires_grad) for name, p in model.named_parameters()}
     assert parameters.items() <= now.items()
     assert {name: m.training for name, m in model.named_modules() if name in modes} == modes
-    assert not model[1].output["dense"].act.training
-    assert model[0].output["dense"].act.numerator.dtype == torch.float32
+    assert model[0].intermediate["dense"].linear.training
+    assert not any(m.training for m in model[1].modules())
+    assert model[0].intermediate["act"].numerator.dtype == torch.float32
     calls.clear()
     assert model(data().bfloat16()).dtype == torch.bfloat16
-    assert calls == [1]
+    assert calls == [1, 2]
     handle.remove()
+    model(data().bfloat16())
+    assert calls == [1, 2, 2]
 
 
 def test_a_model_in_float64_gets_coefficients_in_float64():
     model, x = nn.Sequential(Block(), sequential()).double(), data().double()
     convert_(model, calibration=x, num_groups=1)
-    assert {t.dtype for t in model.state_dict().values()} == {torch.float64}
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_a_hook_of_the_activation_still_sees_its_output():
@@ -150,6 +200,7 @@ def test_a_hook_of_the_activation_still_sees_its_output():
     outputs[1:] = []
     model(x)
     assert isinstance(model[0].intermediate["act"], GroupRational)
+    assert isinstance(model[0].intermediate["dense"], RationalLinear)
     assert float((outputs[1] - outputs[0]).norm() / outputs[0].norm()) < 0.01
     handle.remove()
     model(x)
@@ -164,8 +215,7 @@ def test_one_activation_for_several_layers_and_one_layer_twice():
     report = convert_(model, calibration=x)
     assert len(report.layers) == 2
     assert model[0] is model[2]
-    assert isinstance(first.output["dense"], RationalLinear)
-    assert first.output["dense"].act is not second.output["dense"].act
+    assert first.intermediate["act"] is not second.intermediate["act"]
     assert float((model(x) - before).norm() / before.norm()) < 0.01
 
 
@@ -175,8 +225,20 @@ def test_a_linear_layer_that_two_mlps_share():
     model, x = nn.Sequential(first, second), data()
     before = model.eval()(x)
     report = convert_(model, num_groups=1)  # calibration would notice it, too
-    assert [layer["layout"] for layer in report.layers] == ["activation", "activation"]
+    assert [layer["layout"] for layer in report.layers] == ["linear", "linear"]
+    assert second.output["dense"] is first.output["dense"]
     assert type(second.output["dense"]) is nn.Linear
+    assert float((model(x) - before).norm() / before.norm()) < 0.01
+
+
+def test_a_first_layer_that_two_mlps_share():
+    first, second = Block(nn.GELU()), Block(nn.Tanh())
+    second.intermediate["dense"] = first.intermediate["dense"]
+    model, x = nn.Sequential(first, second), data()
+    before = model.eval()(x)
+    report = convert_(model, num_groups=1)
+    assert [layer["layout"] for layer in report.layers] == ["activation", "activation"]
+    assert type(first.intermediate["dense"]) is nn.Linear
     assert float((model(x) - before).norm() / before.norm()) < 0.01
 
 
@@ -216,7 +278,7 @@ def test_calibration_sees_what_lies_between():
     model, x = nn.Sequential(Scaled(), Block()), data()
     before = model.eval()(x)
     report = convert_(model, calibration=x)
-    assert [layer["layout"] for layer in report.layers] == ["activation", "linears"]
+    assert [layer["layout"] for layer in report.layers] == ["activation", "linear"]
     assert float((model(x) - before).norm() / before.norm()) < 0.01
 
 
@@ -232,7 +294,7 @@ def test_names_choose():
 def test_groups_divide_the_width():
     model = nn.Sequential(nn.Linear(10, 15), nn.SiLU(), nn.Linear(15, 4))
     convert_(model, num_groups=8)
-    assert (model.act1.num_groups, model.act2.num_groups) == (5, 5)
+    assert (model[0].act.num_groups, model[1].num_groups) == (5, 5)
 
 
 def test_inputs_never_seen_do_no_harm():
@@ -247,7 +309,7 @@ def test_inputs_never_seen_do_no_harm():
 
 @pytest.mark.parametrize("form", ["abs_of_sum", "sum_of_abs"])
 def test_a_recipe_makes_the_same_model_without_data(form):
-    model = nn.Sequential(Block(), sequential(), Twice(between=nn.LayerNorm(16)))
+    model = nn.Sequential(Block(), sequential(), mlp(), Twice(between=nn.LayerNorm(16)))
     twin, x = copy.deepcopy(model), data()
     report = convert_(model, calibration=x, num_groups=2, form=form)
     assert report.relative_error < 0.03
@@ -280,7 +342,7 @@ def test_a_model_of_ones_own_in_a_file(tmp_path):
 def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
     import timm
 
-    model = timm.create_model("vit_micro_patch2_8", depth=2)
+    model = timm.create_model("grkan_vit_micro_patch2_8", depth=2)
     x = torch.randn(4, 1, 8, 8)
     convert_(model, calibration=x)
     grkan.save_model(model, tmp_path / "m.safetensors")
@@ -302,6 +364,7 @@ def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
         ({"version": 0, "layers": []}, ValueError),
         ({"version": "1", "layers": []}, ValueError),
         ({"version": 1, "layers": {}}, ValueError),
+        ({"version": 1, "layers": [3]}, ValueError),
     ],
 )
 def test_recipes_that_are_none(recipe, error):
@@ -312,17 +375,23 @@ def test_recipes_that_are_none(recipe, error):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda layer: layer["parts"].update(act=None), "layers as grkan.convert_ writes them"),
-        (lambda layer: layer["parts"].update(fc1="9"), "there is no '9'"),
-        (lambda layer: layer.update(layout="gated"), "layers as grkan.convert_ writes them"),
+        (lambda layer: layer.update(activation=None), "activation in layer 1 of recipe must be a string; got None"),
+        (lambda layer: layer.update(linear="9"), "there is no '9'"),
+        (lambda layer: layer.update(activation="1.9"), "there is no '1.9'"),
+        (lambda layer: layer.update(layout="gated"), "layout in layer 1 of recipe must be one of .*; got 'gated'"),
+        (lambda layer: layer.update(layout="activation"), "linear in layer 1 of recipe must be null for the layout"),
+        (lambda layer: layer.update(act1=None), "act1 in layer 1 of recipe must be null for .* got None for 'linear'"),
+        (lambda layer: layer.update(layout="grkan"), "linear and activation in .* must be 1.fc1 and 1.act for"),
         (lambda layer: layer["act2"].update(form="sum"), "at 1: form must be"),
         (lambda layer: layer["act2"].update(order=[7, 6]), "at 1: the numerator of init must have shape"),
         (lambda layer: layer["act1"].update(num_groups=5), "at 1: width must be divisible by num_groups; got 16 and 5"),
-        (lambda layer: layer["act2"].update(width=3), "takes 32 channels instead of 3"),
+        (lambda layer: layer["act1"].update(width=24), "1.0 takes 16 channels instead of 24"),
         (lambda layer: layer["act2"].update(channel_dim=7), "channel_dim must be -1 or 1"),
-        (lambda layer: layer["act2"].update(init=3), "init a name; got -1, 3"),
+        (lambda layer: layer["act2"].update(init=3), "init in act2 in layer 1 of recipe must be a string; got 3"),
+        (lambda layer: layer["act2"].update(num_groups=True), "num_groups in act2 in .* must be an integer; got True"),
         (lambda layer: layer["act2"]["numerator"][0].__setitem__(0, float("nan")), "must be finite"),
-        (lambda layer: layer["act2"].pop("denominator"), "there is no 'denominator'"),
+        (lambda layer: layer["act2"].pop("denominator"), "act2 in layer 1 of recipe must have .*denominator"),
+        (lambda layer: layer.update(parts={}), "layer 1 of recipe must have name, layout, .*; got"),
     ],
 )
 def test_recipes_that_are_damaged_change_nothing(change, match):
@@ -383,7 +452,7 @@ def test_bad_input_changes_nothing(arguments, error, match):
 
 
 def test_a_failure_after_the_change_undoes_it(monkeypatch):
-    model = nn.Sequential(Block(), sequential(), Twice(between=nn.LayerNorm(16)), nn.TransformerEncoderLayer(16, 2, 32))
+    model = nn.Sequential(Block(), mlp(), Twice(between=nn.LayerNorm(16)), nn.TransformerEncoderLayer(16, 2, 32))
     before, x = snapshot(model), data()
     output = model.eval()(x)
     model.train()
@@ -401,12 +470,12 @@ def test_a_failure_after_the_change_undoes_it(monkeypatch):
 
 
 def test_a_failure_amid_the_change_undoes_it(monkeypatch):
-    model = nn.Sequential(Block(), sequential(), Block())
+    model = nn.Sequential(Block(), mlp(), Block())
     recipe, before = convert_(copy.deepcopy(model), num_groups=1).recipe, snapshot(model)
 
     def fail(*_):
-        assert isinstance(model[0].output["dense"], RationalLinear)
-        raise KeyboardInterrupt
+        if isinstance(model[0].intermediate["dense"], RationalLinear):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("grkan.convert.recipe._adopt_hooks", fail)  # for the second layer
     with pytest.raises(KeyboardInterrupt):
@@ -420,12 +489,16 @@ def test_a_model_without_an_mlp(model):
         convert_(model)
 
 
-def test_a_model_that_is_converted_already():
-    model = nn.Sequential(sequential())
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(mlp, "at 0: it is a GRKAN already"), (sequential, r"at 0: 0\.1 is a rational function already")],
+)
+def test_a_model_that_is_converted_already(make, match):
+    model = nn.Sequential(make())
     recipe = convert_(model, num_groups=1).recipe
     with pytest.raises(ValueError, match="its other functions are rational already"):
         convert_(model)
-    with pytest.raises(ValueError, match="at 0: it is a GRKAN already"):
+    with pytest.raises(ValueError, match=match):
         apply_conversion_(model, recipe)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import grkan
 from grkan.convert import convert_
-from grkan.nn import GRKAN, RationalLinear
+from grkan.nn import GRKAN, GroupRational, RationalLinear
 
 SMOOTH, KINKED = 0.01, 0.02
 
@@ -65,6 +65,7 @@ def check(model, make, layers, bound=SMOOTH, skipped=(), prepare=stirred):
     """Convert, calibrated on inputs of make(0); the output for those of make(1) has to stay within the bound."""
     model = prepare(model)
     parameters = {id(p) for p in model.parameters()}
+    modules, state = dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
     before = run(model, make(1))
     start = time.perf_counter()
     report = convert_(model, calibration=[make(0)])
@@ -79,7 +80,37 @@ def check(model, make, layers, bound=SMOOTH, skipped=(), prepare=stirred):
     now = {id(p): name for name, p in model.named_parameters()}
     assert parameters <= set(now)
     assert {now[new].rpartition(".")[2] for new in set(now) - parameters} == {"numerator", "denominator"}
+    assert_little_changed(model, report, modules)
+    # The state dict of the model as it was loads: what is missing are the coefficients.
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == grkan.no_weight_decay(model)
+    assert unexpected == []
+    assert torch.equal(run(model, make(1)), after)
     return model, report
+
+
+def assert_little_changed(model, report, before):
+    """Apart from the activations and the first linear layers, every module is under its name what it was."""
+    now = dict(model.named_modules())
+    replaced, wrapped, grkans = set(), set(), set()
+    for layer in report.recipe["layers"]:
+        replaced.add(layer["activation"])
+        if layer["layout"] == "linear":
+            wrapped.add(layer["linear"])
+        elif layer["layout"] == "grkan":
+            grkans.add(layer["name"])
+    for name, module in before.items():
+        if name in wrapped:
+            assert type(now[name]) is RationalLinear
+            assert now[name].linear is module
+        elif name in grkans:
+            assert now[name] is module
+            assert type(module) is GRKAN
+        elif name not in replaced:
+            assert now[name] is module
+    for layer in report.recipe["layers"]:
+        act = now[layer["name"]].act2 if layer["layout"] == "grkan" else now[layer["activation"]]
+        assert type(act) is GroupRational
 
 
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
@@ -177,15 +208,15 @@ def vision(t, name, **arguments):
 
 
 HUGGING_FACE = {
-    "bert": (lambda t: text(t, "Bert"), 2, "linears", ["activation"]),  # the pooler has one linear layer
-    "roberta": (lambda t: text(t, "Roberta"), 2, "linears", ["activation"]),
-    "gpt2": (gpt2, 2, "linears", []),
-    "vit": (lambda t: vision(t, "ViT"), 2, "linears", ["activation"]),
-    "deit": (lambda t: vision(t, "DeiT"), 2, "linears", ["activation"]),
-    "dinov2": (lambda t: vision(t, "Dinov2", mlp_ratio=2), 2, "linears", []),
-    "clip": (clip, 4, "linears", []),
-    "whisper": (whisper, 4, "linears", []),
-    "t5": (lambda t: t5(t, gated=False), 2, "linears", []),
+    "bert": (lambda t: text(t, "Bert"), 2, "linear", ["activation"]),  # the pooler has one linear layer
+    "roberta": (lambda t: text(t, "Roberta"), 2, "linear", ["activation"]),
+    "gpt2": (gpt2, 2, "linear", []),
+    "vit": (lambda t: vision(t, "ViT"), 2, "linear", ["activation"]),
+    "deit": (lambda t: vision(t, "DeiT"), 2, "linear", ["activation"]),
+    "dinov2": (lambda t: vision(t, "Dinov2", mlp_ratio=2), 2, "linear", []),
+    "clip": (clip, 4, "linear", []),
+    "whisper": (whisper, 4, "linear", []),
+    "t5": (lambda t: t5(t, gated=False), 2, "linear", []),
     "t5 1.1, gated": (lambda t: t5(t, gated=True), 2, "activation", []),
     "llama, gated": (lambda t: text(t, "Llama"), 2, "activation", []),
 }
@@ -199,7 +230,7 @@ def test_transformers(family):
     bound = KINKED if family == "t5" else SMOOTH
     model, report = check(model, batch, layers, bound, skipped)
     assert {layer["layout"] for layer in report.layers} == {layout}
-    assert sum(isinstance(m, RationalLinear) for m in model.modules()) == (2 * layers if layout == "linears" else 0)
+    assert sum(isinstance(m, RationalLinear) for m in model.modules()) == (layers if layout == "linear" else 0)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
@@ -213,7 +244,7 @@ def test_torchvision(family):
         block = models.convnext.CNBlockConfig
         model = models.ConvNeXt([block(32, 48, 1), block(48, None, 1)], num_classes=10)
     _, report = check(model, lambda seed: images(8, seed=seed), 2)
-    assert {layer["layout"] for layer in report.layers} == ({"linears"} if family == "convnext" else {"grkan"})
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()])
@@ -227,12 +258,36 @@ def test_torch_encoder(activation, norm_first):
         return torch.randn(8, 6, 32, generator=torch.Generator().manual_seed(seed))
 
     model, report = check(model, make, 2, KINKED if activation == "relu" else SMOOTH)
-    assert {layer["layout"] for layer in report.layers} == {"linears"}
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
     for converted in model.layers:
         assert converted.activation_relu_or_gelu == 0
-        assert isinstance(converted.activation, nn.Identity)
+        assert isinstance(converted.activation, GroupRational)
         assert isinstance(converted.linear1, RationalLinear)
-        assert isinstance(converted.linear2, RationalLinear)
+        assert type(converted.linear2) is nn.Linear
+
+
+@pytest.mark.parametrize("calibrated", ["padded", "plain", None])
+@pytest.mark.parametrize("nested", [True, False])
+def test_torch_encoder_with_a_padding_mask(nested, calibrated):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+    model = stirred(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested))
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 5:] = mask[2, 3:] = True
+
+    def forward(model, x):
+        return model(x, src_key_padding_mask=mask)
+
+    with torch.no_grad():
+        before = forward(model, x)
+        report = convert_(
+            model, calibration=None if calibrated is None else x, forward=forward if calibrated == "padded" else None
+        )
+        after = forward(model, x)
+    assert {layer["layout"] for layer in report.layers} == {"linear"}
+    error = float((after - before)[~mask].norm() / before[~mask].norm())
+    assert 0 < error < (0.05 if calibrated is None else SMOOTH)
+    torch.testing.assert_close(forward(model, x)[~mask], after[~mask], rtol=1e-4, atol=1e-4)  # with gradients
 
 
 def test_torch_decoder():
@@ -258,7 +313,7 @@ def test_beside_from_pretrained(tmp_path):
     stirred(model).save_pretrained(tmp_path)
     recipe = convert_(model, calibration=[batch(0)]).recipe
     with torch.no_grad():
-        model.encoder.layer[0].output.dense.act.numerator += 0.1  # as training would
+        model.encoder.layer[0].intermediate.intermediate_act_fn.numerator += 0.1  # as training would
     again = transformers.BertModel.from_pretrained(tmp_path)
     grkan.apply_conversion_(again, recipe)
     again.load_state_dict(model.state_dict())

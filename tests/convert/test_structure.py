@@ -69,20 +69,25 @@ def site(model):
 def test_a_sequence_in_a_sequence():
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Dropout(0.1), nn.Linear(12, 8))
     found = site(model)
-    assert (found.layout, found.parts) == ("linears", {"fc1": "1", "act": "2", "fc2": "4"})
+    assert (found.layout, found.parts) == ("linear", {"fc1": "1", "act": "2", "fc2": "4"})
 
 
 @pytest.mark.parametrize(
     ("between", "behind", "layout"),
     [
-        ([], [], "grkan"),
-        ([nn.Dropout(0.1), nn.LayerNorm(12)], [nn.Dropout(0.1)], "grkan"),
-        ([], [nn.LayerNorm(8)], "linears"),
+        ([], [], "linear"),
+        ([nn.Dropout(0.1)], [nn.LayerNorm(8)], "linear"),
+        ([nn.Dropout(0.1), nn.LayerNorm(12)], [nn.Dropout(0.1)], "activation"),
     ],
 )
 def test_a_plain_sequence(between, behind, layout):
     model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), *between, nn.Linear(12, 8), *behind)
     assert site(model).layout == layout
+
+
+def test_convolutions_in_a_sequence():
+    found = site(nn.Sequential(nn.Conv2d(8, 12, 1), nn.GELU(), nn.Conv2d(12, 8, 1)))
+    assert (found.layout, found.parts, found.channel_dim) == ("activation", {"act": "1"}, 1)
 
 
 class LowRank(nn.Linear):
@@ -105,11 +110,12 @@ def hooked_linear():
         nn.Sequential(nn.LayerNorm(8), hooked_linear(), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.LayerNorm(8), weight_norm(nn.Linear(8, 12)), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.Linear(8, 12), nn.GELU()),
+        nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)),
         nn.Sequential(nn.LayerNorm(8), LowRank(8, 12), nn.GELU(), nn.Linear(12, 8)),
         nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(13, 8)),
     ],
-    ids=["offloaded", "parametrised", "one layer", "3x3", "adapter", "widths"],
+    ids=["offloaded", "parametrised", "one layer", "norm", "3x3", "adapter", "widths"],
 )
 def test_everything_else_is_skipped_with_a_reason(model):
     sites, skipped = find_sites(model)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import grkan.models.kat
-from grkan.models import load_model, read_metadata, save_model
+from grkan.models import files, load_model, read_metadata, save_model
 from grkan.models.metadata import FORMAT_VERSION
 from grkan.nn import GRKAN, GroupRational
 
@@ -54,7 +54,7 @@ def test_round_trip(tmp_path, arguments):
     assert {key: loaded.grkan_arguments[key] for key in again} == again
 
 
-@pytest.mark.parametrize("name", timm.list_models("kat_*") + timm.list_models("vit_micro_*"))
+@pytest.mark.parametrize("name", timm.list_models("kat_*") + timm.list_models("grkan_vit_micro_*"))
 def test_every_registered_model(tmp_path, name):
     model = timm.create_model(name, depth=1)
     save_model(model, tmp_path / "m.safetensors")
@@ -81,7 +81,7 @@ def test_a_changed_classifier_and_input_size(tmp_path, pool):
     assert loaded.grkan_metadata["preprocessing"]["input_size"] == [1, 12, 12]
 
 
-@pytest.mark.parametrize("name", ["vit_micro_patch2_8", "vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("name", ["grkan_vit_micro_patch2_8", "vit_tiny_patch16_224", "resnet18"])
 def test_other_models_of_the_registry(tmp_path, name):
     arguments = {"num_classes": 4, "in_chans": 1}
     model = timm.create_model(name, **arguments)
@@ -101,7 +101,9 @@ def test_what_timm_keeps_of_a_model_is_enough(tmp_path):
 
 
 def test_the_twin_keeps_its_mlp_init(tmp_path):
-    save_model(timm.create_model("vit_micro_patch2_8", mlp_init="variance_preserving"), tmp_path / "m.safetensors")
+    save_model(
+        timm.create_model("grkan_vit_micro_patch2_8", mlp_init="variance_preserving"), tmp_path / "m.safetensors"
+    )
     loaded = load_model(tmp_path / "m.safetensors")
     loaded.init_weights()
     assert loaded.blocks[0].mlp.fc2.weight.std().item() == pytest.approx((2.3517 / 384) ** 0.5, rel=0.02)
@@ -258,6 +260,24 @@ class TestRefused:
         with pytest.raises(ValueError, match=f"cannot be built: {match}"):
             load_model(path)
 
+    def test_a_failure_of_the_machine_is_not_the_files(self, path, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        for module, name in ((timm, "create_model"), (files, "apply_recipe"), (nn.Module, "load_state_dict")):
+            self.rewrite(path, conversion={"version": 1, "layers": []})
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                with pytest.raises(RuntimeError, match=r"^CUDA error"):
+                    load_model(path)
+
+    def test_a_recipe_that_is_wrong(self, path):
+        self.rewrite(path, conversion={"version": 1, "layers": [3]})
+        with pytest.raises(
+            ValueError, match="holds a converted model, of which the layer 0 of recipe must be"
+        ):
+            load_model(path)
+
     def test_a_file_cannot_name_another_file(self, path, tmp_path):
         self.rewrite(path, arguments={"checkpoint_path": str(tmp_path / "evil.pt"), "pretrained": True})
         load_model(path)  # would fail: there is no such file
@@ -269,7 +289,7 @@ class TestRefused:
             ({"depth": 5}, r"blocks\.4\.norm1\.weight is missing; .*, and \d+ more"),
             ({"depth": 3}, r"blocks\.3\.\S+ is unknown; .*, and \d+ more"),
             ({"num_classes": 7}, r"head\.weight has shape \(10, 96\) instead of \(7, 96\)"),
-            ({"order": (7, 6)}, r"act1\.numerator has shape \(8, 6\) instead of \(8, 8\)"),
+            ({"order": (7, 6)}, r"act1\.numerator has shape \(48,\) instead of \(64,\)"),
         ],
     )
     def test_another_model_which_stays_unchanged(self, path, other, match):

@@ -11,13 +11,13 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import grkan.models.kat
-from grkan.models.kat import MimeticAttention
+from grkan.models.kat import MimeticAttention, twin_of
 from grkan.nn import GRKAN, no_weight_decay, variance_gain
 from grkan.rational.op import set_backend
 
 KATS = timm.list_models("kat_*")
-TWINS = timm.list_models("vit_micro_*")
-SPLINES = timm.list_models("vit_kan_*")
+TWINS = timm.list_models("grkan_vit_micro_*")
+SPLINES = timm.list_models("grkan_vit_kan_*")
 WEIGHT_INITS = ["", "jax", "jax_nlhb", "moco", "reset", "skip"]
 
 
@@ -41,9 +41,11 @@ def test_registry():
         "kat_small_patch16_224",
         "kat_tiny_patch16_224",
     ]
-    assert [name.replace("kat", "vit") for name in KATS if "micro" in name] == TWINS
-    assert SPLINES == ["vit_kan_micro_patch4_28"]
+    assert [twin_of(name) for name in KATS if "micro" in name] == TWINS
+    assert all(timm.is_model(twin_of(name)) for name in KATS)
+    assert SPLINES == ["grkan_vit_kan_micro_patch4_28"]
     assert {*KATS, *TWINS, *SPLINES} <= set(grkan.models.kat.__all__)
+    assert {*timm.list_models(module="kat")} == {*KATS, *TWINS, *SPLINES}  # nothing without a prefix of ours
 
 
 @pytest.mark.parametrize("name", KATS + TWINS + SPLINES)
@@ -80,12 +82,12 @@ def test_configuration(name):
 def test_parameters_of_tiny(share, count):
     model = timm.create_model("kat_tiny_patch16_224", share_numerator=share, device="meta")
     assert sum(p.numel() for p in model.parameters()) == count
-    assert model.blocks[0].mlp.act2.numerator.shape == ((1, 6) if share else (8, 6))
+    assert model.blocks[0].mlp.act2.coefficients()[0].shape == ((1, 6) if share else (8, 6))
 
 
 @pytest.mark.parametrize("name", [name for name in KATS if "micro" in name])
 def test_twins_differ_in_the_mlp_alone(name):
-    kat, vit = timm.create_model(name), timm.create_model(name.replace("kat", "vit"))
+    kat, vit = timm.create_model(name), timm.create_model(twin_of(name))
     kept = {key: tuple(p.shape) for key, p in kat.state_dict().items() if ".act" not in key}
     assert kept == {key: tuple(p.shape) for key, p in vit.state_dict().items()}
     assert {**kat.default_cfg, "architecture": ""} == {**vit.default_cfg, "architecture": ""}
@@ -239,7 +241,7 @@ def test_the_start_survives_every_initialisation(weight_init, fix_init, meta):
         assert mlp.fc1.weight.std().item() == pytest.approx(192**-0.5, rel=0.02)
         assert mlp.fc2.weight.std().item() * scale == pytest.approx((swish / 768) ** 0.5, rel=0.02)
         assert not mlp.fc1.bias.any()
-        assert torch.equal(mlp.act1.numerator[0], torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+        assert torch.equal(mlp.act1.numerator[:6], torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
     if not fix_init:
         if weight_init == "skip" and not meta:
             for parameter in (model.pos_embed, model.cls_token):  # which hold anything
@@ -248,7 +250,24 @@ def test_the_start_survives_every_initialisation(weight_init, fix_init, meta):
         assert all(0.8 < ratio < 1.25 for ratio in ratios), ratios
 
 
-@pytest.mark.parametrize("name", ["kat_micro_patch2_8", "vit_micro_patch2_8"])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_checkpoint_of_another_form_is_refused(tmp_path, ending):
+    saved = timm.create_model("kat_micro_patch2_8", depth=1, form="sum_of_abs")
+    path = str(tmp_path / f"kat.{ending}")
+    if ending == "pth":
+        torch.save({"state_dict": saved.state_dict()}, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_model(saved, path)
+    match = "the coefficients are for form sum_of_abs, .*; the model has form abs_of_sum"
+    with pytest.raises(RuntimeError, match=match):
+        timm.create_model("kat_micro_patch2_8", depth=1, checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=match):
+        timm.models.load_checkpoint(timm.create_model("kat_micro_patch2_8", depth=1), path, strict=False)
+    model = timm.create_model("kat_micro_patch2_8", depth=1, form="sum_of_abs", checkpoint_path=path)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, saved.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("name", ["kat_micro_patch2_8", "grkan_vit_micro_patch2_8"])
 @pytest.mark.parametrize("weight_init", ["", "jax", "skip"])
 def test_mlp_init(name, weight_init):
     def deviations(mlp_init):
@@ -265,9 +284,9 @@ def test_mlp_init(name, weight_init):
 def test_the_twin_keeps_the_mean_square_where_asked():
     torch.manual_seed(0)
     x = torch.randn(16, 1, 8, 8)
-    fair = timm.create_model("vit_micro_patch2_8", mlp_init="variance_preserving")
+    fair = timm.create_model("grkan_vit_micro_patch2_8", mlp_init="variance_preserving")
     assert all(0.8 < ratio < 1.25 for ratio in mean_squares(fair, x))
-    assert max(mean_squares(timm.create_model("vit_micro_patch2_8"), x)) < 0.1
+    assert max(mean_squares(timm.create_model("grkan_vit_micro_patch2_8"), x)) < 0.1
 
 
 def mimetic_parts(attention):
@@ -361,9 +380,9 @@ def test_an_mlp_layer_and_a_block_that_use_grkan():
 
 def test_an_unknown_start_of_the_twin():
     with pytest.raises(ValueError, match=r"weight_init must be '' or .* got 'x'"):
-        timm.create_model("vit_micro_patch2_8", weight_init="x")
+        timm.create_model("grkan_vit_micro_patch2_8", weight_init="x")
     with pytest.raises(ValueError, match="mlp_init must be None or 'variance_preserving' or 'trunc_normal'; got 'x'"):
-        timm.create_model("vit_micro_patch2_8", mlp_init="x")
+        timm.create_model("grkan_vit_micro_patch2_8", mlp_init="x")
 
 
 def test_arguments_reach_the_layers():

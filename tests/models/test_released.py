@@ -39,7 +39,7 @@ def assert_loaded(model, state):
         for name in ("act1", "act2"):
             act = getattr(model.blocks[i].mlp, name)
             key = f"blocks.{i}.mlp.{name}.weight_"
-            x = 3 * torch.randn(5, 192)
+            x = 3 * torch.randn(5, act.width)
             expected = released_function(x, state[f"{key}numerator"], state[f"{key}denominator"])
             assert torch.allclose(act(x).double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
@@ -145,7 +145,7 @@ def test_models_that_the_layout_cannot_hold(tmp_path, arguments, match):
 def test_groups_with_different_numerators(tmp_path):
     act = GroupRational(4, form="sum_of_abs")
     with torch.no_grad():
-        act.numerator[2, 1] += 0.1
+        act.coefficients()[0][2, 1] += 0.1
     with pytest.raises(ValueError, match="one numerator for all groups"):
         save_released_checkpoint(torch.nn.Sequential(act), tmp_path / "kat.pth")
     with pytest.raises(ValueError, match="must have rational functions"):
@@ -181,6 +181,16 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
         (lambda s: {}, "must hold weights by name"),
         (lambda s: {k: v for k, v in s.items() if "blocks.1.attn" not in k}, "does not fit a kat_tiny"),
         (lambda s: {**s, "cls_token": torch.zeros(1, 1, 100)}, "must hold a KAT of width"),
+        (lambda s: {**s, "cls_token": torch.tensor(0.0)}, "must hold a KAT of width"),
+        (lambda s: {**s, "pos_embed": torch.zeros(197)}, "must hold a KAT of width"),
+        (lambda s: {**s, "pos_embed": torch.zeros(1, 197, 100)}, "does not fit a kat_tiny.*pos_embed"),
+        (lambda s: {**s, "head.weight": torch.tensor(0.0)}, "does not fit a kat_tiny.*head.weight is unknown"),
+        (lambda s: {**s, "mask_token": torch.zeros(1)}, "does not fit a kat_tiny_patch16_224: mask_token is unknown"),
+        (
+            lambda s: {**s, "blocks.0.mlp.act1.weight_denominator": torch.zeros(7, 4)},
+            "holds a kat_tiny_patch16_224 that cannot be built: in_features must be divisible by num_groups",
+        ),
+        (lambda s: {**s, "blocks.0.mlp.act1.weight_numerator": torch.zeros(6)}, "holds no released KAT"),
     ],
 )
 def test_weights_that_are_refused(change, match):
@@ -192,7 +202,11 @@ def test_weights_that_are_refused(change, match):
     ("arguments", "match"),
     [
         ({"form": "abs_of_sum"}, "form must be 'sum_of_abs'"),
-        ({"num_grups": 3}, "model_args do not fit"),
+        (
+            {"num_grups": 3},
+            "model_args do not fit the kat_tiny_patch16_224 in path_or_state_dict: TypeError.*num_grups",
+        ),
+        ({"num_heads": 0}, "model_args do not fit the kat_tiny_patch16_224 in path_or_state_dict: ZeroDivisionError"),
         ({"checkpoint_path": "kat.pth"}, "model_args must say what the model is, .*; got checkpoint_path"),
     ],
 )
@@ -201,3 +215,15 @@ def test_arguments_that_are_refused(arguments, match):
         load_released_checkpoint(checkpoint(), **arguments)
     with pytest.raises(TypeError, match="must be a path or a mapping"):
         load_released_checkpoint(3)
+
+
+def test_a_failure_of_the_machine_is_not_the_users(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    state = checkpoint()
+    for module, name in ((timm, "create_model"), (torch.nn.Module, "load_state_dict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(RuntimeError, match=r"^CUDA error"):
+                load_released_checkpoint(state, num_classes=3)

@@ -2,15 +2,20 @@
 
 import copy
 import functools
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from grkan.nn import GRKAN, variance_gain
-from grkan.nn import grkan as module_under_test
+from grkan.nn import linear as module_with_the_fused_path
 
 
 def by_hand(layer, x):
@@ -18,6 +23,17 @@ def by_hand(layer, x):
     for child in (layer.act1, layer.fc1, layer.act2, layer.drop1, layer.norm, layer.fc2, layer.drop2):
         x = child(x)
     return x
+
+
+def through_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def through_a_file(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def randomise(layer):
@@ -33,13 +49,13 @@ def randomise(layer):
 def fused(monkeypatch):
     """How often the fused operation ran."""
     calls = []
-    original = module_under_test.rational_linear
+    original = module_with_the_fused_path.rational_linear
 
     def spy(x, *args, **kwargs):
         calls.append(x.shape)
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(module_under_test, "rational_linear", spy)
+    monkeypatch.setattr(module_with_the_fused_path, "rational_linear", spy)
     return calls
 
 
@@ -94,6 +110,11 @@ def test_fused_unless_dropout_acts(fused, drop, training, pairs):
     assert len(fused) == pairs
 
 
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -133,6 +154,22 @@ def with_pruning(layer, x):
     return by_hand(layer, x)
 
 
+def with_backward_hook(layer, x):
+    layer.fc1.register_full_backward_hook(lambda module, grads, outputs: None)
+    layer.fc1.register_forward_hook(lambda module, inputs, output: output * 2)
+    return by_hand(layer, x)
+
+
+def with_parametrised_coefficients(layer, x):
+    parametrize.register_parametrization(layer.act2, "numerator", Doubling())
+    return by_hand(layer, x)
+
+
+def with_another_function(layer, x):
+    layer.act2 = nn.Tanh()
+    return by_hand(layer, x)
+
+
 def with_patched_forward(layer, x):
     layer.fc2.forward = lambda x: -F.linear(x, layer.fc2.weight, layer.fc2.bias)
     return by_hand(layer, x)
@@ -148,6 +185,9 @@ def with_patched_forward(layer, x):
         with_parametrisation,
         with_pruning,
         with_patched_forward,
+        with_backward_hook,
+        with_parametrised_coefficients,
+        with_another_function,
     ],
 )
 def test_what_others_do_to_a_child_takes_effect(change):
@@ -157,6 +197,44 @@ def test_what_others_do_to_a_child_takes_effect(change):
     expected = change(layer, x)
     torch.testing.assert_close(layer(x), expected)
     assert not torch.allclose(before, expected)
+
+
+def test_a_hook_for_all_modules_sees_the_children():
+    layer, seen = GRKAN(16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        layer(torch.randn(2, 16))
+    finally:
+        handle.remove()
+    assert seen == [layer.act1, layer.fc1, layer.act2, layer.drop1, layer.norm, layer.fc2, layer.drop2, layer]
+
+
+def test_a_quantised_weight_multiplies_itself(fused):
+    """A tensor that has a multiplication of its own, as torchao's."""
+
+    class Quantised(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            result = super().__torch_function__(function, types, args, kwargs)
+            return result.as_subclass(torch.Tensor) * 3 if function is F.linear else result
+
+    layer = GRKAN(16)
+    layer.fc1.weight = nn.Parameter(torch.randn(16, 16).as_subclass(Quantised))
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(layer(x), by_hand(layer, x))
+    assert len(fused) == 1  # fc2 alone
+
+
+@pytest.mark.parametrize("child", ["fc1", "fc2"])
+def test_another_width_is_refused(child):
+    """What tensor parallelism without a plan for the functions would do: half of the channels, all of the groups."""
+    layer = GRKAN(16, 32)
+    layer.fc1 = nn.Linear(16, 16)
+    layer.fc2 = nn.Linear(16, 16)
+    if child == "fc1":
+        layer.fc2.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(ValueError, match=r"x must have 32 channels in dimension -1, .* got shape \(3, 16\)"):
+        layer(torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("width", [192, 768])
@@ -209,6 +287,81 @@ def test_initialising_again_covers_everything(reset):
     assert layer.norm.weight.eq(1).all()
     assert torch.equal(layer.act2.numerator, GRKAN(8).act2.numerator)
     assert 0.8 < layer(torch.randn(256, 256)).square().mean() < 1.25
+
+
+def reset_in_order(layer):
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def reset_children_first(layer):
+    layer.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+
+
+def as_transformers_does(layer):
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    layer.init_weights()
+
+
+def linear_layers_alone(layer):
+    layer.fc2.reset_parameters()
+    layer.fc1.reset_parameters()
+
+
+def deferred(layer):
+    layer.to("meta").to_empty(device="cpu")
+    reset_in_order(layer)
+
+
+STARTS = [reset_in_order, reset_children_first, as_transformers_does, linear_layers_alone, deferred]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, through_pickle, through_a_file])
+def test_whoever_initialises_in_whatever_order(start, copied):
+    torch.manual_seed(0)
+    original = GRKAN(192, 768)
+    layer, before = copied(original), copy.deepcopy(original.state_dict())
+    start(layer)
+    y = layer(torch.randn(1024, 192))
+    assert 0.8 < y.square().mean() < 1.25
+    assert not torch.equal(layer.fc1.weight, before["fc1.weight"])
+    if layer is not original:  # which stays as it was: its copy has functions of its own
+        assert all(torch.equal(t, before[name]) for name, t in original.state_dict().items())
+
+
+@pytest.mark.slow
+def test_sharded_layers_start_themselves():
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_linear_layers_are_plain():
+    layer = GRKAN(16)
+    assert type(layer.fc1) is type(layer.fc2) is nn.Linear
+
+
+def test_the_start_of_a_norm_and_of_the_released_code():
+    torch.manual_seed(0)
+    layer = GRKAN(256, 512, norm_layer=nn.LayerNorm)
+    reset_in_order(layer)
+    assert layer.fc2.weight.std().item() == pytest.approx(512**-0.5, rel=0.01)
+    layer = GRKAN(256, 512, weight_init="trunc_normal")
+    reset_in_order(layer)
+    assert layer.fc2.weight.std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_another_function_has_another_gain():
+    torch.manual_seed(0)
+    layer = GRKAN(256, 1024)
+    layer.act2 = nn.ReLU()
+    layer.init_weights()
+    assert layer.fc2.weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)
 
 
 def test_every_coefficient_learns_from_the_identity():

@@ -357,7 +357,7 @@ def missed(found):
     from grkan.bench.report import kernels_as_json
 
     report = json.loads(json.dumps({"suite": "kernels", **kernels_as_json([found])}))
-    return [str(held) for held in bars.hold(report) if held.figure is not None and not held.met]
+    return [str(verdict) for verdict in bars.judge(report) if verdict.figure is not None and not verdict.met]
 
 
 def assert_proven():

@@ -18,7 +18,7 @@ from grkan.train.loop import TrainingError, train
 ARGUMENTS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 RUNS = {
     "KAT": {"model": "kat_micro_patch2_8", "model_args": ARGUMENTS, "epochs": 1, "batch_size": 256},
-    "ViT": {"model": "vit_micro_patch2_8", "model_args": ARGUMENTS, "epochs": 1, "batch_size": 256},
+    "ViT": {"model": "grkan_vit_micro_patch2_8", "model_args": ARGUMENTS, "epochs": 1, "batch_size": 256},
 }
 
 
@@ -62,8 +62,11 @@ def test_a_run_that_saved_nothing_starts_afresh(tmp_path):
     ("mistake", "message"),
     [
         ({"epoch": 1}, "unknown setting 'epoch'"),
-        ({"model_args": {**ARGUMENTS, "num_heads": 3}}, "model_args do not fit vit_micro_patch2_8: .*num_heads=3"),
-        ({"model": "vit_micro_patch2"}, "model .*vit_micro_patch2_8"),
+        (
+            {"model_args": {**ARGUMENTS, "num_heads": 3}},
+            "model_args do not fit grkan_vit_micro_patch2_8: .*num_heads=3",
+        ),
+        ({"model": "grkan_vit_micro_patch2"}, "model .*grkan_vit_micro_patch2_8"),
     ],
 )
 def test_a_mistake_in_any_run_is_found_before_the_first_starts(mistake, message, tmp_path):

@@ -137,8 +137,8 @@ def test_everything_but_coefficients_can_be_trained(tiny, tmp_path, finished):
 
 @pytest.mark.parametrize("trainable", ["coefficients", "weights"])
 def test_choosing_between_coefficients_and_weights_needs_both(tiny, trainable):
-    with pytest.raises(ValueError, match=f"trainable: {trainable}; vit_micro_patch2_8 has no rational functions"):
-        train(make_config({"model": "vit_micro_patch2_8", "trainable": trainable, "output": tiny["output"]}))
+    with pytest.raises(ValueError, match=f"trainable: {trainable}; grkan_vit_micro_patch2_8 has no rational functions"):
+        train(make_config({"model": "grkan_vit_micro_patch2_8", "trainable": trainable, "output": tiny["output"]}))
 
 
 def test_weight_decay_reaches_coefficients_only_if_asked_for(tiny, tmp_path):
@@ -254,10 +254,10 @@ def test_a_run_is_not_overwritten(finished, tiny):
 
 
 def test_starting_from_another_model_is_refused(finished, tiny, tmp_path):
-    for model in ("vit_micro_patch2_8", "kat_micro_patch4_28"):
+    for model in ("grkan_vit_micro_patch2_8", "kat_micro_patch4_28"):
         with pytest.raises(ValueError, match=f"init holds a kat_micro_patch2_8, not a {model}; .* or --init$"):
             train(make_config(tiny, {"init": str(finished[0]), "model": model}))
-    save_model(timm.create_model("vit_micro_patch2_8"), tmp_path / "vit.safetensors")
+    save_model(timm.create_model("grkan_vit_micro_patch2_8"), tmp_path / "vit.safetensors")
     with pytest.raises(ValueError, match=r"not a kat_micro_patch2_8; .*; grkan convert makes a KAT of it$"):
         train(make_config(tiny, {"init": str(tmp_path / "vit.safetensors"), "model": "kat_micro_patch2_8"}))
     with pytest.raises(

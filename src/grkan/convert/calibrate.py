@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn.kinds import is_conv1d
 from ..rational import table
 from ..rational.fit import RationalFit, fit, np
-from .recipe import linear_kind
 from .structure import Activation, Site
 
 _BINS_PER_UNIT = 64
@@ -65,6 +65,10 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Count the scalars of x; what is wrong with it goes into `problem`."""
+        if x.is_nested:
+            for part in x.unbind():
+                self.add(part)
+            return
         if not x.is_floating_point() or x.dim() < -self.channel_dim or x.shape[self.channel_dim] != self.width:
             self.problem = f"its input has shape {tuple(x.shape)} and dtype {x.dtype}, not {self.width} channels"
             return
@@ -106,7 +110,7 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
         return unknown
     with torch.no_grad():
         weight = weight.detach().to("cpu", torch.float64)
-        weight = weight.T if linear_kind(first) == "conv1d" else weight.flatten(1)
+        weight = weight.T if is_conv1d(first) else weight.flatten(1)
         bias = 0.0 if first.bias is None else first.bias.detach().to("cpu", torch.float64)
         means, squares = [], []
         for norm in site.norms:

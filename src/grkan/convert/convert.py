@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
+from ..nn.kinds import linear_width
 from ..nn.modes import evaluating
+from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
-from .recipe import RECIPE_VERSION, apply_recipe, linear_width
+from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
 from .report import ConversionReport
 from .structure import Site, Watched, choose, find_sites
 
@@ -38,18 +40,18 @@ def convert_(
 ) -> ConversionReport:
     """Turn the MLPs of a pretrained model into GR-KANs that compute the same, in place (arXiv 2409.10594, section 4).
 
-    Every linear layer, activation, linear layer gets the identity in front of the first linear layer and a rational
-    function fitted to the activation in front of the second, and keeps its weights. A module with the layout of timm's
-    `Mlp`, and a plain `Sequential`, becomes a `GRKAN`. Where the parts lie elsewhere they stay there under their names:
-    both linear layers become a `RationalLinear`, the activation an Identity. Dropout that lies between activation and
-    second linear layer there comes in front of the function, then, in training. Where something else is between, and
-    in gated MLPs, the activation itself becomes a `GroupRational`.
+    The activation between two linear layers becomes a `GroupRational` that is fitted to it, in its place, and the first
+    linear layer a `RationalLinear` under its name, with the identity in front of it. The second linear layer, its
+    name and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. In gated MLPs, and where it
+    is not known what lies between the layers, the activation alone becomes rational.
 
     Parameters, buffers, hooks, modes and shared modules stay the same objects; so an optimiser made before still
-    works, but lacks the coefficients. What is not recognised stays as it is.
+    works, but lacks the coefficients. The state dict of the model as it was loads into the converted one, and leaves
+    the coefficients as they are. What is not recognised stays as it is.
 
     Args:
-        model: any module, of timm, transformers, torchvision or PyTorch, or your own.
+        model: any module, of timm, transformers, torchvision or PyTorch, or your own. Inside of torch.compile or
+            DataParallel it is converted under its own names; DDP, FSDP and averages of weights come afterwards.
         calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
             batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
             as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
@@ -65,11 +67,12 @@ def convert_(
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value; the model has no MLP to convert; the calibration
-            has no batch, or one that the model does not take, or leads to values that are not finite.
+            has no batch, or one that the model does not take, or leads to values that are not finite; the model is
+            wrapped in what keeps a list of its parameters.
         ImportError: SciPy is missing.
         The model is left as it was.
     """
-    check_module("model", model)
+    model = unwrap_to_change(check_module("model", model))
     check_positive("num_groups", num_groups)
     order, form = check_order(order), check_form(form)
     if order[0] < 1:
@@ -108,7 +111,7 @@ def convert_(
     if not entries:
         raise _nothing_to_convert(model, skipped)
 
-    undo = apply_recipe(model, {"version": RECIPE_VERSION, "layers": entries})
+    undo = apply_recipe(model, Recipe(tuple(entries)))
     try:
         cosine, error = _compare(model, kept, forward)
     except BaseException:
@@ -217,8 +220,8 @@ def _calibrate(
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
         raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
     for site, watch in zip(sites, watched, strict=True):
-        if site.layout == "linears" and watch.calls and watch.agrees is not True:
-            site.keep_linears()
+        if site.layout == "linear" and watch.calls and watch.agrees is not True:
+            site.keep_linear()
     return kept
 
 
@@ -263,29 +266,26 @@ def _describe(site: Site, histogram: Histogram, fits: list[GroupFit]) -> dict[st
     }
 
 
-def _entry(site: Site, fits: list[GroupFit], act1: str, num_groups: int) -> dict[str, Any]:
-    """An element of the recipe's layers."""
+def _entry(site: Site, fits: list[GroupFit], act1: str, num_groups: int) -> LayerRecipe:
+    """A layer of the recipe."""
     order, form = fits[0].fit.order, fits[0].fit.form
-    shared = {"order": list(order), "form": form, "channel_dim": site.channel_dim}
-    first: dict[str, Any] = {}
+    shared: dict[str, Any] = {"order": list(order), "form": form, "channel_dim": site.channel_dim}
+    first = linear = None
     if site.layout != "activation":
         inputs = (linear_width(site.first) or (0, 0))[0]
-        made = GroupRational(1, act1, order, form)
-        numerator, denominator = (rows[0].tolist() for rows in made.initial_coefficients())
-        groups = largest_divisor(inputs, num_groups)
-        first = {
-            "init": act1, "width": inputs, "num_groups": groups, "numerator": numerator, "denominator": denominator,
-            **shared,
-        }  # fmt: skip
-    second = {
-        "init": site.activation.name,
-        "width": site.width,
-        "num_groups": len(fits),
-        "numerator": [f.fit.numerator.tolist() for f in fits],
-        "denominator": [f.fit.denominator.tolist() for f in fits],
+        rows = GroupRational(1, act1, order, form).initial_coefficients()
+        numerator, denominator = (row[0].tolist() for row in rows)
+        first = FunctionRecipe(act1, inputs, largest_divisor(inputs, num_groups), numerator, denominator, **shared)
+        linear = site.parts["fc1"]
+    second = FunctionRecipe(
+        site.activation.name,
+        site.width,
+        len(fits),
+        [f.fit.numerator.tolist() for f in fits],
+        [f.fit.denominator.tolist() for f in fits],
         **shared,
-    }
-    return {"name": site.name, "layout": site.layout, "parts": dict(site.parts), "act1": first, "act2": second}
+    )
+    return LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second)
 
 
 def _compare(

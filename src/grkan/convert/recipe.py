@@ -1,36 +1,121 @@
 """What a conversion does to a model's modules, from its recipe alone. `grkan.convert_` makes recipes.
 
-Modules change their class and stay the objects that they are. So parameters, hooks, modes, attributes and every other
-name under which a module is known survive without being copied.
+A conversion touches as little as it can. The second function takes the place of the activation, so the second linear
+layer, its dropout and their names stay what they were; the first linear layer becomes the child of a `RationalLinear`
+that has its name. A module with the layout of timm's `Mlp` changes its class, to `GRKAN`, and stays the object that it
+is. Parameters, hooks, modes and every other name under which a module is known survive without being copied.
 """
 
-import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
-from ..nn import GRKAN, GroupRational, RationalConv1D, RationalLinear
+from ..nn import GRKAN, GroupRational, RationalLinear
+from ..nn.kinds import linear_kind, linear_width
+from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
 
 RECIPE_VERSION = 1
 
-LAYOUTS = ("grkan", "linears", "activation")
-"""How a layer is converted:
+LAYOUTS = ("grkan", "linear", "activation")
+"""What of an MLP is converted:
 "grkan": the module that holds all parts becomes a `GRKAN`;
-"linears": both linear layers become a `RationalLinear`, the activation an Identity, all where they are;
+"linear": the first linear layer gets a function in front, the activation becomes one, all where they are;
 "activation": the activation becomes a `GroupRational`, and nothing else changes."""
 
-_PARTS = {
-    "grkan": ("fc1", "act", "drop1", "norm", "fc2", "drop2"),
-    "linears": ("fc1", "act", "fc2"),
-    "activation": ("act",),
-}
-_OPTIONAL = ("drop1", "norm", "drop2")
+TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+"""The children of timm's `Mlp`. `drop1`, `norm` and `drop2` may be missing."""
+
+
+@dataclass(frozen=True)
+class FunctionRecipe:
+    """A rational function: the arguments of a `GroupRational`."""
+
+    init: str
+    """What it stands for: a name for people."""
+    width: int
+    """Channels of its input."""
+    num_groups: int
+    numerator: Sequence[Any]
+    denominator: Sequence[Any]
+    """Both as in `init` of a `GroupRational`: of all groups alike, or a row for each."""
+    order: Sequence[int]
+    form: str
+    channel_dim: int
+
+    def build(self, like: nn.Module) -> GroupRational:
+        """The function, where the parameters of another module are.
+
+        Raises:
+            ValueError, TypeError: it cannot be.
+        """
+        check_groups("width", self.width, self.num_groups)
+        if self.channel_dim not in (-1, 1):
+            raise GrkanValueError(f"channel_dim must be -1 or 1; got {self.channel_dim}")
+        parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+        rational = GroupRational(
+            self.num_groups,
+            (self.numerator, self.denominator),
+            tuple(self.order),  # type: ignore[arg-type]
+            self.form,
+            channel_dim=self.channel_dim,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        )
+        rational.init_name, rational.width = self.init, self.width
+        return rational
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """How an MLP is converted. Names are those of modules of the model, as `named_modules` gives them."""
+
+    name: str
+    """The module that holds the MLP."""
+    layout: str
+    """One of `LAYOUTS`."""
+    linear: str | None
+    """The first linear layer; None for the layout "activation"."""
+    activation: str
+    """What becomes the second function: a child, or an attribute that is a function."""
+    act1: FunctionRecipe | None
+    """The function in front of the first linear layer; None for the layout "activation"."""
+    act2: FunctionRecipe
+    """The function in place of the activation."""
+
+    def within(self, module: str) -> "LayerRecipe":
+        """The same for the model around, which has this one as `module`."""
+        return self._renamed(lambda name: plain_name(f"{module}.{name}".strip(".")))
+
+    def inside(self, module: str) -> "LayerRecipe":
+        """The same for a part of the model, `module`; as it is if it lies elsewhere."""
+        return self._renamed(lambda name: name.removeprefix(f"{module}."))
+
+    def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
+        linear = None if self.linear is None else new(self.linear)
+        return replace(self, name=new(self.name), linear=linear, activation=new(self.activation))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A conversion as data."""
+
+    layers: tuple[LayerRecipe, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, which `check_recipe` reads."""
+        return {"version": RECIPE_VERSION, "layers": [asdict(layer) for layer in self.layers]}
+
+
+RECORDERS: list[Callable[[nn.Module, Mapping[str, Any], ExitStack], None]] = []
+"""Called with a converted model, its whole recipe and what undoes the conversion: to keep it in a library's own
+description of the model."""
 
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
@@ -49,16 +134,16 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     Raises:
         TypeError: model is no module, or recipe no mapping.
         ValueError: recipe is none of grkan's, or of a newer version; or the model lacks a part that it names, or has a
-            part of another kind or width there. The model is left as it was.
+            part of another kind or width there; or it is wrapped in what keeps a list of its parameters. The model is
+            left as it was.
     """
-    check_module("model", model)
-    apply_recipe(model, check_recipe(recipe))
+    apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
 
 
-def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> Callable[[], None]:
-    """`apply_conversion_`, with a function that undoes it as the result."""
+def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
+    """`apply_conversion_`, with a function that undoes it as the result; record: whether `RECORDERS` are told."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    plans = [_Plan(layer, modules, model) for layer in recipe["layers"]]  # all checks come before the first change
+    plans = [_Plan(layer, modules, model) for layer in recipe.layers]  # all checks come before the first change
     before = getattr(model, "grkan_conversion", None)
     undo = ExitStack()
     try:
@@ -67,17 +152,34 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> Callable[[], No
     except BaseException:
         undo.close()
         raise
-    layers = [*(before or {"layers": []})["layers"], *recipe["layers"]]
-    model.grkan_conversion = {"version": RECIPE_VERSION, "layers": layers}  # type: ignore[assignment]
+    converted = recipe.to_dict()
     if before is None:
         undo.callback(delattr, model, "grkan_conversion")
     else:
+        converted["layers"] = [*before["layers"], *converted["layers"]]
         undo.callback(setattr, model, "grkan_conversion", before)
+    model.grkan_conversion = converted  # type: ignore[assignment]
+    for recorder in RECORDERS if record else ():
+        recorder(model, converted, undo)
     return undo.close
 
 
-def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The recipe, if it looks like one."""
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """All that was converted in a model or in parts of it, as one recipe for the model; None: nothing."""
+    layers: list[LayerRecipe] = []
+    for name, module in model.named_modules():
+        recipe: Any = getattr(module, "grkan_conversion", None)
+        if recipe is not None:
+            layers += [layer.within(name) for layer in check_recipe(recipe).layers]
+    return Recipe(tuple(layers)) if layers else None
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> Recipe:
+    """The recipe that plain JSON holds.
+
+    Raises:
+        TypeError, ValueError: it holds none, or one of a newer version; the message says where.
+    """
     if not isinstance(recipe, Mapping):
         raise GrkanTypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
     version, layers = recipe.get("version"), recipe.get("layers")
@@ -87,176 +189,185 @@ def check_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     if version > RECIPE_VERSION:
         raise GrkanValueError(f"recipe has version {version}, this grkan knows up to {RECIPE_VERSION}: upgrade grkan")
+    checked = tuple(_layer(f"layer {i} of recipe", layer) for i, layer in enumerate(layers))
     seen: set[str] = set()
-    for layer in layers:
-        _check_layer(layer)
-        own = {name for name in layer["parts"].values() if name is not None}
+    for layer in checked:
+        own = {name for name in (layer.linear, layer.activation) if name is not None}
         if own & seen:
             raise GrkanValueError(f"recipe must have each part in one layer; {min(own & seen)} is in two")
         seen |= own
-    return recipe
+    return Recipe(checked)
 
 
-def _check_layer(layer: Any) -> None:
-    try:
-        known = isinstance(layer["name"], str) and set(layer["parts"]) == set(_PARTS[layer["layout"]])
-        known = known and all(isinstance(layer[act], Mapping) for act in ("act1", "act2"))
-        for part, name in layer["parts"].items():
-            known = known and (isinstance(name, str) or (name is None and part in _OPTIONAL))
-    except (AttributeError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise GrkanValueError(f"recipe must have layers as grkan.convert_ writes them; got {json.dumps(layer)[:200]}")
+_TEXT, _WHOLE, _LIST = ((str,), "a string"), ((int,), "an integer"), ((list, tuple), "a list")
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": _TEXT,
+    "layout": _TEXT,
+    "linear": ((str, type(None)), "a string or null"),
+    "activation": _TEXT,
+    "act1": ((Mapping, type(None)), "an object or null"),
+    "act2": ((Mapping,), "an object"),
+    "init": _TEXT,
+    "width": _WHOLE,
+    "num_groups": _WHOLE,
+    "numerator": _LIST,
+    "denominator": _LIST,
+    "order": _LIST,
+    "form": _TEXT,
+    "channel_dim": _WHOLE,
+}
+"""What the fields of the records are in JSON."""
 
 
-def linear_kind(module: Any) -> str | None:
-    """What stands for a linear layer here: "linear", "conv1d" (GPT-2's), or None.
+def _layer(where: str, value: Any) -> LayerRecipe:
+    given = _fields(where, LayerRecipe, value)
+    for act in ("act1", "act2"):
+        if given[act] is not None:
+            given[act] = FunctionRecipe(**_fields(f"{act} in {where}", FunctionRecipe, given[act]))
+    layer = LayerRecipe(**given)
+    if layer.layout not in LAYOUTS:
+        raise GrkanValueError(f"layout in {where} must be one of {', '.join(LAYOUTS)}; got {layer.layout!r}")
+    for name in ("linear", "act1"):
+        if (getattr(layer, name) is None) != (layer.layout == "activation"):
+            raise GrkanValueError(
+                f"{name} in {where} must be null for the layout 'activation', and for no other; "
+                f"got {reprlib.repr(given[name])} for {layer.layout!r}"
+            )
+    inside = f"{layer.name}." if layer.name else ""
+    if layer.layout == "grkan" and (layer.linear, layer.activation) != (f"{inside}fc1", f"{inside}act"):
+        raise GrkanValueError(
+            f"linear and activation in {where} must be {inside}fc1 and {inside}act for the layout 'grkan'; "
+            f"got {layer.linear} and {layer.activation}"
+        )
+    return layer
 
-    A subclass with a forward of its own (quantised, with adapters), an instance with one (Accelerate's offloading) and
-    a parametrised one compute something else, and are none.
-    """
-    if not isinstance(module, nn.Module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
-        return None
-    if type(module).forward is nn.Linear.forward:
-        return "linear"
-    weight = getattr(module, "weight", None)
-    named = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-    return "conv1d" if named and isinstance(weight, nn.Parameter) and weight.dim() == 2 else None
 
-
-def linear_width(module: Any) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer or of a 1x1 convolution, of whatever class; None for anything else."""
-    if linear_kind(module) == "conv1d":
-        return tuple(module.weight.shape)
-    if isinstance(module, nn.Conv2d):
-        plain = module.kernel_size == (1, 1) == module.stride and module.padding == (0, 0) and module.groups == 1
-        return (module.in_channels, module.out_channels) if plain else None
-    width = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    is_layer = isinstance(module, nn.Module) and all(isinstance(number, int) for number in width)
-    return width if is_layer else None  # type: ignore[return-value]
+def _fields(where: str, kind: Any, value: Any) -> dict[str, Any]:
+    """A mapping with what a record needs, and nothing else."""
+    if not isinstance(value, Mapping):
+        raise GrkanValueError(f"{where} must be an object, as grkan.convert_ writes it; got {reprlib.repr(value)}")
+    wanted = [field.name for field in fields(kind)]
+    if set(value) != set(wanted):
+        raise GrkanValueError(f"{where} must have {', '.join(wanted)}; got {', '.join(map(str, value))}")
+    for name in wanted:
+        kinds, words = _FIELDS[name]
+        if not isinstance(value[name], kinds) or isinstance(value[name], bool):
+            raise GrkanValueError(f"{name} in {where} must be {words}; got {reprlib.repr(value[name])}")
+    return dict(value)
 
 
 class _Plan:
     """One layer of a recipe, bound to the modules of a model and checked against them."""
 
-    def __init__(self, layer: Mapping[str, Any], modules: Mapping[str, nn.Module], model: nn.Module) -> None:
-        self.layer, self.name, self.layout, self.parts = layer, layer["name"], layer["layout"], layer["parts"]
+    def __init__(self, layer: LayerRecipe, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+        self.layer = layer
         try:
             self.bind(modules)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise GrkanValueError(
-                f"recipe does not fit the model, a {type(model).__name__}, at {self.name or 'its root'}: {reason}"
-            ) from None
+                f"recipe does not fit the model, a {type(model).__name__}, at {layer.name or 'its root'}: {reason}"
+            ) from error
 
     def bind(self, modules: Mapping[str, nn.Module]) -> None:
-        if isinstance(modules.get(self.name), GRKAN):
+        layer = self.layer
+        if isinstance(modules.get(layer.name), GRKAN):
             raise GrkanValueError("it is a GRKAN already")
-        parent, _, self.slot = self.parts["act"].rpartition(".")
+        parent, _, self.slot = layer.activation.rpartition(".")
         self.parent = modules[parent]
-        if not callable(getattr(self.parent, self.slot, None)):
-            raise KeyError(self.parts["act"])
-        if isinstance(getattr(self.parent, self.slot), GroupRational):
-            raise GrkanValueError(f"{self.parts['act']} is a rational function already")
-        self.old = getattr(self.parent, self.slot)
-        self.fc1, self.fc2 = (modules[self.parts[fc]] if fc in self.parts else None for fc in ("fc1", "fc2"))
-        self.between = {part: modules[self.parts[part]] for part in _OPTIONAL if self.parts.get(part) is not None}
-        for fc, act in (("fc1", "act1"), ("fc2", "act2")):
-            if fc in self.parts:
-                self.check_linear(getattr(self, fc), self.parts[fc], self.layer[act])
-        self.acts = []
-        for act, module in (("act1", self.fc1), ("act2", self.fc2 or self.parent)):
-            coefficients = self.layer[act]
-            self.acts.append(_rational(coefficients, module) if coefficients else None)
-        if self.acts[1] is None or (self.layout != "activation" and self.acts[0] is None):
-            raise GrkanValueError("it has no coefficients")
-        if self.layout == "grkan":
-            self.container = modules[self.name]
-            children = {id(child) for child in self.container.children()}
-            ours = {id(self.fc1), id(self.fc2), id(self.old), *map(id, self.between.values())}
-            if children != ours:
-                raise GrkanValueError(f"it is a {type(self.container).__name__} with other parts")
+        self.old = getattr(self.parent, self.slot, None)
+        if not callable(self.old):
+            raise KeyError(layer.activation)
+        if isinstance(self.old, GroupRational):
+            raise GrkanValueError(f"{layer.activation} is a rational function already")
+        self.first = None if layer.linear is None else modules[layer.linear]
+        if self.first is not None and layer.act1 is not None:
+            self.check_linear(self.first, layer.linear, layer.act1.width)
+            self.act1 = layer.act1.build(self.first)
+        self.act2 = layer.act2.build(self.first or self.parent)
+        if layer.layout == "linear":
+            parent, _, self.key = str(layer.linear).rpartition(".")
+            self.holder = modules[parent]
+        if layer.layout == "grkan":
+            keys = list(self.parent._modules)
+            if keys != [key for key in TIMM_ORDER if key in keys] or "fc2" not in keys:
+                raise GrkanValueError(f"it is a {type(self.parent).__name__} with other parts")
+            self.check_linear(self.parent.fc2, f"{layer.name}.fc2", layer.act2.width)
 
-    def check_linear(self, fc: Any, name: str, act: Mapping[str, Any]) -> None:
+    def check_linear(self, fc: Any, name: str | None, inputs: int) -> None:
         if isinstance(fc, RationalLinear):
             raise GrkanValueError(f"{name} is converted already")
         width = linear_width(fc)
-        if width is None or (self.layout == "linears" and linear_kind(fc) is None):
+        if width is None or (self.layer.layout == "linear" and linear_kind(fc) is None):
             raise GrkanValueError(f"{name} is no plain linear layer but a {type(fc).__name__}")
-        if width[0] != act["width"]:
-            raise GrkanValueError(f"{name} takes {width[0]} channels instead of {act['width']}")
+        if width[0] != inputs:
+            raise GrkanValueError(f"{name} takes {width[0]} channels instead of {inputs}")
 
     def apply(self, undo: ExitStack) -> None:
-        first, second = self.acts
-        assert second is not None
-        if self.layout == "grkan":
+        _adopt_hooks(self.old, self.act2)
+        self.act2.train(self.parent.training)
+        if self.layer.layout == "grkan":
             self.become_grkan(undo)
-        elif self.layout == "activation":
-            second.train(self.parent.training)
-            _adopt_hooks(self.old, second)
-            self.replace_activation(second, undo)
-        else:
-            assert first is not None
-            _become_rational_linear(self.fc1, first, undo)
-            _become_rational_linear(self.fc2, second, undo)
-            self.replace_activation(nn.Identity(), undo)
+            return
+        if self.layer.layout == "linear":
+            self.wrap_linear(undo)
+        self.replace_activation(undo)
 
-    def replace_activation(self, new: nn.Module, undo: ExitStack) -> None:
+    def wrap_linear(self, undo: ExitStack) -> None:
+        assert self.first is not None
+        _restore_attribute(self.first, "reset_parameters", undo)
+        undo.callback(self.holder._modules.__setitem__, self.key, self.first)
+        self.holder._modules[self.key] = RationalLinear.around(self.act1, self.first)
+
+    def replace_activation(self, undo: ExitStack) -> None:
         parent, slot, old = self.parent, self.slot, self.old
-        new.train(parent.training)
         children, attributes = parent._modules, vars(parent)
         if slot in children:
-            children[slot] = new
             undo.callback(children.__setitem__, slot, old)
         else:  # a function; the module that takes its place is a child
-            del attributes[slot]
-            children[slot] = new
-            undo.callback(attributes.__setitem__, slot, old)
+            undo.callback(attributes.__setitem__, slot, attributes.pop(slot))
             undo.callback(children.pop, slot)
+        children[slot] = self.act2
         if getattr(parent, "activation_relu_or_gelu", 0):
             # PyTorch's encoder layer would leave a new activation out on its fast path.
-            undo.callback(setattr, parent, "activation_relu_or_gelu", parent.activation_relu_or_gelu)
+            _restore_attribute(parent, "activation_relu_or_gelu", undo)
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
     def become_grkan(self, undo: ExitStack) -> None:
-        container, (first, second) = self.container, self.acts
-        assert second is not None
-        _adopt_hooks(self.old, second)
-        drops = {part: self.between.get(part) or nn.Dropout(0.0) for part in ("drop1", "drop2")}
-        norm = self.between.get("norm") or nn.Identity()
-        children: dict[str, Any] = {
-            "act1": first, "fc1": self.fc1, "act2": second, "drop1": drops["drop1"], "norm": norm, "fc2": self.fc2,
-            "drop2": drops["drop2"],
-        }  # fmt: skip
-        for child in children.values():
-            if child not in container.children():
-                child.train(container.training)
-        _change_class(container, GRKAN, children, undo)
+        container = self.parent
+        for fc in (container.fc1, container.fc2):
+            _restore_attribute(fc, "reset_parameters", undo)
+        attributes, children, kind = dict(vars(container)), dict(container._modules), type(container)
+
+        def restore() -> None:
+            vars(container).clear()
+            vars(container).update(attributes)
+            container._modules.clear()
+            container._modules.update(children)
+            container.__class__ = kind
+
+        undo.callback(restore)
+        others = {"drop1": nn.Dropout(0.0), "norm": nn.Identity(), "drop2": nn.Dropout(0.0)}
+        for new in (self.act1, *others.values()):
+            new.train(container.training)
+        parts = {**others, **children}
+        container._modules.clear()
+        container._modules.update(
+            act1=self.act1, fc1=parts["fc1"], act2=self.act2, drop1=parts["drop1"], norm=parts["norm"],
+            fc2=parts["fc2"], drop2=parts["drop2"],
+        )  # fmt: skip
+        container.__class__ = GRKAN
         container.weight_init = "variance_preserving"  # type: ignore[assignment]
+        container.remember_start()  # type: ignore[operator]
 
 
-def _become_rational_linear(fc: Any, act: GroupRational, undo: ExitStack) -> None:
-    kind, width = linear_kind(fc), linear_width(fc)
-    assert width is not None
-    act.train(fc.training)
-    _change_class(fc, RationalConv1D if kind == "conv1d" else RationalLinear, {"act": act}, undo)
-    fc.in_features, fc.out_features = width
-
-
-def _change_class(module: nn.Module, kind: type[nn.Module], children: dict[str, Any], undo: ExitStack) -> None:
-    attributes, old_children, old_kind = dict(vars(module)), dict(module._modules), type(module)
-
-    def restore() -> None:
-        vars(module).clear()
-        vars(module).update(attributes)
-        module._modules.clear()
-        module._modules.update(old_children)
-        module.__class__ = old_kind
-
-    undo.callback(restore)
-    module._modules.clear()
-    module._modules.update(children)
-    module.__class__ = kind
+def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:
+    """Let `undo` bring an attribute of a module back to what it is now, which may be nothing."""
+    attributes = vars(module)
+    if name in attributes:
+        undo.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        undo.callback(attributes.pop, name, None)
 
 
 def _adopt_hooks(old: Any, new: nn.Module) -> None:
@@ -264,24 +375,3 @@ def _adopt_hooks(old: Any, new: nn.Module) -> None:
     for name, value in vars(old).items() if isinstance(old, nn.Module) else ():
         if "_hooks" in name and ("forward" in name or "backward" in name):
             new.__dict__[name] = value
-
-
-def _rational(act: Mapping[str, Any], like: Any) -> GroupRational:
-    """The function that a recipe describes, where the parameters of `like` are."""
-    check_groups("width", act["width"], act["num_groups"])
-    if act["channel_dim"] not in (-1, 1) or not isinstance(act["init"], str):
-        raise GrkanValueError(
-            f"channel_dim must be -1 or 1, and init a name; got {act['channel_dim']!r}, {act['init']!r}"
-        )
-    parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
-    rational = GroupRational(
-        act["num_groups"],
-        (act["numerator"], act["denominator"]),
-        tuple(act["order"]),
-        act["form"],
-        channel_dim=act["channel_dim"],
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
-    rational.init_name = act["init"]
-    return rational

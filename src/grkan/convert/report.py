@@ -16,7 +16,7 @@ class ConversionReport:
 
     layers: list[dict[str, Any]]
     """For each converted MLP:
-    name; modules: the names of its parts; layout: "grkan", "linears" or "activation", see `grkan.convert.recipe`;
+    name; modules: the names of its parts; layout: "grkan", "linear" or "activation", see `grkan.convert.recipe`;
     activation: what its function was; order, form; groups: those of the second function, or of the only one;
     interval: (low, high), what its inputs cover, or are expected to; samples: scalars of the calibration, 0 without;
     max_error: the largest |F - f| on the interval, of all groups; rms_error: the root mean square of F - f over the

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRKAN, GroupRational, RationalLinear
+from ..nn.kinds import linear_kind, linear_width
 from ..nn.modes import evaluating
 from ..rational import table
-from .recipe import linear_kind, linear_width
-
-_TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+from .recipe import TIMM_ORDER
 
 
 @dataclass
@@ -59,8 +58,8 @@ class Site:
         """The names of the parts that are there."""
         return [name for name in self.parts.values() if name is not None]
 
-    def keep_linears(self) -> None:
-        """Leave the linear layers alone: something lies between the activation and the second one."""
+    def keep_linear(self) -> None:
+        """Leave the first linear layer alone, for the activation is no part of an MLP that is known well enough."""
         self.layout, self.parts = "activation", {"act": self.parts["act"]}
 
 
@@ -85,13 +84,11 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
                 sites.append(finder.site(name, parent, slot, activation))
             except _NotFoundError as reason:
                 skipped.append((full, f"{activation.name}: {reason}"))
-    used = Counter(id(fc) for site in sites if site.layout == "linears" for fc in (site.first, site.second))
+    used = Counter(id(site.first) for site in sites if site.layout == "linear")
     for site in sites:
-        # A linear layer with several places in the model can have one function alone in front of it.
-        if site.layout == "linears" and any(
-            used[id(fc)] > 1 or finder.places[id(fc)] > 1 for fc in (site.first, site.second)
-        ):
-            site.keep_linears()
+        # A linear layer with several places in the model cannot have one function in front of it.
+        if site.layout == "linear" and (used[id(site.first)] > 1 or finder.places[id(site.first)] > 1):
+            site.keep_linear()
     return sites, skipped
 
 
@@ -177,19 +174,18 @@ class _Finder:
         raise _NotFoundError("no two linear layers around it whose widths match")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """A module that is nothing but fc1, act, drop1, norm, fc2, drop2: timm's Mlp, or a plain Sequential."""
+        """A module that is nothing but fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
         if slot not in parent._modules or parent._parameters or parent._buffers or "forward" in vars(parent):
             return None
-        sequential = type(parent).forward is nn.Sequential.forward
-        parts = _in_sequence(parent, slot) if sequential else _in_timm_order(parent, slot)
+        parts = _in_timm_order(parent, slot)
         if parts is None:
             return None
-        first, second = (parent.get_submodule(parts[fc] or "") for fc in ("fc1", "fc2"))
+        first, second = parent.get_submodule("fc1"), parent.get_submodule("fc2")
         inner, outer = linear_width(first), linear_width(second)
         if inner is None or outer is None or inner[1] != outer[0]:
             return None
         conv = isinstance(first, nn.Conv2d)
-        if conv is not isinstance(second, nn.Conv2d) or not (sequential or _computes(parent, parts, inner[0], conv)):
+        if conv is not isinstance(second, nn.Conv2d) or not _computes(parent, parts, inner[0], conv):
             return None
         full = {part: None if child is None else _join(name, child) for part, child in parts.items()}
         return Site(name, "grkan", full, parent, slot, activation, first, second, outer[0], 1 if conv else -1)
@@ -197,10 +193,12 @@ class _Finder:
     def around(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """The linear layers are children of the module that has the activation, too."""
         linears = [(key, child) for key, child in parent._modules.items() if linear_kind(child) is not None]
+        if not linears and any(isinstance(child, nn.Conv2d) for child in parent.children()):
+            return self.in_convolutions(name, parent, slot, activation)
         if type(parent).forward is nn.Sequential.forward:
             return self.in_sequential(name, parent, slot, activation)
         if not linears:
-            return self.in_convolutions(name, parent, slot, activation)
+            return None
         widths = {key: linear_width(child) or (0, 0) for key, child in linears}
         keys = list(widths)
         pairs = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :] if widths[a][1] == widths[b][0]]
@@ -214,19 +212,20 @@ class _Finder:
             raise _NotFoundError(f"several pairs of linear layers could belong to it: {', '.join(keys)}")
         if not pairs:
             return None
-        return self.linears(name, parent, slot, activation, _join(name, pairs[0][0]), _join(name, pairs[0][1]))
+        return self.linear(name, parent, slot, activation, _join(name, pairs[0][0]), _join(name, pairs[0][1]))
 
     def in_sequential(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """A part of a Sequential; between the activation and the second linear layer there is at most dropout."""
-        keys = [key for key, child in parent._modules.items() if not isinstance(child, (nn.Dropout, nn.Identity))]
-        at = keys.index(slot)
-        around = [parent._modules[key] for key in keys[max(at - 1, 0) : at + 2]]
-        if len(around) != 3 or linear_kind(around[0]) is None or linear_kind(around[2]) is None:
+        """A part of a Sequential; between the activation and the second linear layer are at most dropout and norms."""
+        children = {k: c for k, c in parent._modules.items() if not isinstance(c, (nn.Dropout, nn.Identity))}
+        keys = list(children)
+        before = keys[: keys.index(slot)][-1:]
+        behind = [key for key in keys[keys.index(slot) + 1 :] if not _is_norm(children[key])][:1]
+        if any(linear_kind(children[key]) is None for key in before + behind) or not (before and behind):
             raise _NotFoundError("its neighbours are no plain linear layers")
-        first, second = (linear_width(fc) for fc in around[::2])
-        if first is None or second is None or first[1] != second[0]:
+        inner, outer = linear_width(children[before[0]]), linear_width(children[behind[0]])
+        if inner is None or outer is None or inner[1] != outer[0]:
             raise _NotFoundError("the widths of the linear layers around it do not match")
-        return self.linears(name, parent, slot, activation, *(_join(name, keys[i]) for i in (at - 1, at + 1)))
+        return self.linear(name, parent, slot, activation, _join(name, before[0]), _join(name, behind[0]))
 
     def in_convolutions(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """Two 1x1 convolutions and one activation, with norms and dropout: the activation alone becomes rational."""
@@ -266,13 +265,13 @@ class _Finder:
                 second = _join(above, behind[0])
                 outer = linear_width(self.modules.get(second))
                 if outer is not None and outer[0] == width[1]:
-                    return self.linears(
+                    return self.linear(
                         above, parent, slot, activation, _join(name, linears[0]), second, _join(name, slot)
                     )
             break
         return None
 
-    def linears(
+    def linear(
         self,
         name: str,
         parent: nn.Module,
@@ -285,10 +284,9 @@ class _Finder:
         first, second = self.modules[fc1], self.modules[fc2]
         width = (linear_width(second) or (0, 0))[0]
         parts: dict[str, str | None] = {"fc1": fc1, "act": act or _join(name, slot), "fc2": fc2}
-        site = Site(name, "linears", parts, parent, slot, activation, first, second, width)
-        # A hook on the activation expects its output.
-        if _has_hooks(getattr(parent, slot)) or (act is None and not _follows(site)):
-            site.keep_linears()
+        site = Site(name, "linear", parts, parent, slot, activation, first, second, width)
+        if act is None and not _follows(site):
+            site.keep_linear()
         return site
 
     def gate(
@@ -330,37 +328,13 @@ def _is_norm(module: Any) -> bool:
     return named and isinstance(weight, Tensor) and weight.dim() == 1
 
 
-def _has_hooks(module: Any) -> bool:
-    return isinstance(module, nn.Module) and any(
-        value for name, value in vars(module).items() if "_hooks" in name and ("forward" in name or "backward" in name)
-    )
-
-
-def _in_sequence(parent: nn.Module, slot: str) -> dict[str, str | None] | None:
-    """The parts of Sequential(linear, act[, dropout][, norm], linear[, dropout])."""
-    keys = list(parent._modules)
-    if len(keys) < 3 or keys[1] != slot:
-        return None
-    parts: dict[str, str | None] = dict.fromkeys(_TIMM_ORDER)
-    parts |= {"fc1": keys[0], "act": slot}
-    rest = keys[2:]
-    for part, fits in (("drop1", _is_dropout), ("norm", _is_norm), ("fc2", linear_width), ("drop2", _is_dropout)):
-        if rest and fits(parent._modules[rest[0]]):
-            parts[part] = rest.pop(0)
-    return parts if parts["fc2"] is not None and not rest else None
-
-
-def _is_dropout(module: Any) -> bool:
-    return isinstance(module, nn.Dropout)
-
-
 def _in_timm_order(parent: nn.Module, slot: str) -> dict[str, str | None] | None:
     keys = list(parent._modules)
-    if slot != "act" or any(key not in _TIMM_ORDER for key in keys) or not {"fc1", "fc2"} <= set(keys):
+    if slot != "act" or any(key not in TIMM_ORDER for key in keys) or not {"fc1", "fc2"} <= set(keys):
         return None
-    if keys != [key for key in _TIMM_ORDER if key in keys] or any(child is None for child in parent._modules.values()):
+    if keys != [key for key in TIMM_ORDER if key in keys] or any(child is None for child in parent._modules.values()):
         return None
-    return {key: key if key in keys else None for key in _TIMM_ORDER}
+    return {key: key if key in keys else None for key in TIMM_ORDER}
 
 
 def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
@@ -406,6 +380,15 @@ def _follows(site: Site) -> bool:
     return watched.agrees is not False
 
 
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order."""
+    if x is y or x.numel() != y.numel():
+        return x is y
+    if x.is_nested or y.is_nested:
+        return x.is_nested and y.is_nested and all(map(torch.equal, x.unbind(), y.unbind()))
+    return torch.equal(x.reshape(-1), y.reshape(-1))
+
+
 class Watched(nn.Module):
     """In place of an activation while it is entered: calls it, hands its input on, and sees where the output goes.
 
@@ -445,9 +428,7 @@ class Watched(nn.Module):
         if not self.watching:
             return
         x, y, self.output = inputs[0] if inputs else None, self.output, None
-        same = False
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() == y.numel():
-            same = x is y or torch.equal(x.reshape(-1), y.reshape(-1))
+        same = isinstance(x, Tensor) and isinstance(y, Tensor) and _equal(x, y)
         self.followed += same
         self.strangers += not same
 

@@ -1,6 +1,7 @@
 """Models: Kolmogorov-Arnold Transformers in timm's registry, model files, and counts of operations.
 
-The transformers need timm: importing `grkan.models.kat` registers them, which `import grkan` does where timm is there.
+The transformers need timm. Importing `grkan.models.kat` registers them; after `import grkan` that happens as soon as
+timm is imported.
 """
 
 from .files import load_model, read_metadata, save_model

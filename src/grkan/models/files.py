@@ -5,18 +5,20 @@ The metadata is one JSON document under the key "grkan", see `metadata.py`. Noth
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..convert.recipe import apply_recipe, check_recipe
+from ..convert.recipe import apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
+from ..nn.wrappers import is_sharded, plain_name, unwrap
 from ..rational.arguments import check_module
 from ..writing import replacing
+from .build import WrongArgumentsError, build_model
 from .metadata import NOT_ARCHITECTURE, ModelMetadata, describe_model, forms, parse_metadata
 
 _KEY = "grkan"
@@ -25,6 +27,7 @@ _KEY = "grkan"
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor] | None = None,
     *,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
@@ -38,7 +41,10 @@ def save_model(
         model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
             arguments are known; the weights of any other can be loaded into a module that is there already. Tied
             weights stay tied, dtypes stay what they are. What `grkan.convert_` did to the model is in the file, too.
+            Of a wrapper (DDP, DataParallel, FSDP, torch.compile, an average of the weights) it is the model inside.
         path: the file; replaced if it exists. Its folder must exist.
+        state_dict: the weights, where the model does not hold them whole, as a sharded one: what
+            `torch.distributed.checkpoint.state_dict.get_model_state_dict` or Accelerate's `get_state_dict` gather.
         classes: the names of the outputs; None: those of the file that the model was loaded from, if any.
         preprocessing: how images become inputs, as JSON; None: that of the file that the model was loaded from, else
             what timm says of the model (input_size, interpolation, mean, std, crop_pct, crop_mode).
@@ -49,11 +55,13 @@ def save_model(
         ImportError: safetensors is missing.
         FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
         TypeError: an argument is of a wrong type; an element of arguments, or preprocessing, is not JSON.
-        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device).
+        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device), or a
+            part of it alone; or state_dict has not the names of the model.
     """
     safetensors = _safetensors()
     path = _check_path(path)
-    _check_data(check_module("model", model))
+    weights = _weights(check_module("model", model), state_dict)
+    model = unwrap(model)
     for name, value in (("preprocessing", preprocessing), ("arguments", arguments)):
         if value is not None and not isinstance(value, Mapping):
             raise GrkanTypeError(f"{name} must be a mapping; got {value!r}")
@@ -62,7 +70,8 @@ def save_model(
     metadata = describe_model(model, classes, preprocessing, arguments)
     try:
         with replacing(path) as temporary:
-            safetensors.torch.save_model(model, str(temporary), metadata={_KEY: json.dumps(metadata)})
+            # It asks a model for its state dict, and nothing else.
+            safetensors.torch.save_model(weights, str(temporary), metadata={_KEY: json.dumps(metadata)})
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -88,24 +97,22 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
             says which.
     """
     path = _check_path(path)
-    built = model is None
     if model is not None:
-        _check_data(check_module("model", model))
+        _check_data(check_module("model", model).state_dict())
     metadata, state = _read(path, tensors=True)
-    if model is None:
-        model = _build(metadata, path)
-    undo = _repeat_conversion(model, metadata, path)
+    inner = _build(metadata, path) if model is None else unwrap(model)
+    undo = _repeat_conversion(inner, metadata, path)
     try:
-        _check_weights_fit(model, metadata, state, path)
+        _check_weights_fit(inner, metadata, state, path)
     except ValueError:
         undo()
         raise
-    if built:
-        for name, tensor in model.state_dict(keep_vars=True).items():
+    if model is None:
+        for name, tensor in inner.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state)
-    model.grkan_metadata = metadata  # type: ignore[assignment]
-    return model.eval()
+    inner.load_state_dict(state)
+    inner.grkan_metadata = metadata  # type: ignore[assignment]
+    return (inner if model is None else model).eval()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata:
@@ -123,9 +130,58 @@ def _check_path(path: Any) -> Path:
     return Path(path)
 
 
-def _check_data(model: nn.Module) -> None:
-    if meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+def _check_data(state: Mapping[str, Tensor]) -> None:
+    if meta := [name for name, t in state.items() if t.is_meta]:
         raise GrkanValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+
+
+class _Weights:
+    """What safetensors asks a model for."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+
+def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weights:
+    """The weights of a model under its own names, whatever is wrapped around it or around its parts."""
+    if state_dict is None:
+        state = _plain_names(unwrap(model).state_dict())
+        if sharded := [name for name, t in state.items() if is_sharded(t) or "_flat_param" in name]:
+            raise GrkanValueError(
+                f"model must hold its weights whole, and its {sharded[0]} is sharded; gather a state dict in all "
+                "processes, and save in one of them: save_model(model, path, state_dict)"
+            )
+    else:
+        if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
+            raise GrkanTypeError(f"state_dict must be a mapping of names to tensors; got {reprlib.repr(state_dict)}")
+        outer = "module." if model is not unwrap(model) else ""
+        state = {name.removeprefix(outer): tensor for name, tensor in _plain_names(state_dict).items()}
+        # Asked for its names, FSDP1 would gather what it shards, and wait for the other processes.
+        if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            expected = _plain_names(unwrap(model).state_dict()).keys()
+            if wrong := expected ^ state.keys():
+                raise GrkanValueError(
+                    f"state_dict must have the names of the model; {min(wrong)} and {len(wrong) - 1} others are in one "
+                    "of them alone"
+                )
+    _check_data(state)
+    return _Weights(_without_padding(state))
+
+
+def _without_padding(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors that are a part of their memory, as gathered ones can be; safetensors refuses these."""
+    copies: dict[Any, Tensor] = {}  # tied weights stay tied
+    for name, t in state.items():
+        if t.untyped_storage().nbytes() != t.numel() * t.itemsize:
+            state[name] = copies.setdefault((t.data_ptr(), t.shape, t.stride()), t.clone())
+    return state
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in state.items()}
 
 
 def _safetensors() -> Any:
@@ -133,6 +189,8 @@ def _safetensors() -> Any:
         import_module("safetensors.torch")
         return import_module("safetensors")
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "safetensors":
+            raise
         raise GrkanImportError('model files need safetensors; install it with: pip install "grkan[models]"') from error
 
 
@@ -175,24 +233,22 @@ def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
     # How the weights started is of no use here, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
     try:
-        with torch.device("cpu"):
-            model = timm.create_model(name, **wanted)
-    except Exception as error:  # whatever a model makes of arguments that it does not take
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {reason}") from error
-    model.grkan_arguments = arguments
+        model = build_model(name, wanted)
+    except WrongArgumentsError as error:
+        raise GrkanValueError(f"{path} holds a {name!r} that cannot be built: {error}") from error
+    model.grkan_arguments = arguments  # type: ignore[assignment]
     return model
 
 
 def _repeat_conversion(model: nn.Module, metadata: ModelMetadata, path: Path) -> Callable[[], None]:
     """Convert a model as the one in the file was, if it is not converted yet; how to undo it."""
     recipe = metadata["conversion"]
-    if recipe is None or hasattr(model, "grkan_conversion"):
+    if recipe is None or recipe_of(model) is not None:
         return lambda: None
     try:
         return apply_recipe(model, check_recipe(recipe))
-    except (TypeError, ValueError) as error:
-        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from None
+    except (GrkanTypeError, GrkanValueError) as error:
+        raise GrkanValueError(f"{path} holds a converted model, of which the {error}") from error
 
 
 def _check_weights_fit(model: nn.Module, metadata: ModelMetadata, state: dict[str, Tensor], path: Path) -> None:

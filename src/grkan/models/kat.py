@@ -1,6 +1,7 @@
 """Kolmogorov-Arnold Transformers in timm's registry, and what the small ones are compared with.
 
-Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`.
+Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`. The names of models that are no KAT
+begin with grkan_, so that they get in nobody's way.
 """
 
 import inspect
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRKAN, no_weight_decay, variance_gain
-from ..nn.init import WEIGHT_INITS, init_linear_
+from ..nn.init import WEIGHT_INITS, assign_, init_linear_
 from ..rational.arguments import check_choice
 from .spline import SplineMlp
 
@@ -77,7 +78,7 @@ class KAT(VisionTransformer):
         }
         try:
             inspect.signature(mlp_layer).bind_partial(**arguments)
-        except TypeError:
+        except (TypeError, ValueError):  # ValueError: a builtin, of which Python does not know the arguments
             raise GrkanTypeError(
                 f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
             ) from None
@@ -113,30 +114,27 @@ class MimeticAttention(Attention):
 
     def init_weights(self) -> None:
         """Draw the weights again."""
-        with torch.no_grad():
-            # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
-            query, key, value = self.qkv.weight.chunk(3)
-            for q, k in zip(query.split(self.head_dim), key.split(self.head_dim), strict=True):
-                left, right = _factors(q, 0.7, 0.7)
-                q.copy_(left.T)
-                k.copy_(right.T)
-            left, right = _factors(value, 0.4, -0.4)
-            value.copy_(left.T)
-            self.proj.weight.copy_(right)
-            for layer in (self.qkv, self.proj):
-                if layer.bias is not None:
-                    layer.bias.zero_()
+        # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
+        weight = self.qkv.weight
+        heads = [_factors(weight, self.head_dim, 0.7, 0.7) for _ in range(self.num_heads)]
+        query, key = zip(*heads, strict=True)
+        value, out = _factors(weight, weight.shape[0] // 3, 0.4, -0.4)
+        assign_(weight, torch.cat([*query, *key, value], dim=1).T, src_rank=0)
+        assign_(self.proj.weight, out, src_rank=0)
+        for layer in (self.qkv, self.proj):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def reset_parameters(self) -> None:
         """The same as `init_weights`."""
         self.init_weights()
 
 
-def _factors(like: Tensor, noise: float, identity: float) -> tuple[Tensor, Tensor]:
-    """L, R of (d, r): L R^T is the best approximation of rank r to noise Z + identity I; `like` has shape (r, d)."""
-    rank, width = like.shape
+def _factors(like: Tensor, rank: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+    """L, R of (d, rank): L R^T is the best approximation of that rank to noise Z + identity I; `like` has d columns."""
+    width = like.shape[1]
     if like.is_meta:
-        return like.T, like.T
+        return (torch.empty(width, rank, device="meta"),) * 2
     # Half types have no decomposition.
     placed: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     target = noise / width**0.5 * torch.randn(width, width, **placed) + identity * torch.eye(width, **placed)
@@ -213,12 +211,18 @@ default_cfgs = generate_default_cfgs(
         "kat_micro_patch2_8": _micro_cfg(1, 8),
         "kat_micro_patch4_28": _micro_cfg(1, 28),
         "kat_micro_patch4_32": _micro_cfg(3, 32),
-        "vit_micro_patch2_8": _micro_cfg(1, 8),
-        "vit_micro_patch4_28": _micro_cfg(1, 28),
-        "vit_kan_micro_patch4_28": _micro_cfg(1, 28),
-        "vit_micro_patch4_32": _micro_cfg(3, 32),
+        "grkan_vit_micro_patch2_8": _micro_cfg(1, 8),
+        "grkan_vit_micro_patch4_28": _micro_cfg(1, 28),
+        "grkan_vit_kan_micro_patch4_28": _micro_cfg(1, 28),
+        "grkan_vit_micro_patch4_32": _micro_cfg(3, 32),
     }
 )
+
+
+def twin_of(name: str) -> str:
+    """The name of the Vision Transformer of the size of a KAT of this module: timm's, or for the small ones our own."""
+    return ("grkan_" if "_micro_" in name else "") + name.replace("kat_", "vit_", 1)
+
 
 _MICRO: dict[str, Any] = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 
@@ -263,25 +267,25 @@ def kat_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> KAT:
 
 
 @register_model
-def vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch2_8`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
 
 
 @register_model
-def vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch4_28`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
-def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def grkan_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The Vision Transformer of the size of `kat_micro_patch4_32`; takes mlp_init, too."""
-    return _create(_vit, "vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
+    return _create(_vit, "grkan_vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
-def vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """`vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
+def grkan_vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`grkan_vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
     size = {"patch_size": 4, "mlp_ratio": 1.0, "mlp_layer": SplineMlp, **_MICRO}
-    return _create(VisionTransformer, "vit_kan_micro_patch4_28", pretrained, kwargs, **size)
+    return _create(VisionTransformer, "grkan_vit_kan_micro_patch4_28", pretrained, kwargs, **size)

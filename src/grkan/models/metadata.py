@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 from torch import nn
 
 from .._version import __version__
+from ..convert.recipe import recipe_of
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 
@@ -144,6 +145,7 @@ def describe_model(
                 f"classes must have a name for each of the model's {outputs} outputs; got {len(classes)}"
             )
     arguments = {key: value for key, value in (arguments or {}).items() if key not in NOT_ARCHITECTURE}
+    recipe = recipe_of(model)
     fields: ModelMetadata = {
         "format_version": FORMAT_VERSION,
         "grkan_version": __version__,
@@ -152,7 +154,7 @@ def describe_model(
         "classes": classes,
         "preprocessing": _as_json("preprocessing", preprocessing),
         "forms": forms(model),
-        "conversion": getattr(model, "grkan_conversion", None),
+        "conversion": None if recipe is None else recipe.to_dict(),
     }
     if problem := _problem(fields["preprocessing"] or {}, _PREPROCESSING_FIELDS):
         raise GrkanValueError(f"preprocessing: {problem}")

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import GrkanTypeError, GrkanValueError
-from ..nn import GroupRational, RationalLinear
+from ..nn import GroupRational
 from ..rational.arguments import check_module, check_positive
 
 
@@ -45,17 +45,16 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal paper
         if isinstance(module, GroupRational):
-            paper += inputs[0].numel() * _per_scalar(module)
-        elif isinstance(module, RationalLinear):  # its function is a part of it, and never called as a module
-            paper += inputs[0].numel() * _per_scalar(module.act)
-        if isinstance(module, nn.Linear):
+            m, n = module.order
+            paper += inputs[0].numel() * (2 * m + 2 * n + 3)
+        elif isinstance(module, nn.Linear):
             paper += output.numel() * module.in_features
         elif isinstance(module, _ConvNd):
             paper += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.LayerNorm):
             paper += inputs[0].numel() * 5
 
-    # A GRKAN runs its functions and linear layers as modules, where they can be counted, as soon as they have hooks.
+    # A layer runs its functions and linear layers as modules, where they can be counted, as soon as they have hooks.
     for module in twin.modules():
         if isinstance(module, (GroupRational, nn.Linear, _ConvNd, nn.LayerNorm)):
             module.register_forward_hook(add)
@@ -70,11 +69,6 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         "paper_operations": paper,
         "multiply_adds": counter.get_total_flops() // 2,
     }
-
-
-def _per_scalar(act: GroupRational) -> int:
-    m, n = act.order
-    return 2 * m + 2 * n + 3
 
 
 def _on_meta(t: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from ..rational.arguments import check_flag, check_module
 from ..writing import write_bytes
 
 try:
-    import timm
     from timm.models import clean_state_dict, load_state_dict
     from timm.models.vision_transformer import checkpoint_filter_fn
 except ModuleNotFoundError as error:
@@ -30,6 +29,7 @@ except ModuleNotFoundError as error:
     raise GrkanImportError('released checkpoints need timm; install it with: pip install "grkan[models]"') from error
 
 from . import kat  # noqa: F401  registers the models
+from .build import WrongArgumentsError, build_model
 from .metadata import NOT_ARCHITECTURE
 
 _MODELS = {192: "kat_tiny_patch16_224", 384: "kat_small_patch16_224", 768: "kat_base_patch16_224"}
@@ -66,21 +66,27 @@ def load_released_checkpoint(
     name, arguments = _architecture(state, source)
     if model_args.get("form", _FORM) != _FORM:
         raise GrkanValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
-    arguments |= {"form": _FORM, **model_args}
+    arguments |= {"form": _FORM}
     try:
-        with torch.device("cpu"):
-            model = timm.create_model(name, **arguments)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        model = build_model(name, {**arguments, **model_args}, right=arguments)
+    except WrongArgumentsError as error:
         raise GrkanValueError(f"model_args do not fit the {name} in {source}: {error}") from error
+    except (GrkanTypeError, GrkanValueError) as error:
+        raise GrkanValueError(f"{source} holds a {name} that cannot be built: {error}") from error
     own = model.state_dict()
     if "head.weight" in own and "head.weight" in state and own["head.weight"].shape != state["head.weight"].shape:
         state |= {key: own[key] for key in ("head.weight", "head.bias")}
-    elif "head.weight" not in own:
+    elif model_args.get("num_classes") == 0:
         state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    if unknown := [key for key in state if key.replace(".weight_", ".") not in own]:
+        raise GrkanValueError(f"{source} does not fit a {name}: {unknown[0]} is unknown")
+    state = checkpoint_filter_fn(state, model)  # position embeddings for another img_size
     try:
-        model.load_state_dict(checkpoint_filter_fn(state, model))
-    except (AssertionError, KeyError, RuntimeError) as error:
-        raise GrkanValueError(f"{source} does not fit a {name}: {' '.join(str(error).split())[:300]}") from None
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise GrkanValueError(f"{source} does not fit a {name}: {' '.join(str(error).split())[:300]}") from error
     return model.float().eval()
 
 
@@ -105,11 +111,13 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
             raise GrkanValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
         if module.order != (5, 4):
             raise GrkanValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
-        numerator = state.pop(f"{name}.numerator")
+        numerator, denominator = (rows.detach() for rows in module.coefficients())
         if not torch.equal(numerator, numerator[:1].expand_as(numerator)):
             raise GrkanValueError(f"the released layout has one numerator for all groups; those of {name} differ")
         state[f"{name}.weight_numerator"] = numerator[:1].clone()
-        state[f"{name}.weight_denominator"] = state.pop(f"{name}.denominator")
+        state[f"{name}.weight_denominator"] = denominator.clone()
+        for own in ("numerator", "denominator", "_extra_state"):
+            del state[f"{name}.{own}"]
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     # Made in memory: on a full disk both libraries have an error of their own, which hides the reason.
@@ -135,13 +143,17 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
         label = str(source)
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no checkpoint {label}")
+        with open(source, "rb"):  # or an OSError, as for want of permission; the loader has one for a damaged file, too
+            pass
         try:
             state = load_state_dict(label, use_ema)
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
             reason = " ".join(str(error).split()).partition(" No automatic")[0][:200]
             raise GrkanValueError(
                 f"{label} is damaged, no checkpoint, or would have to run code: {type(error).__name__}: {reason}"
-            ) from None
+            ) from error
     else:
         raise GrkanTypeError(f"path_or_state_dict must be a path or a mapping; got {type(source).__name__}")
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
@@ -151,15 +163,19 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
 
 def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
     """The name of the model that the weights are for, and the arguments in which it differs."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    numerator, denominator = (shapes.get(f"blocks.0.mlp.act1.weight_{part}") for part in ("numerator", "denominator"))
-    if numerator is None or denominator is None or len(numerator) != 2 or len(denominator) != 2:
+
+    def shape(key: str, dims: int) -> tuple[int, ...]:
+        """That of a tensor; zeros if it is missing or has other dimensions."""
+        found = tuple(state[key].shape) if key in state else ()
+        return found if len(found) == dims else (0,) * dims
+
+    numerator, denominator = (shape(f"blocks.0.mlp.act1.weight_{part}", 2) for part in ("numerator", "denominator"))
+    if 0 in numerator or 0 in denominator:
         kind = ": it looks like a Vision Transformer; grkan.convert_ makes a KAT of one" if "cls_token" in state else ""
         raise GrkanValueError(
             f"{source} holds no released KAT, which has blocks.0.mlp.act1.weight_numerator and weight_denominator{kind}"
         )
-    width, patch = (shapes.get(key, (0,)) for key in ("cls_token", "patch_embed.proj.weight"))
-    positions = shapes.get("pos_embed", (0, 0, 0))
+    width, patch, positions = shape("cls_token", 3), shape("patch_embed.proj.weight", 4), shape("pos_embed", 3)
     name = _MODELS.get(width[-1])
     side = round(max(positions[1] - 1, 0) ** 0.5)
     if name is None or patch[2:] != (_PATCH, _PATCH) or side * side != positions[1] - 1:
@@ -170,7 +186,7 @@ def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str,
         )
     blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
     arguments: dict[str, Any] = {
-        "num_classes": shapes.get("head.weight", (0,))[0],
+        "num_classes": shape("head.weight", 2)[0],
         "num_groups": denominator[0],
         "order": (numerator[1] - 1, denominator[1]),
         "share_numerator": numerator[0] == 1,

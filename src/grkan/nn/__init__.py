@@ -2,6 +2,8 @@
 
 from .grkan import GRKAN
 from .init import variance_gain
-from .rational import GroupRational, RationalConv1D, RationalLinear, no_weight_decay
+from .linear import RationalLinear
+from .parameters import no_weight_decay, param_groups
+from .rational import GroupRational
 
-__all__ = ["GRKAN", "GroupRational", "RationalConv1D", "RationalLinear", "no_weight_decay", "variance_gain"]
+__all__ = ["GRKAN", "GroupRational", "RationalLinear", "no_weight_decay", "param_groups", "variance_gain"]

@@ -17,9 +17,10 @@ from ..rational.arguments import (
     check_positive,
     check_probability,
 )
-from ..rational.op import rational_linear
-from .init import WEIGHT_INITS, init_linear_
-from .rational import GroupRational, initial_gain
+from .init import WEIGHT_INITS, initial_gain, remember_start
+from .kinds import is_plain
+from .linear import rational_then_linear
+from .rational import GroupRational
 
 
 class GRKAN(nn.Module):
@@ -105,17 +106,22 @@ class GRKAN(nn.Module):
         self.norm = nn.Identity() if norm_layer is None else _norm(norm_layer, hidden_features, placed)
         self.fc2 = linear(hidden_features, out_features, bias2)
         self.drop2 = nn.Dropout(drop2)
+        self.act1.width, self.act2.width = in_features, hidden_features
         self.init_weights()
 
     def init_weights(self) -> None:
         """Initialise everything under the layer: coefficients, linear layers and norm."""
-        for module in (self.act1, self.act2, *self.norm.modules()):
+        self.remember_start()
+        for module in (self.act1, self.fc1, self.act2, *self.norm.modules(), self.fc2):
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+
+    def remember_start(self) -> None:
+        """Tell fc1 and fc2 the gains of the functions in front of them, for their `reset_parameters`."""
         normed = not isinstance(self.norm, nn.Identity)
         for act, fc, preserved in ((self.act1, self.fc1, False), (self.act2, self.fc2, normed)):
             gain = 1.0 if preserved or self.weight_init != "variance_preserving" else initial_gain(act)
-            init_linear_(fc, gain, self.weight_init)
+            remember_start(fc, gain, self.weight_init)
 
     def reset_parameters(self) -> None:
         """The same as `init_weights`."""
@@ -123,35 +129,18 @@ class GRKAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as in the description of the class."""
-        x = _rational_then_linear(self.act1, self.fc1, x)
+        x = rational_then_linear(self.act1, self.fc1, x)
         if _does_nothing(self.drop1) and _does_nothing(self.norm):
-            x = _rational_then_linear(self.act2, self.fc2, x)
+            x = rational_then_linear(self.act2, self.fc2, x)
         else:
             x = self.fc2(self.norm(self.drop1(self.act2(x))))
         return self.drop2(x)
 
 
-def _rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
-    """linear(act(x)), in one operation where nobody could tell the difference."""
-    if _is_plain(act, GroupRational) and _is_plain(linear, nn.Linear):
-        return rational_linear(x, act.numerator, act.denominator, linear.weight, linear.bias, form=act.form)
-    return linear(act(x))
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module runs `kind.forward` and nothing else.
-
-    Not so for a subclass or a replacement (adapters, quantisation, parametrisations), with a hook (pruning, feature
-    extraction), or with a forward of its own (Accelerate's offloading).
-    """
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks and "forward" not in module.__dict__
-
-
 def _does_nothing(module: Any) -> bool:
-    if _is_plain(module, nn.Dropout):
+    if is_plain(module, nn.Dropout):
         return module.p == 0 or not module.training
-    return _is_plain(module, nn.Identity)
+    return is_plain(module, nn.Identity)
 
 
 def _norm(norm_layer: Any, features: int, placed: dict[str, Any]) -> nn.Module:

@@ -1,5 +1,7 @@
 """The variance-preserving start."""
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import GrkanTypeError, GrkanValueError
 from ..rational import reference, table
 from ..rational.arguments import check_form, evaluate, to_float64
+from .kinds import is_conv1d
 
 WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 
@@ -43,8 +46,8 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
             values = _evaluate(f, denominator, form, z)
         elif isinstance(f, str):
             values = table.exact(table.canonical_name(f, "function_or_numerator"))(z)
-        elif is_fit(f):
-            values = _evaluate(f.numerator, f.denominator, f.form, z)
+        elif (found := fitted(f)) is not None:
+            values = _evaluate(*found, z)
         elif callable(f):
             values = evaluate("function_or_numerator", f, z)
         else:
@@ -58,26 +61,77 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
     return 1.0 / power
 
 
-def is_fit(value: Any) -> bool:
-    """Whether value is a `RationalFit`, or has what makes one: to import the class would need SciPy."""
-    return all(hasattr(value, name) for name in ("numerator", "denominator", "form"))
+def fitted(value: Any) -> tuple[Any, Any, str] | None:
+    """Numerator, denominator and form of a `GroupRational`, of a `RationalFit` or of what looks like one; else None.
+
+    To import the classes would need SciPy here, or go round in circles.
+    """
+    if not all(hasattr(value, name) for name in ("numerator", "denominator", "form")):
+        return None
+    coefficients = value.coefficients() if hasattr(value, "coefficients") else (value.numerator, value.denominator)
+    return (*coefficients, value.form)
 
 
-def init_linear_(layer: nn.Linear | nn.Conv2d, gain: float, scheme: str = "variance_preserving") -> None:
+def initial_gain(act: Any) -> float:
+    """The gain of a module as it starts: not from its parameters, which hold no numbers on the meta device."""
+    if not hasattr(act, "initial_coefficients"):
+        return variance_gain(act)
+    return variance_gain(*act.initial_coefficients(), form=act.form)
+
+
+def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -> None:
     """Draw the weight of a linear layer, and set its bias to zero.
 
     Args:
-        layer: a linear layer, or a convolution.
+        layer: a linear layer, a convolution, or transformers' Conv1D.
         gain: alpha; "variance_preserving" draws from N(0, alpha / fan_in).
         scheme: "variance_preserving", or "trunc_normal": standard deviation 0.02 whatever the gain, which is what the
             initialisation of the released code comes to.
     """
+    weight = layer.weight
+    # A sharded weight is drawn whole: on a CPU, processes with the same seed would draw the same for different parts.
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
     if scheme == "trunc_normal":
-        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.trunc_normal_(drawn, std=0.02)
     else:
-        nn.init.normal_(layer.weight, std=(gain / layer.weight[0].numel()) ** 0.5)
+        fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
+        nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
+    if drawn is not weight:
+        assign_(weight, drawn, src_rank=0)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without an import of what defines these."""
+    return hasattr(tensor, "placements")
+
+
+def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> None:
+    """Set a parameter, whole or sharded, to values of its shape.
+
+    Args:
+        parameter: on any device; a DTensor takes its part.
+        values: of any dtype and device.
+        src_rank: whose values all processes take; None where they have the same.
+    """
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        values = values.to(sharded.device, sharded.dtype)
+        values = distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=src_rank)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preserving") -> None:
+    """Let `layer.reset_parameters()` be `init_linear_`, whoever calls it and when.
+
+    Sharders and deferred initialisation call it on all modules in any order. No subclass knows of the function in front
+    of it: quantisers and adapters go by the class. The partial refers to the layer, so its copy refers to the copy.
+    """
+    layer.reset_parameters = partial(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
 
 
 def _quadrature() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Modules around the rational function: alone, and in front of a linear layer."""
+"""The rational function as a module."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,15 +11,18 @@ from ..rational import reference, table
 from ..rational.arguments import (
     check_flag,
     check_form,
-    check_groups,
     check_integer,
-    check_module,
     check_order,
     check_positive,
     to_float64,
 )
-from ..rational.op import group_rational, rational_linear
-from .init import init_linear_, is_fit, variance_gain
+from ..rational.op import group_rational
+from .init import assign_, fitted, is_sharded
+
+_COEFFICIENTS = ("numerator", "denominator")
+
+# Bytes of the text that says what the coefficients in a state dict mean: of one length, so that shapes tell nothing.
+_EXTRA_STATE_BYTES = 64
 
 
 class GroupRational(nn.Module):
@@ -40,16 +43,24 @@ class GroupRational(nn.Module):
         device, dtype: of the coefficients; a dtype narrower than float32 gives float32.
 
     Attributes:
-        numerator: (G, m + 1), or (1, m + 1) if shared; a_0 first.
-        denominator: (G, n); b_1 first.
+        numerator: the parameter, 1-D: a_0 to a_m of the first group, then of the next; of one group if shared. A
+            vector, as biases are, so every rule by the number of dimensions (weight decay, Muon) is right for it.
+        denominator: the parameter, 1-D: b_1 to b_n of the first group, then of the next.
+        width: the channels of every input, where a layer around the function knows them; else None.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type, or has a value that does not fit the others.
         ImportError: `init` needs a fit, and SciPy is missing: the orders (5, 4) and (7, 6) of a name need none.
 
     Shape:
-        Any shape with the channels in `channel_dim`; the output has the shape and dtype of the input.
+        Any shape with the channels in `channel_dim`; the output has the shape and dtype of the input. A nested tensor
+        gives a nested tensor; its channels are counted from the last dimension.
     """
+
+    width: int | None
+
+    groups_are_local = False
+    """Whether the coefficients are DTensors of which a plain tensor meets its rank's own, see `grkan.GroupParallel`."""
 
     def __init__(
         self,
@@ -68,6 +79,7 @@ class GroupRational(nn.Module):
         self.form = check_form(form)
         self.channel_dim = check_integer("channel_dim", channel_dim)
         self.share_numerator = check_flag("share_numerator", share_numerator)
+        self.width = None
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise GrkanTypeError(f"dtype must be a floating dtype; got {dtype}")
@@ -77,25 +89,70 @@ class GroupRational(nn.Module):
         # Plain numbers: tensors would follow a default device, and so be lost under `torch.device("meta")`.
         self._initial = _initial_coefficients(init, self.order, form, rows, self.num_groups)
         m, n = self.order
-        self.numerator = nn.Parameter(torch.empty(rows, m + 1, device=device, dtype=dtype))
-        self.denominator = nn.Parameter(torch.empty(self.num_groups, n, device=device, dtype=dtype))
+        self.numerator = nn.Parameter(torch.empty(rows * (m + 1), device=device, dtype=dtype))
+        self.denominator = nn.Parameter(torch.empty(self.num_groups * n, device=device, dtype=dtype))
         self.reset_parameters()
 
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """The parameters as `grkan.group_rational` takes them: (G or 1, m + 1) and (G, n), views."""
+        m, n = self.order
+        numerator, denominator = self.numerator, self.denominator
+        # The number of rows is not asserted: a shard of the groups has fewer.
+        return numerator.view(-1, m + 1), denominator.view(-1, n) if n else denominator.view(self.num_groups, 0)
+
     def initial_coefficients(self) -> tuple[Tensor, Tensor]:
-        """The numerator and denominator of `init`, whatever was learned or loaded since: float64, on the CPU."""
+        """The coefficients of `init`, whatever was learned or loaded since: as `coefficients`, float64, on the CPU."""
         numerator, denominator = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in self._initial)
         return numerator, denominator
 
     def reset_parameters(self) -> None:
         """Set the coefficients to their initial values."""
-        numerator, denominator = self.initial_coefficients()
-        with torch.no_grad():
-            self.numerator.copy_(numerator)
-            self.denominator.copy_(denominator)
+        for parameter, rows in zip((self.numerator, self.denominator), self.initial_coefficients(), strict=True):
+            assign_(parameter, rows.flatten())
+
+    def init_weights(self) -> None:
+        """The same as `reset_parameters`, under the name that timm calls."""
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x)."""
-        return group_rational(x, self.numerator, self.denominator, form=self.form, channel_dim=self.channel_dim)
+        if isinstance(x, Tensor) and x.is_nested:
+            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()], layout=x.layout)
+        numerator, denominator = self.coefficients_for(x)
+        return group_rational(x, numerator, denominator, form=self.form, channel_dim=self.channel_dim)
+
+    def coefficients_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`coefficients`, after a check that x has as many channels as go with them.
+
+        Raises:
+            ValueError: it has more or fewer than `width`; of coefficients of a part of the groups, than their part.
+        """
+        sharded = self.groups_are_local and isinstance(x, Tensor) and not is_sharded(x)
+        numerator, denominator = self._local_coefficients() if sharded else self.coefficients()
+        # What a tracer hands over has no shape that could be compared.
+        if self.width is not None and isinstance(x, Tensor) and not torch.jit.is_tracing():
+            width = self.width * max(numerator.shape[0], denominator.shape[0]) // self.num_groups
+            if x.shape[self.channel_dim :][:1] != (width,):
+                raise GrkanValueError(
+                    f"x must have {width} channels in dimension {self.channel_dim}, those that this function was made "
+                    f"for; got shape {tuple(x.shape)}. If that is this rank's part of the channels, as in tensor "
+                    "parallelism, the plan needs grkan.GroupParallel() for this function"
+                )
+        return numerator, denominator
+
+    def _local_coefficients(self) -> tuple[Tensor, Tensor]:
+        """`coefficients` of this rank's groups; a shared numerator gets its gradient from all ranks."""
+        from torch.distributed.tensor import Partial
+
+        m, n = self.order
+        local = []
+        for parameter in (self.numerator, self.denominator):
+            sharded: Any = parameter
+            whole = all(placement.is_replicate() for placement in sharded.placements)
+            local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
+        numerator, denominator = local
+        rows = numerator.view(-1, m + 1)
+        return rows, denominator.view(-1, n) if n else denominator.view(len(rows), 0)
 
     def to_function(self, group: int) -> Callable[[Any], Any]:
         """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.
@@ -108,8 +165,8 @@ class GroupRational(nn.Module):
         if not 0 <= group < self.num_groups:
             raise GrkanValueError(f"group must lie in [0, {self.num_groups - 1}]; got {group}")
         numerator, denominator = (
-            rows[group : group + 1] if len(rows) > 1 else rows.clone()
-            for rows in (c.detach().to("cpu", torch.float64, copy=True) for c in (self.numerator, self.denominator))
+            rows[group if len(rows) > 1 else 0][None]
+            for rows in (c.detach().to("cpu", torch.float64, copy=True) for c in self.coefficients())
         )
         form = self.form
 
@@ -129,19 +186,77 @@ class GroupRational(nn.Module):
             text += f", channel_dim={self.channel_dim}"
         return text
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the released names, too: weight_numerator and weight_denominator."""
-        for new in ("numerator", "denominator"):
-            old = f"{prefix}weight_{new}"
-            if old not in state_dict:
+    def get_extra_state(self) -> Tensor:
+        """What the coefficients of a state dict mean: form, groups and order, as text in a uint8 tensor.
+
+        A tensor, because that is what savers, averages and sharders can handle; made anew, and no buffer, because
+        `to_empty` leaves garbage in those. It is where the coefficients are.
+        """
+        text = self._meaning().ljust(_EXTRA_STATE_BYTES).encode()
+        return torch.tensor(list(text), dtype=torch.uint8, device=self.numerator.device)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raise if a state dict is of another form, of other groups or of another order.
+
+        Raises:
+            ValueError: it is.
+        """
+        if problem := self._contradiction(state):
+            raise GrkanValueError(problem)
+
+    def _meaning(self) -> str:
+        return f"form {self.form}, groups {self.num_groups}, order {self.order}"
+
+    def _contradiction(self, state: Any) -> str | None:
+        if isinstance(state, Tensor) and state.is_meta:
+            return None
+        try:
+            # Whoever casts a state dict casts this, too; half types hold every byte exactly.
+            said = bytes(map(int, state.tolist())).decode().rstrip()
+        except (AttributeError, TypeError, ValueError):
+            return f"the extra state of a rational function must be a uint8 tensor of grkan's; got {state!r}"
+        if said == self._meaning():
+            return None
+        return f"the coefficients are for {said}; the model has {self._meaning()}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse what means another function; take the released names, too: weight_numerator and weight_denominator."""
+        extra = f"{prefix}_extra_state"
+        released = {name: state_dict.pop(f"{prefix}weight_{name}", None) for name in _COEFFICIENTS}
+        given = {prefix + name for name in _COEFFICIENTS} & state_dict.keys()
+        problems = []
+        if extra in state_dict and (problem := self._contradiction(state_dict[extra])):
+            problems.append(f"{prefix}numerator: {problem}")
+        for (name, value), own in zip(released.items(), self.coefficients(), strict=True):
+            if value is None:
                 continue
             if self.form != "sum_of_abs":
-                errors = args[-1]
-                errors.append(f"{old} is for the form 'sum_of_abs'; the model has {self.form!r}")
-            value, own = state_dict.pop(old), getattr(self, new)
-            fits = value.dim() == 2 and value.shape[1] == own.shape[1] and len(value) == 1
-            state_dict[prefix + new] = value.expand_as(own) if fits else value
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                problems.append(f"{prefix}weight_{name} is for the form 'sum_of_abs'; the model has {self.form!r}")
+            elif value.dim() != 2 or value.shape[1] != own.shape[1] or len(value) not in (1, len(own)):
+                problems.append(f"{prefix}weight_{name} has shape {tuple(value.shape)} instead of {tuple(own.shape)}")
+            else:
+                state_dict[prefix + name] = value.expand_as(own).flatten()
+        if problems:
+            error_msgs += problems
+            return
+        for name in _COEFFICIENTS:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.is_floating_point() and value.itemsize < 4:
+                state_dict[prefix + name] = value.float()  # with assign=True it would stay narrow
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if extra in missing_keys and not given:  # released weights, and a model from before its conversion, have none
+            missing_keys.remove(extra)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupRational":
         def wide(t: Tensor) -> Tensor:
@@ -150,93 +265,6 @@ class GroupRational(nn.Module):
             return t.to(result.device) if narrow else result
 
         return super()._apply(wide, recurse)
-
-
-class RationalLinear(nn.Linear):
-    """A rational function in front of a linear layer: y = F(x) W^T + b, by `grkan.rational_linear`.
-
-    The start preserves the variance: b = 0 and W ~ N(0, alpha / in_features), alpha being the function's
-    `grkan.variance_gain`. The function is the child `act`, whose coefficients are act.numerator and act.denominator.
-
-    Args:
-        in_features: channels of the input, a multiple of num_groups.
-        out_features: channels of the output.
-        bias: whether there is a b.
-        num_groups, init, order, form, share_numerator: as for `GroupRational`.
-        device, dtype: of the parameters; the coefficients are float32 or wider.
-
-    Raises:
-        TypeError, ValueError, ImportError: as for `GroupRational`.
-
-    Shape:
-        (..., in_features) to (..., out_features).
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        num_groups: int = 8,
-        init: Any = "swish",
-        order: tuple[int, int] = (5, 4),
-        form: str = "abs_of_sum",
-        share_numerator: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_groups("in_features", in_features, num_groups)
-        check_positive("out_features", out_features)
-        super().__init__(in_features, out_features, check_flag("bias", bias), device=device, dtype=dtype)
-        self.act = GroupRational(num_groups, init, order, form, share_numerator, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the coefficients to their initial values, and draw a weight that preserves the variance."""
-        if hasattr(self, "act"):  # nn.Linear's constructor calls this before there is one
-            self.act.reset_parameters()
-            init_linear_(self, initial_gain(self.act))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """F(x) W^T + b."""
-        act = self.act
-        return rational_linear(x, act.numerator, act.denominator, self.weight, self.bias, form=act.form)
-
-
-class RationalConv1D(RationalLinear):
-    """`RationalLinear` for a weight that lies as (in_features, out_features), as in GPT-2's Conv1D."""
-
-    def reset_parameters(self) -> None:
-        """The same start as that of a `RationalLinear`."""
-        super().reset_parameters()
-        if hasattr(self, "act"):  # the variance depends on the number of inputs, which is no longer that of the columns
-            with torch.no_grad():
-                self.weight.mul_((self.weight.shape[1] / self.weight.shape[0]) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """F(x) W + b."""
-        act = self.act
-        return rational_linear(x, act.numerator, act.denominator, self.weight.T, self.bias, form=act.form)
-
-
-def no_weight_decay(model: nn.Module) -> set[str]:
-    """The full names of all rational coefficients in a model, for the parameter group without weight decay.
-
-    Decay would pull every learned function towards zero. A module that occurs under several names is listed under all.
-
-    Raises:
-        TypeError: model is no module.
-    """
-    names = set()
-    for prefix, module in check_module("model", model).named_modules(remove_duplicate=False):
-        if isinstance(module, GroupRational):
-            names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
-    return names
-
-
-def initial_gain(act: GroupRational) -> float:
-    """The gain of the initial function: not from the parameters, which hold no numbers on the meta device."""
-    return variance_gain(*act.initial_coefficients(), form=act.form)
 
 
 def _initial_coefficients(
@@ -250,10 +278,10 @@ def _initial_coefficients(
             init = table.coefficients(init, order, form)
         except table.NotInTableError:
             init = _fit(init, order, form)
-    elif is_fit(init):
-        if init.form != form:
-            raise GrkanValueError(f"init must have the form of the module, {form!r}; got a fit of form {init.form!r}")
-        init = init.numerator, init.denominator
+    elif (found := fitted(init)) is not None:
+        if found[2] != form:
+            raise GrkanValueError(f"init must have the form of the module, {form!r}; got a fit of form {found[2]!r}")
+        init = found[:2]
     elif callable(init):
         init = _fit(init, order, form)
     if not isinstance(init, Sequence) or len(init) != 2:

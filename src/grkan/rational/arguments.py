@@ -50,6 +50,14 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
+def check_not_negative(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise GrkanTypeError(f"{name} must be a number; got {value!r}")
+    if not value >= 0:
+        raise GrkanValueError(f"{name} must not be negative; got {value}")
+    return value
+
+
 def check_pair(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, Any]:
     """A pair, or one value for both."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)

@@ -59,6 +59,8 @@ def load_state(path: str | Path) -> State:
     content = io.BytesIO(Path(path).read_bytes())
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile, pickle and PyTorch have one of their own for each way a file can be broken
         raise GrkanValueError(
             f"{path} is damaged or no training state; a run of another --output starts afresh"

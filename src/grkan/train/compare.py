@@ -1,6 +1,6 @@
 """Train several models, or variants of one, with the same budget, and put them side by side.
 
-    grkan compare --data digits --models kat_micro_patch2_8 vit_micro_patch2_8 --output runs/digits
+    grkan compare --data digits --models kat_micro_patch2_8 grkan_vit_micro_patch2_8 --output runs
     grkan compare --config configs/study.yaml --output runs/study --jobs 2
 
 The configuration is that of `grkan train`, and may have a mapping `runs` besides: by name, the settings in which a run

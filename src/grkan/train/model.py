@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import GrkanError, GrkanValueError
 from ..models.files import load_model, read_metadata
+from ..models.kat import twin_of
 from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
 from .config import Config, nearest
@@ -280,8 +281,8 @@ def describe(model: str) -> dict[str, dict[str, int]]:
         return {str(path): count_operations(built, tuple(known["input_size"]))}
     check_model_name(model)
     names = [model]
-    if model.startswith("kat_") and timm.is_model(twin := model.replace("kat_", "vit_", 1)):
-        names.append(twin)
+    if model in timm.list_models("kat_*", module="kat"):
+        names.append(twin_of(model))
     counts = {}
     for name in names:
         built = timm.create_model(name)

@@ -1,0 +1,25 @@
+"""Accelerate puts a checkpoint into a model tensor by tensor, and knows parameters and buffers alone."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from ..nn import GroupRational
+
+
+def know_extra_state(modeling: Any) -> None:
+    """Let `load_checkpoint_and_dispatch` read what the coefficients in a checkpoint mean, in place of an error."""
+    place = modeling.set_module_tensor_to_device
+
+    @functools.wraps(place)
+    def set_module_tensor_to_device(
+        module: nn.Module, tensor_name: str, device: Any, value: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        owner, _, name = tensor_name.rpartition(".")
+        if name != "_extra_state" or not isinstance(part := module.get_submodule(owner), GroupRational):
+            place(module, tensor_name, device, value, *args, **kwargs)
+        elif value is not None:
+            part.set_extra_state(value)
+
+    modeling.set_module_tensor_to_device = set_module_tensor_to_device

@@ -1,0 +1,103 @@
+"""Do something when a module is imported, without importing it.
+
+A finder in front of all others waits for the modules. It lets the other finders find them and their loaders load them,
+calls the actions after that, and is gone when nothing waits any more. A module that was loaded keeps no trace of it.
+"""
+
+import importlib
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_waiting: dict[str, list[Callable[[ModuleType], object]]] = {}
+_changing = threading.Lock()
+
+
+def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
+    """Call action(module) once, at the end of the import of the module of that name; now, if it is imported already.
+
+    Attributes that its package gets from it later, as `timm.create_model` does, are not there yet. An action that fails
+    warns: it must not break the import of a module that works without grkan.
+    """
+    with _changing:
+        _waiting.setdefault(name, []).append(action)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    if sys.modules.get(name) is not None:  # looked at last, so that no import in another thread falls in between
+        _act(importlib.import_module(name))  # waits for the other thread
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in _waiting or getattr(self.local, "searching", False):
+            return None
+        self.local.searching = True  # another such finder may ask all finders, this one included
+        try:
+            spec = self.find_spec_behind(name, path, target)
+        finally:
+            self.local.searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+    def find_spec_behind(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        finders = iter([*sys.meta_path])
+        for finder in finders:
+            if finder is self:
+                break
+        for finder in finders:  # those in front have been asked already
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    """Loads as another loader does, in whose place it is until then."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self).get("loader"), name)  # it has none yet while it is copied
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _act(module)
+
+
+_finder = _Finder()
+
+
+def _act(module: ModuleType) -> None:
+    name = module.__name__
+    with _changing:
+        actions = _waiting.pop(name, [])
+        if not _waiting:
+            # A new list: a thread that is going through the old one would pass over the next finder.
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+    for action in actions:
+        try:
+            action(module)
+        except Exception as error:
+            warnings.warn(
+                f"grkan cannot be used with this {name.partition('.')[0]}: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,207 @@
+"""transformers saves a converted model, and makes it again, like any other.
+
+`save_pretrained` writes the recipe of the conversion to config.json, and a model that is made from such a config is
+converted before its weights are loaded. So `from_pretrained` and `from_config` of every class give the converted model
+as soon as grkan is imported. A quantiser of transformers' registry could do that, too; but a model that counts as
+quantised refuses `half()` and another quantiser, `from_config` passes it over, and a transformers that does not know
+the method loads the weights that it knows and says so in a warning.
+
+Without grkan `from_pretrained` of such a folder fails, because `_REFUSED` is in its config.json.
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
+from ..errors import GrkanValueError
+from ..nn import GroupRational, RationalLinear
+
+_FIELD = "grkan"
+
+# Whoever reads config.json without knowing grkan would compute with the activations that it names. But a quantisation
+# without a known method is refused: by transformers, vLLM, SGLang, llama.cpp.
+_REFUSED = {"grkan": "import grkan, then load: the functions of this model are rational, as the field grkan says"}
+
+_STYLE = "grkan_groups"
+_CUT_STYLES = ("colwise", "packed_colwise")
+"""transformers' names for linear layers whose output is cut along the channels."""
+
+
+def know_configs(configuration_utils: ModuleType) -> None:
+    """Let configs be read that were written by `save_pretrained` of a converted model."""
+    base = configuration_utils.PretrainedConfig
+    read = base._dict_from_json_file.__func__
+
+    @functools.wraps(read)
+    def _dict_from_json_file(cls: type, json_file: Any) -> dict[str, Any]:
+        fields = read(cls, json_file)
+        if (recipe := fields.get(_FIELD)) is not None:
+            quantised = fields.pop("quantization_config", {}).get("quantization_config")
+            if quantised is not None:
+                fields["quantization_config"] = quantised
+            for part in fields.values():  # a part of a composite model can be loaded alone
+                if isinstance(part, dict) and "model_type" in part:
+                    part[_FIELD] = recipe
+        return fields
+
+    base._dict_from_json_file = classmethod(_dict_from_json_file)
+
+
+def know_models(modeling_utils: ModuleType) -> None:
+    """Let models be saved with their conversion, and be converted when they are made from a config that says so."""
+    base = modeling_utils.PreTrainedModel
+    post_init, initialize, save, load = (
+        base.post_init,
+        base._initialize_weights,
+        base.save_pretrained,
+        base.from_pretrained.__func__,
+    )
+
+    @functools.wraps(post_init)
+    def post_init_(self: Any) -> None:
+        post_init(self)
+        if recipe := getattr(self.config, _FIELD, None):
+            _convert(self, check_recipe(recipe))
+
+    @functools.wraps(initialize)
+    def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # What a checkpoint lacks is memory that nobody has written to until here.
+        if isinstance(module, GroupRational) and not all(
+            getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)
+        ):
+            module.reset_parameters()
+        initialize(self, module, *args, **kwargs)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _written(self):
+            return save(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model.config, _FIELD, None) and recipe_of(model) is None:
+            raise GrkanValueError(
+                f"{cls.__name__} has none of the modules that grkan has converted in the model that was saved, as "
+                f"{model.config.grkan['layers'][0]['name']}; load that model, and take the part of it"
+            )
+        return loaded
+
+    base.post_init = post_init_
+    base._initialize_weights = _initialize_weights
+    base.save_pretrained = save_pretrained
+    base.from_pretrained = classmethod(from_pretrained)
+
+    config_class = modeling_utils.PreTrainedConfig
+    RECORDERS.append(functools.partial(_record, config_class))
+
+
+def _convert(model: Any, recipe: Recipe) -> None:
+    """Convert what the recipe names here: it may be of this model, of one around it, or of this one with a head."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = []
+    for layer in recipe.layers:
+        candidates = (layer, layer.inside(model.base_model_prefix))
+        layers += [candidate for candidate in candidates if _waits(candidate, modules)][:1]
+    if layers:
+        apply_recipe(model, Recipe(tuple(layers)), record=False)
+        _extend_plan(model, layers)
+
+
+def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
+    """Tell the model's plan for tensor parallelism of the functions, and of the linear layers behind another one."""
+    plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    for layer in layers:
+        names = [re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in (layer.activation, layer.linear or "")]
+        activation, linear = names
+        parent = activation.rpartition(".")[0]
+        # What such a layer gives is the rank's part of the channels, if the plan does not gather it.
+        if any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items()):
+            plan[activation] = _STYLE
+        if linear in plan:
+            plan[f"{linear}.linear"] = plan.pop(linear)
+
+
+def know_styles(tensor_parallel: ModuleType) -> None:
+    """Let the plans for tensor parallelism name a style for rational functions."""
+
+    class Groups(tensor_parallel.TensorParallelLayer):  # type: ignore[name-defined]
+        """Every rank has the groups of its own channels, see `grkan.GroupParallel`."""
+
+        def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+            from ..parallel import shard_groups_
+
+            shard_groups_(module, param, mesh, source=None)
+
+        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+            return module
+
+    tensor_parallel.ALL_PARALLEL_STYLES.register(_STYLE, Groups())
+
+
+def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
+    """Whether the modules that a layer of a recipe names are there, and not converted."""
+    parent, _, slot = layer.activation.rpartition(".")
+    parts = [getattr(modules.get(parent), slot, None)]
+    if layer.linear is not None:
+        parts.append(modules.get(layer.linear))
+    return not any(part is None or isinstance(part, (GroupRational, RationalLinear)) for part in parts)
+
+
+def _written(model: Any) -> ExitStack:
+    """While this is open, the config says what it has to say in config.json."""
+    stack = ExitStack()
+    config, recipe = model.config, recipe_of(model)
+    for part in _configs(config):
+        _set(part, stack, _FIELD, None)
+    if recipe is not None:
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None and not isinstance(quantised, dict):
+            quantised = quantised.to_dict()
+        refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
+        _set(config, stack, _FIELD, recipe.to_dict())
+        _set(config, stack, "quantization_config", refused)
+    return stack
+
+
+def _set(config: Any, stack: ExitStack, name: str, value: Any) -> None:
+    """Set an attribute, or delete it for None, until the stack is closed."""
+    attributes = vars(config)
+    if name in attributes:
+        stack.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        stack.callback(attributes.pop, name, None)
+    attributes.pop(name, None)
+    if value is not None:
+        attributes[name] = value
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, type(config).__mro__[-2]):
+            yield from _configs(part)
+
+
+def _record(config_class: type, model: Any, recipe: Mapping[str, Any], undo: ExitStack) -> None:
+    """Give a model that was converted a config of its own, which says so: other models may have been made from it."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, config_class):
+        return
+    _extend_plan(model, check_recipe(recipe).layers)
+    copies: dict[int, Any] = {}
+    new = copy.deepcopy(config, copies)
+    setattr(new, _FIELD, recipe)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, config_class) and id(value) in copies:
+                undo.callback(vars(module).__setitem__, name, value)
+                vars(module)[name] = copies[id(value)]

@@ -1,0 +1,54 @@
+"""What stands for a linear layer, and whether a call of a module is more than its forward."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is transformers' Conv1D, GPT-2's linear layer, whose weight lies as (inputs, outputs)."""
+    return _conv1d(module) is not None
+
+
+def _conv1d(module: Any) -> type | None:
+    named = (kind for kind in type(module).__mro__ if kind.__name__ == "Conv1D")
+    return next((kind for kind in named if kind.__module__.startswith("transformers.")), None)
+
+
+def linear_kind(module: Any) -> str | None:
+    """What stands for a linear layer here: "linear", "conv1d" (GPT-2's), or None.
+
+    A subclass with a forward of its own (quantised, with adapters), an instance with one (Accelerate's offloading) and
+    a parametrised one compute something else, and are none.
+    """
+    if not isinstance(module, nn.Module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
+        return None
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return "linear"
+    conv1d: Any = _conv1d(module)
+    return "conv1d" if conv1d is not None and forward is conv1d.forward else None
+
+
+def linear_width(module: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer or of a 1x1 convolution, of whatever class; None for anything else."""
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    if isinstance(module, nn.Conv2d):
+        plain = module.kernel_size == (1, 1) == module.stride and module.padding == (0, 0) and module.groups == 1
+        return (module.in_channels, module.out_channels) if plain else None
+    width = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    is_layer = isinstance(module, nn.Module) and all(isinstance(number, int) for number in width)
+    return width if is_layer else None  # type: ignore[return-value]
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs `kind.forward` and nothing else.
+
+    Not so for a subclass or a replacement (adapters, quantisation, parametrisations, FSDP), with a hook, its own or one
+    for all modules (pruning, feature extraction, tensor parallelism, profilers), or with a forward of its own
+    (Accelerate's offloading).
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not (hooks or _has_any_global_hook()) and "forward" not in module.__dict__

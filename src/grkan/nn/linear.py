@@ -1,0 +1,167 @@
+"""A linear layer with a rational function in front of it."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rational.arguments import check_flag, check_groups, check_positive
+from ..rational.op import rational_linear
+from .init import initial_gain, remember_start
+from .kinds import is_conv1d, is_plain, linear_kind, linear_width
+from .rational import GroupRational
+
+_PLAIN = (Tensor, nn.Parameter)
+# What code reads of a linear layer, and sets.
+_OF_THE_LINEAR_LAYER = ("weight", "bias", "in_features", "out_features")
+
+
+class _NoticedHooks(OrderedDict[int, Any]):
+    """The hooks of a module, one more for whoever counts them.
+
+    PyTorch's encoder layer has a fast path that takes the weights of its children and calls none of them; it counts
+    their hooks, and does not take it if there are any. A hook that does nothing would do, but costs 1.6 us a call.
+    """
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+    def __bool__(self) -> bool:
+        return super().__len__() > 0
+
+
+class RationalLinear(nn.Module):
+    """A rational function in front of a linear layer: y = F(x) W^T + b, by `grkan.rational_linear`.
+
+    The children are `act`, a `GroupRational`, and `linear`, a plain `nn.Linear`: what is done to either takes effect.
+    It is no `nn.Linear` itself, for it would be taken for x -> W x + b. Its dtype, device and sizes can be read, and
+    set, as those of a linear layer: weight, bias, in_features and out_features are `linear`'s.
+
+    The start preserves the variance: b = 0 and W ~ N(0, alpha / in_features), alpha being the function's
+    `grkan.variance_gain`. A state dict may have weight and bias in place of linear.weight and linear.bias, as that of a
+    model from before its conversion.
+
+    Args:
+        in_features: channels of the input, a multiple of num_groups.
+        out_features: channels of the output.
+        bias: whether there is a b.
+        num_groups, init, order, form, share_numerator: as for `GroupRational`.
+        device, dtype: of the parameters; the coefficients are float32 or wider.
+
+    Raises:
+        TypeError, ValueError, ImportError: as for `GroupRational`.
+
+    Shape:
+        (..., in_features) to (..., out_features).
+    """
+
+    act: GroupRational
+    linear: nn.Module
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        num_groups: int = 8,
+        init: Any = "swish",
+        order: tuple[int, int] = (5, 4),
+        form: str = "abs_of_sum",
+        share_numerator: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_groups("in_features", in_features, num_groups)
+        check_positive("out_features", out_features)
+        act = GroupRational(num_groups, init, order, form, share_numerator, device=device, dtype=dtype)
+        self._hold(act, nn.Linear(in_features, out_features, check_flag("bias", bias), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @classmethod
+    def around(cls, act: GroupRational, linear: nn.Module) -> "RationalLinear":
+        """A function in front of a linear layer that is there already, which keeps its weights.
+
+        Args:
+            act: its groups divide the inputs of the layer, which are the last dimension.
+            linear: an `nn.Linear`, or transformers' Conv1D.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._hold(act, linear)
+        return self.train(linear.training)
+
+    def _hold(self, act: GroupRational, linear: nn.Module) -> None:
+        self.act, self.linear = act, linear
+        act.width = self.in_features
+        self._remember_start()
+        self._forward_pre_hooks = _NoticedHooks()
+
+    def _remember_start(self) -> None:
+        if linear_kind(self.linear) is not None:
+            remember_start(self.linear, initial_gain(self.act))
+
+    def reset_parameters(self) -> None:
+        """Set the coefficients to their initial values, and draw a weight that preserves the variance."""
+        self._remember_start()
+        for child in (self.act, self.linear):
+            if callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
+
+    def init_weights(self) -> None:
+        """The same as `reset_parameters`, under the name that timm calls."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x) W^T + b."""
+        return rational_then_linear(self.act, self.linear, x)
+
+    @property
+    def weight(self) -> Any:
+        """That of `linear`; to read, for F is not in it."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Any:
+        """That of `linear`, or None."""
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        """Channels of the input."""
+        return (linear_width(self.linear) or (0, 0))[0]
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the output."""
+        return (linear_width(self.linear) or (0, 0))[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A property's setter would not do: nn.Module registers a Parameter without asking for one.
+        if name in _OF_THE_LINEAR_LAYER:
+            setattr(self.linear, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the names of a linear layer without a function in front."""
+        for name in ("weight", "bias"):
+            inner = f"{prefix}linear.{name}"
+            if prefix + name in state_dict and inner not in state_dict:
+                state_dict[inner] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
+    """linear(act(x)), in one operation where nobody could tell the difference."""
+    kind = type(linear)
+    conv1d = kind.__name__ == "Conv1D" and is_conv1d(linear)
+    # The type of x: a tracer's stand-in is to see two modules. That of the weight: a quantised or a sharded one has a
+    # multiplication of its own.
+    plain = (kind is nn.Linear or conv1d) and is_plain(linear, kind) and is_plain(act, GroupRational)
+    if plain and isinstance(x, Tensor) and not x.is_nested and type(weight := linear.weight) in _PLAIN:
+        numerator, denominator = act.coefficients_for(x)
+        weight = weight.T if conv1d else weight
+        return rational_linear(x, numerator, denominator, weight, linear.bias, form=act.form)
+    return linear(act(x))

@@ -1,0 +1,64 @@
+"""What others put around a model: parallelism, compilation, averages of the weights."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import GrkanValueError
+
+# The class of a wrapper -> the attribute that is the model. By names, so that none of their libraries is imported.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "AveragedModel": "module",
+    "ModelEmaV2": "module",
+    "ModelEmaV3": "module",
+}
+
+# Nothing in these wrappers depends on the parameters that were there when they were made.
+_OPEN = ("OptimizedModule", "DataParallel")
+
+_NAMES_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of any number of wrappers."""
+    while (kind := _kind(model)) is not None:
+        model = getattr(model, _WRAPPERS[kind])
+    return model
+
+
+def unwrap_to_change(model: nn.Module) -> nn.Module:
+    """The model inside, for a change of its parameters.
+
+    Raises:
+        ValueError: a wrapper, or FSDP2, keeps a list of the parameters.
+    """
+    inner: Any = model
+    while (kind := _kind(inner)) is not None:
+        if kind not in _OPEN:
+            raise GrkanValueError(
+                f"model must be converted before it is wrapped: {kind} keeps a list of its parameters; convert what is "
+                f"inside, .{_WRAPPERS[kind]}, and wrap that anew"
+            )
+        inner = getattr(inner, _WRAPPERS[kind])
+    if sharded := [name for name, parameter in inner.named_parameters() if is_sharded(parameter)]:
+        raise GrkanValueError(f"model must be converted before it is sharded; its {sharded[0]} is a DTensor")
+    return inner
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, found without importing that class."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or a parameter without those of wrappers around its parts (compiled, checkpointed)."""
+    return ".".join(part for part in name.split(".") if part not in _NAMES_OF_WRAPPERS)
+
+
+def _kind(model: nn.Module) -> str | None:
+    names = (kind.__name__ for kind in type(model).__mro__)
+    return next((name for name in names if name in _WRAPPERS), None)
