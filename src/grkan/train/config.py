@@ -119,7 +119,9 @@ class Config:
         0.0, "applied to the rational coefficients, which it pulls towards F = 0", _NOT_NEGATIVE
     )
     clip_grad: float | None = _setting(
-        None, "the largest norm of the gradient of all parameters; by default no limit", _POSITIVE
+        None,
+        "the largest norm of the gradient, of the rational coefficients and of all else; by default no limit",
+        _POSITIVE,
     )
     ema_decay: float | None = _setting(
         None, "keep a moving average of the weights with this decay, test and save it; by default none", _BELOW_ONE

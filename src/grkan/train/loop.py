@@ -46,7 +46,7 @@ from .data import (
 from .evaluate import Score, first_images, score
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
-from .optimisation import choose_trainable, make_loss, make_optimizer, make_schedule
+from .optimisation import choose_trainable, clipped_together, make_loss, make_optimizer, make_schedule
 from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
 
@@ -331,8 +331,8 @@ class _Run:
         loss_sum, correct = self._over_processes(sums)
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss is {loss_sum}", count + 1)
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        for parameters in clipped_together(self.model) if config.clip_grad is not None else ():
+            accelerator.clip_grad_norm_(parameters, config.clip_grad)
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema is not None:
