@@ -120,7 +120,7 @@ class Config:
     )
     clip_grad: float | None = _setting(
         None,
-        "the largest norm of the gradient, of the rational coefficients and of all else; by default no limit",
+        "the largest norm of the gradients of coefficients and of those of all else; by default no limit",
         _POSITIVE,
     )
     ema_decay: float | None = _setting(
