@@ -85,6 +85,7 @@ def _integration(name: str) -> Any:
 # Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
 # Accelerate their functions, as soon as either is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
+when_imported("timm.models", lambda module: _integration("timm").know_conversions(module))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
 when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))
 when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))
