@@ -6,14 +6,14 @@ VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench sanitize gpu clean
+.PHONY: demo test lint bench bars sanitize gpu clean
 
 demo: $(VENV)/train.done
-	$(BIN)/python -m grkan.train.compare --config configs/demo.yaml --output runs/demo
+	$(BIN)/grkan compare --config configs/demo.yaml --output runs/demo
 
 # One thread a worker: the tests are many and small.
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
@@ -22,9 +22,13 @@ lint: $(VENV)/lint.done
 
 # Rivals side by side; nothing else should run meanwhile. docs/benchmarks.md explains the tables.
 bench: $(VENV)/train.done
-	$(BIN)/grkan bench ops
-	$(BIN)/grkan bench layers
-	$(BIN)/grkan bench models
+	mkdir -p build
+	for suite in ops layers models; do $(BIN)/grkan bench $$suite --json build/bench-$$suite.json || exit; done
+
+# The figures against benchmarks/bars.yaml: measured now, or those of files: make bars JSON="build/bench-*.json"
+JSON ?=
+bars: $(VENV)/train.done
+	$(BIN)/python benchmarks/bars.py $(JSON)
 
 # On a machine with a GPU: what the machine is, the tests of the GPU kernels, and their times; all in one file to send.
 GPU_REPORT := build/gpu-report.txt

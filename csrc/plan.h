@@ -1,5 +1,5 @@
 // How a tensor is cut into vectors, and these into tiles. Files that are compiled for different instruction sets include
-// this one, so there are no functions in it: the linker keeps one copy of an inline function, whatever the machine can run.
+// this one, so its one function is static: the linker keeps one copy of any other, whatever the machine can run.
 //
 // The data are [rows, groups, width], contiguous, so a row is groups * width scalars. It is covered from its start on by
 // units: a unit is what one vector holds, or a pair of vectors for bfloat16. The coefficients that a unit needs are an
@@ -34,7 +34,7 @@ struct Plan {
   int64_t rows, row_size;  // row_size = groups * width
   int m, n;
   bool absolute;  // the form sum_of_abs
-  // The |x|, besides 0, that the vector code may compute with. `smallest` is 0 for nearly all coefficients.
+  // The |x|, besides 0, that the vector code may compute with, see `is_inside`. `smallest` is 0 for nearly all coefficients.
   S smallest, limit;
   const Run* runs;
   // The table: for each entry the lanes of a_0 .. a_m, b_1 .. b_n and, for the backward alone, 1 a_1 .. m a_m, 1 b_1 ..
@@ -42,15 +42,31 @@ struct Plan {
   const S* table;
 };
 
-// Vector code for one instruction set. Both functions return whether all x of the tile were within the limits.
+// Whether the vector code is right about an x, by its absolute value, which is a scalar or a vector.
+template <class S, class Size>
+static inline __attribute__((always_inline)) auto is_inside(Size size, const Plan<S>& plan) {
+  return (size <= plan.limit) & ((size >= plan.smallest) | (size == S(0)));
+}
+
+// The sums of the backward are those of the terms times this power of two, for n > 0. A term is (g / Q) x^i, and g / Q can
+// underflow where the term does not; 1 / Q times 2^scale is 1 or more for the x that are inside.
+template <class S>
+constexpr int scale = sizeof(S) == 8 ? 512 : 64;
+
+// Sums of many equal terms are off by half a unit in the last place for each term in the worst of cases. So what is added up
+// in S is not much: vectors, in registers, and then these sums, over a tile. The rest is in double.
+constexpr int64_t kVectorsTogether = 48, kSumsOfThem = 16;
+
+// Vector code for one instruction set. Both functions return whether all x of the tile were inside.
 struct Kernels {
   int lanes_float, lanes_double;
 
   // y = F(x)
   bool (*forward)(Storage, const void* plan, const Tile&, const void* x, void* y);
 
-  // dx, y = F(x) if y is not null, and the sums for da_0 .. da_m, db_1 .. db_n, added to sums: for each entry that many
-  // vectors. `skip` leaves out every scalar beyond the limits: it adds nothing to the sums.
+  // dx, y = F(x) if y is not null, and the sums for da_0 .. da_m, db_1 .. db_n, added to `sums`: for each entry that many
+  // vectors, behind as many that are only worked with. `skip` leaves out every scalar that is not inside: it adds nothing
+  // to the sums.
   bool (*backward)(
       Storage, const void* plan, const Tile&, bool skip, const void* grad, const void* x, void* dx, void* y,
       void* sums);

@@ -64,6 +64,10 @@ struct Coefficients {
   bool absolute;
   std::vector<double> a, b;
 
+  // Of a group that is not there is nothing to be right about.
+  bool are_finite(int64_t group) const { return are_finite(a, m + 1, group) && are_finite(b, n, group); }
+  bool denominator_is_finite(int64_t group) const { return are_finite(b, n, group); }
+
   Coefficients(const Tensor& numerator, const Tensor& denominator, int64_t groups, bool absolute)
       : groups(groups),
         m(static_cast<int>(numerator.size(1)) - 1),
@@ -83,6 +87,11 @@ struct Coefficients {
     for (int64_t g = rows; g < groups; ++g) std::copy_n(values.begin(), columns, values.begin() + g * columns);
     return values;
   }
+
+  static bool are_finite(const std::vector<double>& values, int columns, int64_t group) {
+    const double* first = values.data() + group * columns;
+    return std::all_of(first, first + columns, [](double value) { return std::isfinite(value); });
+  }
 };
 
 // F and its gradients for one scalar in float64, with the limits at infinity: `reference.py` has the formulas.
@@ -92,7 +101,8 @@ struct Scalar {
   bool absolute;
 
   Scalar(const Coefficients& c, int64_t group)
-      : a(c.a.data() + group * (c.m + 1)), b(c.b.data() + group * c.n), m(c.m), n(c.n), absolute(c.absolute) {}
+      : Scalar(c.a.data() + group * (c.m + 1), c.b.data() + group * c.n, c.m, c.n, c.absolute) {}
+  Scalar(const double* a, const double* b, int m, int n, bool absolute) : a(a), b(b), m(m), n(n), absolute(absolute) {}
 
   double coefficient(int j) const { return absolute ? std::fabs(b[j]) : b[j]; }
 
@@ -142,19 +152,23 @@ struct Scalar {
       double limit, slope;
       return grows(x, limit, slope) ? slope * g : 0.0;
     }
+    if (std::isnan(g)) {  // a training that has diverged is not to be slow as well
+      std::fill_n(sums, m + 1 + n, g);
+      return g;
+    }
     const double t = absolute ? std::fabs(x) : x;
     double inside, slope;
     inner(t, inside, slope);
-    const double inverse = 1.0 / (1.0 + std::fabs(inside)), u = g * inverse;
+    const double inverse = 1.0 / (1.0 + std::fabs(inside));
     const double v = (inside < 0 ? 1.0 : -1.0) * (numerator(x) * inverse);
     double derivative = 0;
     for (int i = m; i >= 1; --i) derivative = derivative * x + i * a[i];
-    double power = u;
-    for (int i = 0; i <= m; ++i, power *= x) sums[i] += power;
-    power = u * v;
-    for (int j = 1; j <= n; ++j) sums[m + j] += power *= t;
     if (n > 0) derivative += v * (absolute && x < 0 ? -slope : slope);
-    return m == 0 && n == 0 ? 0.0 : u * derivative;
+    double power = inverse;
+    for (int i = 0; i <= m; ++i, power *= x) sums[i] += g * power;
+    power = inverse;
+    for (int j = 1; j <= n; ++j) sums[m + j] += g * ((power *= t) * v);
+    return m == 0 && n == 0 ? 0.0 : g * (inverse * derivative);
   }
 };
 
@@ -214,24 +228,60 @@ struct Float64 : Native<double> {
   typedef double Arithmetic;
 };
 
-// The largest |x| whose powers leave room for 2^31 in the coefficients.
+// The largest |x| for which nothing overflows or underflows in S that matters to F and, if asked for, to its derivatives;
+// less than 0 where that cannot be said of any x.
 template <class S>
-S limit_of(const Coefficients& c) {
-  if (sizeof(S) == 8) return static_cast<S>(std::numeric_limits<double>::max());
-  return static_cast<S>(std::ldexp(1.0, 96 / std::max({c.m, c.n, 1})));
+S limit_of(const Coefficients& c, bool derivatives) {
+  typedef std::numeric_limits<S> Limits;
+  std::vector<double> a(c.m + 1), b(c.n);  // the largest of all groups
+  double least = 1;
+  auto gather = [&](const double* from, std::vector<double>& to) {
+    for (size_t k = 0; k < to.size(); ++k) {
+      const double size = std::fabs(from[k]);
+      to[k] = std::max(to[k], size);
+      if (size > 0) least = std::min(least, size);
+    }
+  };
+  for (int64_t g = 0; g < c.groups; ++g)
+    if (c.are_finite(g)) {
+      gather(c.a.data() + g * (c.m + 1), a);
+      gather(c.b.data() + g * c.n, b);
+    }
+  auto power_of_2 = [](int exponent) { return std::ldexp(1.0, exponent); };
+  const Scalar bound(a.data(), b.data(), c.m, c.n, true);
+  auto fits = [&](double x, int most_p, int most_q, int most_slope) {
+    double inside, slope, derivative = 0;
+    bound.inner(x, inside, slope);
+    for (int i = c.m; i >= 1; --i) derivative = derivative * x + i * a[i];
+    const double p = bound.numerator(x);
+    return p <= power_of_2(most_p) && 1 + inside <= power_of_2(most_q) && derivative + p * slope <= power_of_2(most_slope);
+  };
+  // Where |x| < 1, F may be the one that underflows, but not what is multiplied by it then.
+  constexpr int highest = Limits::max_exponent - 2;
+  if (least < power_of_2(Limits::min_exponent + Limits::digits) || !fits(1, Limits::digits, Limits::digits, highest)) return -1;
+  int low = 0, high = Limits::max_exponent - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    const bool good = derivatives ? fits(power_of_2(middle), highest, scale<S>, highest)
+                                  : fits(power_of_2(middle), highest, highest, Limits::max_exponent);
+    (good ? low : high) = good ? middle : middle - 1;
+  }
+  return static_cast<S>(power_of_2(low));
 }
 
-// The smallest |x| for which A, which has a sign for every x, has one as a float, too. That is every one, because the
-// vector code keeps the sign of what underflows, unless b_1 is zero or nearly so and another coefficient decides.
+// The smallest |x| for which A, which has a sign for every x, has one in S, too: b_j x^(j-1) must not underflow, where b_j
+// is the first that is not 0. The derivatives need that sign. Subnormal x do not count.
 template <class S>
 S smallest_of(const Coefficients& c) {
-  if (sizeof(S) == 8 || c.absolute || c.n == 0) return 0;
-  for (int64_t g = 0; g < c.groups; ++g) {
-    const double* b = &c.b[g * c.n];
-    if (std::fabs(b[0]) < 0x1p-64 && std::any_of(b, b + c.n, [](double value) { return value != 0; }))
-      return static_cast<S>(std::ldexp(1.0, -96 / c.n));
+  typedef std::numeric_limits<S> Limits;
+  double smallest = 0;
+  for (int64_t g = 0; g < c.groups && !c.absolute; ++g) {
+    const double* b = c.b.data() + g * c.n;
+    const int first = static_cast<int>(std::find_if(b, b + c.n, [](double value) { return value != 0; }) - b);
+    if (first == 0 || first == c.n) continue;
+    smallest = std::max(smallest, std::pow(Limits::denorm_min() / std::fabs(b[first]), 1.0 / first));
   }
-  return 0;
+  return smallest > Limits::min() ? static_cast<S>(smallest) : S(0);
 }
 
 // A plan with what it points to, and the tiles.
@@ -263,16 +313,14 @@ struct Work {
     sums = m + 1 + n;
     make_runs();
     make_table(derivatives);
-    const S smallest = smallest_of<S>(coefficients), limit = limit_of<S>(coefficients);
+    const S smallest = derivatives ? smallest_of<S>(coefficients) : S(0), limit = limit_of<S>(coefficients, derivatives);
     const int64_t size = groups * width;
     plan = Plan<S>{scalars / size, size, m, n, absolute, smallest, limit, runs.data(), table->data};
     make_tiles();
   }
 
   // Whether the vector code was right about x.
-  bool fits(double x) const {
-    return x == 0 || (std::fabs(x) >= plan.smallest && std::fabs(x) <= plan.limit);
-  }
+  bool is_done(double x) const { return is_inside(std::fabs(x), plan); }
 
   int64_t entries() const { return static_cast<int64_t>(mixed.size()); }
 
@@ -292,10 +340,13 @@ struct Work {
       }
       if (shared || group != last_group) add_entry(at, shared);
       last_group = shared ? -1 : group;
-      for (const int64_t most = kTile / unit; units > most; units -= most, at += kTile)
-        runs.push_back({at, most, 0, entries() - 1});
-      runs.push_back({at, units, tail, entries() - 1});
-      at += units * unit + tail;
+      const int64_t most = kVectorsTogether * lanes / unit, pieces = std::max((units + most - 1) / most, int64_t{1});
+      for (int64_t piece = pieces; piece > 0; --piece) {
+        const int64_t now = units / piece, rest = piece == 1 ? tail : 0;
+        runs.push_back({at, now, rest, entries() - 1});
+        units -= now;
+        at += now * unit + rest;
+      }
     }
   }
 
@@ -339,10 +390,17 @@ struct Work {
   // By the shape alone, so that sums over tiles do not depend on the number of threads.
   void make_tiles() {
     const int64_t size = plan.row_size, rows = plan.rows, count = static_cast<int64_t>(runs.size());
+    // No entry may have more vectors in a tile than can be summed in S.
+    const int64_t most = kVectorsTogether * kSumsOfThem;
+    int64_t vectors = 0;  // of a row, for the entry that has the most
+    for (int64_t k = 0, of_entry = 0; k < count; ++k) {
+      of_entry = (k > 0 && runs[k].entry == runs[k - 1].entry ? of_entry : 0) + vectors_of(runs[k]);
+      vectors = std::max(vectors, of_entry);
+    }
     // With many groups there must be much to sum for each.
     const int64_t target = std::max(kTile, 4 * groups * sums);
-    if (size <= target) {
-      int64_t number = (rows * size + target - 1) / target;
+    if (size <= target && vectors <= most) {
+      int64_t number = std::max((rows * size + target - 1) / target, (rows * vectors + most - 1) / most);
       if (number > 2) number = (number + 3) / 4 * 4;  // two or four threads get the same
       number = std::min(number, rows);
       for (int64_t t = 0; t < number; ++t) tiles.push_back({rows * t / number, rows * (t + 1) / number, 0, count});
@@ -350,10 +408,12 @@ struct Work {
     }
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t first = 0, last = 0; first < count; first = last) {
-        for (int64_t scalars = 0; last < count && scalars < target; ++last) scalars += runs[last].units * unit + runs[last].tail;
+        for (int64_t total = vectors_of(runs[last++]); last < count && (total += vectors_of(runs[last])) <= most;) ++last;
         tiles.push_back({row, row + 1, first, last});
       }
   }
+
+  int64_t vectors_of(const Run& run) const { return (run.units + (run.tail > 0)) * (unit / lanes); }
 };
 
 // f(index, group) for every scalar of a tile.
@@ -367,33 +427,41 @@ void for_each_scalar(const Work<S>& work, const Tile& tile, const F& f) {
 
 template <int Lanes, class S>
 double fold(const S* values) {
-  S sums[Lanes];
+  double sums[Lanes];
   std::copy_n(values, Lanes, sums);
   for (int half = Lanes / 2; half > 0; half /= 2)
     for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
   return sums[0];
 }
 
-// Adds the vectors of sums of the entries of a tile to the sums of their groups, always in the same order.
+// Adds the vectors of sums of a tile's entries, which follow one another, to the sums of their groups, always in the same
+// order; false if a sum is not finite though the coefficients of its group are.
 template <class S>
-void fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vectors, double* to) {
+bool fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vectors, double* to) {
+  const double unscale = work.coefficients.n > 0 ? std::ldexp(1.0, -scale<S>) : 1.0;
   for (int64_t entry = first; entry <= last; ++entry) {
     const int64_t* group = &work.groups_of_lanes[entry * work.lanes];
-    const S* from = vectors + entry * work.sums * work.lanes;
+    const S* from = vectors + (entry + 1) * work.sums * work.lanes;
     for (int k = 0; k < work.sums; ++k, from += work.lanes) {
       if (work.mixed[entry]) {
         for (int lane = 0; lane < work.lanes;) {
           const int64_t g = group[lane];
           double sum = 0;
           for (; lane < work.lanes && group[lane] == g; ++lane) sum += from[lane];
-          to[g * work.sums + k] += sum;
+          to[g * work.sums + k] += sum * unscale;
         }
       } else {
-        to[group[0] * work.sums + k] +=
+        const double sum =
             work.lanes == 16 ? fold<16>(from) : work.lanes == 8 ? fold<8>(from) : work.lanes == 4 ? fold<4>(from) : fold<2>(from);
+        to[group[0] * work.sums + k] += sum * unscale;
       }
     }
   }
+  for (int64_t g = work.groups_of_lanes[first * work.lanes]; g <= work.groups_of_lanes[(last + 1) * work.lanes - 1]; ++g)
+    if (!std::all_of(to + g * work.sums, to + (g + 1) * work.sums, [](double sum) { return std::isfinite(sum); }) &&
+        work.coefficients.are_finite(g))
+      return false;
+  return true;
 }
 
 template <class T>
@@ -405,7 +473,7 @@ void run_forward(const Work<typename T::Arithmetic>& work, const void* x_, void*
       if (kernels().forward(work.storage, &work.plan, work.tiles[t], x, y)) continue;
       for_each_scalar(work, work.tiles[t], [&](int64_t i, int64_t group) {
         const double z = T::read(x[i]);
-        if (!work.fits(z)) y[i] = T::write(Scalar(work.coefficients, group).value(z));
+        if (!work.is_done(z)) y[i] = T::write(Scalar(work.coefficients, group).value(z));
       });
     }
   });
@@ -424,33 +492,39 @@ std::vector<double> run_backward(
   const int64_t vectors_of_entry = work.sums * work.lanes;
   Aligned<double> partial(tiles * all);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    Aligned<S> vectors(work.entries() * vectors_of_entry);
+    Aligned<S> vectors((work.entries() + 1) * vectors_of_entry);
     for (int64_t t = begin; t < end; ++t) {
       const Tile& tile = work.tiles[t];
-      // The entries of a tile follow one another.
       const int64_t first = work.runs[tile.first_run].entry, last = work.runs[tile.last_run - 1].entry;
       double* to = partial.data + t * all;
       std::fill_n(to, all, 0.0);
       auto vector_code = [&](bool skip) {
-        std::fill(vectors.data + first * vectors_of_entry, vectors.data + (last + 1) * vectors_of_entry, S(0));
+        std::fill(vectors.data + (first + 1) * vectors_of_entry, vectors.data + (last + 2) * vectors_of_entry, S(0));
         return kernels().backward(work.storage, &work.plan, tile, skip, grad, x, dx, y, vectors.data);
       };
-      if (!vector_code(false)) {
-        vector_code(true);
-        for_each_scalar(work, tile, [&](int64_t i, int64_t group) {
-          const double z = T::read(x[i]);
-          if (work.fits(z)) return;
-          const Scalar scalar(work.coefficients, group);
-          dx[i] = T::write(scalar.gradient(T::read(grad[i]), z, to + group * work.sums));
-          if (y) y[i] = T::write(scalar.value(z));
-        });
-      }
-      fold_entries(work, first, last, vectors.data, to);
+      const bool done = vector_code(false) || (vector_code(true), false);
+      // Sums overflow in S long before they do in double.
+      const bool summed = fold_entries(work, first, last, vectors.data, to);
+      if (done && summed) continue;
+      if (!summed) std::fill_n(to, all, 0.0);
+      for_each_scalar(work, tile, [&](int64_t i, int64_t group) {
+        const double z = T::read(x[i]);
+        const bool is_done = work.is_done(z);
+        if (is_done && summed) return;
+        const Scalar scalar(work.coefficients, group);
+        const double gradient = scalar.gradient(T::read(grad[i]), z, to + group * work.sums);
+        if (is_done) return;
+        dx[i] = T::write(gradient);
+        if (y) y[i] = T::write(scalar.value(z));
+      });
     }
   });
   std::vector<double> total(all, 0.0);
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t i = 0; i < all; ++i) total[i] += partial.data[t * all + i];
+  for (int64_t g = 0; g < work.groups; ++g)  // for the vector code takes 1 / Q for a normal number
+    if (!work.coefficients.denominator_is_finite(g))
+      std::fill_n(&total[g * work.sums], work.sums, std::numeric_limits<double>::quiet_NaN());
   return total;
 }
 
@@ -474,12 +548,15 @@ void check(const Tensor& x, const Tensor& numerator, const Tensor& denominator, 
         "coefficients must be float32 or float64");
   }
   const int64_t rows = numerator.size(0), other = denominator.size(0), groups = std::max(rows, other);
+  STD_TORCH_CHECK(rows > 0 && other > 0, "coefficients must have a row");
   STD_TORCH_CHECK(std::min(rows, other) == 1 || rows == other, "coefficients must have the same number of rows, or one");
   STD_TORCH_CHECK(numerator.size(1) > 0, "numerator must have a column");
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
   const int64_t scalars = x.numel();
   if (scalars == 0) return;
-  STD_TORCH_CHECK(width > 0 && scalars % (groups * width) == 0, "x must have a multiple of groups * width scalars");
+  STD_TORCH_CHECK(
+      width > 0 && width <= scalars / groups && scalars % (groups * width) == 0,
+      "x must have a multiple of groups * width scalars");
   int64_t last = 0;
   for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
   STD_TORCH_CHECK(last == scalars - 1, "x must lie in memory without gaps");

@@ -2,7 +2,8 @@
 //
 //     GRKAN_ISA     a namespace
 //     GRKAN_BYTES   the size of a vector: 16, 32 or 64
-//     GRKAN_FMA     if products and sums contract to fused multiply-adds, which -ffp-contract=fast asks for
+//     GRKAN_FMA     if there are fused multiply-adds: GRKAN_FMA_FLOAT and GRKAN_FMA_DOUBLE of three vectors. Other products
+//                   and sums contract to them by -ffp-contract=fast, for their speed alone
 //     GRKAN_F16C    if there are GRKAN_WIDEN_F16 and GRKAN_NARROW_F16
 //
 // and may turn instructions on, after they have included the headers of the standard library: what those define inline must
@@ -187,12 +188,17 @@ GRKAN_INLINE Real<S> horner(const Real<S>* c, int degree, Real<S> x) {
   return value;
 }
 
+#if defined(GRKAN_FMA)
+GRKAN_INLINE Real<float> fused(Real<float> x, Real<float> y, Real<float> z) { return GRKAN_FMA_FLOAT(x, y, z); }
+GRKAN_INLINE Real<double> fused(Real<double> x, Real<double> y, Real<double> z) { return GRKAN_FMA_DOUBLE(x, y, z); }
+#endif
+
 // A(t), for n >= 1. A zero is +0, whose sign is +1 by convention, but what underflows keeps its sign.
 template <class S>
 GRKAN_INLINE Real<S> inner(const Real<S>* b, int n, Real<S> t) {
   Real<S> last = horner<S>(b, n - 1, t);
 #if defined(GRKAN_FMA)
-  return last * t + S(0);  // adding +0 in a fused operation does just that
+  return fused(last, t, Real<S>{});  // adding +0 to the product before it is rounded does just that
 #else
   Bits<S> zero = (last == S(0)) | (t == S(0));
   Bits<S> sign = ((Bits<S>)last ^ (Bits<S>)t) & VectorOf<S>::sign & ~zero;
@@ -210,17 +216,18 @@ GRKAN_INLINE Real<S> value(Real<S> x, const Real<S>* c, const O& o) {
 
 // dx; adds the terms of da and db to sums, and gives F in y.
 //
-// With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = u (P' + v A'). Products in this order underflow no
-// sooner than their results; g F / Q would.
+// With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = g ((P' + v A') / Q). Products in this order underflow
+// no sooner than their results, if u, and with it the sums, is multiplied by 2^scale; for n = 0 there is nothing to divide by.
 template <class S, bool Absolute, class O>
 GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* sums, Real<S>& y, const O& o) {
   const Real<S>*a = c, *b = a + o.m + 1, *da = b + o.n, *db = da + o.m;
-  Real<S> p = horner<S>(a, o.m, x), u = g, v = {}, odd = {}, slope = {};
+  Real<S> p = horner<S>(a, o.m, x), inverse = Real<S>{} + S(1), u = g, v = {}, odd = {}, slope = {};
   if (o.n > 0) {
     Real<S> t = Absolute ? absolute<S>(x) : x;
     Real<S> inside = inner<S>(b, o.n, t);
-    Real<S> inverse = S(1) / (S(1) + (Absolute ? inside : absolute<S>(inside)));
-    u = g * inverse;
+    inverse = S(1) / (S(1) + (Absolute ? inside : absolute<S>(inside)));
+    constexpr int fraction = sizeof(S) == 8 ? 52 : 23;
+    u = g * (Real<S>)((Bits<S>)inverse + ((decltype(VectorOf<S>::sign + 0))scale<S> << fraction));
     y = p * inverse;
     slope = horner<S>(db, o.n - 1, t);
     if (Absolute) {
@@ -243,7 +250,7 @@ GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* s
     if (i <= o.m) sums[i] += term;
     if (i <= o.n) sums[o.m + i] += term * (i % 2 ? odd : v);
   }
-  return u * derivative;
+  return g * (inverse * derivative);
 }
 
 // The largest |x| met, as its bits: integers order those of floats, with NaN above all. Too small a number counts as NaN;
@@ -252,8 +259,7 @@ template <class S, class O>
 GRKAN_INLINE void widen_range(Bits<S>& largest, Real<S> x, const Plan<S>& plan) {
   Bits<S> bits = (Bits<S>)x & ~VectorOf<S>::sign;
   if constexpr (__is_same(O, Any)) {
-    Real<S> size = (Real<S>)bits;
-    bits |= (size < plan.smallest) & (size > S(0)) & ~VectorOf<S>::sign;
+    bits |= ~is_inside((Real<S>)bits, plan) & ~VectorOf<S>::sign;
   }
   largest = bits > largest ? bits : largest;
 }
@@ -268,7 +274,11 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
 }
 
 // Rows that are worked on together, so that the coefficients and sums of a short run are fetched once for all of them.
-GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
+template <class T>
+GRKAN_INLINE int64_t rows_together(const Run& run) {
+  const int64_t units = run.units + (run.tail > 0), most = kVectorsTogether / vectors<T>;
+  return units >= most ? 1 : most / units;
+}
 
 template <class T, bool Absolute, class O>
 static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, const T* x, T* y, const O& o) {
@@ -284,7 +294,7 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
     }
     store(to, z);
   };
-  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
+  const int64_t size = plan.row_size, together = rows_together<T>(plan.runs[tile.first_run]);
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
@@ -332,8 +342,7 @@ static bool backward_order(
   GRKAN_UNROLL
     for (int i = 0; i < vectors<T>; ++i) {
       if constexpr (Skip) {
-        Real<S> size = absolute<S>(z[i]);
-        Bits<S> inside = (size <= plan.limit) & (size >= plan.smallest);
+        Bits<S> inside = is_inside(absolute<S>(z[i]), plan);
         z[i] = (Real<S>)((Bits<S>)z[i] & inside);
         g[i] = (Real<S>)((Bits<S>)g[i] & inside);
       } else {
@@ -344,19 +353,15 @@ static bool backward_order(
     store(dx, g);
     if constexpr (Output) store(y, f);
   };
-  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
+  const int64_t size = plan.row_size, together = rows_together<T>(plan.runs[tile.first_run]);
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
       const Run run = plan.runs[k];
       const Real<S>* c = reinterpret_cast<const Real<S>*>(plan.table) + run.entry * o.entry;
-      Real<S>*total = reinterpret_cast<Real<S>*>(all_sums) + run.entry * o.sums, *sums = total;
-      Real<S> copy[16];
-      if constexpr (!__is_same(O, Any)) {
+      Real<S> registers[16], *sums = __is_same(O, Any) ? reinterpret_cast<Real<S>*>(all_sums) : registers;
   GRKAN_UNROLL
-        for (int i = 0; i < o.sums; ++i) copy[i] = total[i];
-        sums = copy;
-      }
+      for (int i = 0; i < o.sums; ++i) sums[i] = Real<S>{};
       for (int64_t row = first; row < last; ++row) {
         const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
         for (int64_t i = start; i < end; i += unit<T>) {
@@ -378,10 +383,9 @@ static bool backward_order(
           if (Output) __builtin_memcpy(y + end, value.values, run.tail * sizeof(T));
         }
       }
-      if constexpr (!__is_same(O, Any)) {
+      Real<S>* total = reinterpret_cast<Real<S>*>(all_sums) + (run.entry + 1) * o.sums;
   GRKAN_UNROLL
-        for (int i = 0; i < o.sums; ++i) total[i] = copy[i];
-      }
+      for (int i = 0; i < o.sums; ++i) total[i] += sums[i];
     }
   }
   return within<S>(largest, plan);

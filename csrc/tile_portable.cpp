@@ -1,12 +1,18 @@
 // Vectors of 128 bits, which SSE2 and NEON have, and compilers make of anything else.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <cstdint>
 
 #include "plan.h"
 
 #define GRKAN_ISA portable
 #define GRKAN_BYTES 16
-#if defined(__FMA__) || defined(__aarch64__)
+#if defined(__aarch64__)
 #define GRKAN_FMA
+#define GRKAN_FMA_FLOAT(x, y, z) (Real<float>) vfmaq_f32((float32x4_t)(z), (float32x4_t)(x), (float32x4_t)(y))
+#define GRKAN_FMA_DOUBLE(x, y, z) (Real<double>) vfmaq_f64((float64x2_t)(z), (float64x2_t)(x), (float64x2_t)(y))
 #endif
 #include "tile.h"
 

@@ -17,14 +17,17 @@ from .rational.op import group_rational, rational_linear, set_backend
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
+    from .export import plain
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
+    from .parallel import GroupParallel
     from .rational.fit import RationalFit, fit
 
 # name -> the module that has it, and the extra that brings what this module imports
 _LAZY = {
     "ConversionReport": ("grkan.convert", "fit"),
+    "GroupParallel": ("grkan.parallel", "models"),
     "RationalFit": ("grkan.rational.fit", "fit"),
     "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
@@ -32,12 +35,14 @@ _LAZY = {
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
+    "plain": ("grkan.export", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
 
 __all__ = [
     "GRKAN",
     "ConversionReport",
+    "GroupParallel",
     "GroupRational",
     "RationalFit",
     "RationalLinear",
@@ -51,6 +56,7 @@ __all__ = [
     "load_released_checkpoint",
     "no_weight_decay",
     "param_groups",
+    "plain",
     "rational_linear",
     "save_model",
     "set_backend",
@@ -86,6 +92,11 @@ def _integration(name: str) -> Any:
 # Accelerate their functions, as soon as either is imported, by whomever.
 when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
 when_imported("timm.models", lambda module: _integration("timm").know_conversions(module))
+# DTensors know no operator without a sharding rule.
+when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
 when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))
+when_imported(
+    "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
+)
 when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))

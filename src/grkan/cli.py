@@ -1,35 +1,102 @@
 """The command `grkan`. What a command needs is imported when it runs, so that `grkan --help` answers at once."""
 
 import argparse
+import io
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from ._version import __version__
-from .command import Parser, run
-from .errors import GrkanValueError
-from .train.config import add_training_options, training_settings
+from .errors import GrkanError, GrkanValueError
+from .train.config import add_training_options, make_config, merge, read_yaml
+
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""The names of packages whose modules have another one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
+
+    A mistake of the user gets one line on standard error. Whatever else is raised is a bug, and is not caught.
 
     Args:
         arguments: without the program's name; None takes those of the process.
 
     Returns:
         The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C.
-        (argparse ends the process with 2 for arguments that it does not know.)
+        (argparse ends the process with 2 for arguments that it does not understand.)
     """
-    return run(_parser(), arguments)
+    _prepare_streams()
+    options = argparse.Namespace()
+    try:
+        _parser().parse_args(arguments, options)
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return _fail(f"interrupted{_way_on(options)}", 130)
+    except GrkanError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "grkan") or module in sys.stdlib_module_names:
+            raise
+        package = _PACKAGES.get(module, module)
+        return _fail(f"{package} is missing; install it with: pip install {package}")
+    except OSError as error:
+        if _output_is_lost() and isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
+            way_on = _way_on(options)
+            return _fail(f"nobody reads the output any more{way_on}") if way_on else 1
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _prepare_streams() -> None:
+    """Let nothing that is printed raise: not into a stream that was closed, nor a letter that its encoding lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _output_is_lost() -> bool:
+    """Whether standard output takes nothing more; Python is then kept from trying once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _way_on(options: argparse.Namespace) -> str:
+    """How to go on with a run that has begun."""
+    written, command = getattr(options, "way_on", (None, ""))
+    return f"; go on with: {command}" if written is not None and Path(written).exists() else ""
+
+
+def _fail(message: str, status: int = 1) -> int:
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f" (process {rank})"
+    print(f"grkan{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="grkan",
-        description="Kolmogorov-Arnold Transformers: train them, use them, look at them.",
-        epilog="GRKAN_DEBUG=1 in the environment shows where an error comes from.",
-    )
+    parser = _Parser(prog="grkan", description="Kolmogorov-Arnold Transformers: train them, use them, look at them.")
     parser.add_argument("--version", action="version", version=f"grkan {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -39,84 +106,127 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "train a model on labelled images")
+    sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML; the command line overrides them")
+    sub.add_argument("--resume", type=_name, metavar="DIR", help="go on with the interrupted run in this folder")
     add_training_options(sub)
-    sub.add_argument("--model", help="a name of timm's registry, such as kat_micro_patch2_8")
-    sub.add_argument("--config", metavar="FILE", help="settings in YAML; the command line overrides them")
-    sub.add_argument("--output", metavar="DIR", help="the run's folder (runs/MODEL-DATA)")
-    sub.add_argument("--resume", metavar="DIR", help="go on with the interrupted run in this folder")
 
     sub = command("eval", _eval, "test a trained model; the last line is JSON")
-    sub.add_argument("model", metavar="DIR|FILE", help="a run's folder or a model file")
+    sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument("--data", required=True, help="as for train; a folder may hold the classes' folders itself")
-    sub.add_argument("--batch-size", type=_positive, default=128, metavar="N")
-    sub.add_argument("--workers", type=int, metavar="N", help="processes that load images")
+    sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
+    sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
     sub = command("predict", _predict, "classify images; one JSON line for each")
-    sub.add_argument("model", metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("images", nargs="+", metavar="IMAGE")
+    sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
+    sub.add_argument("images", type=_name, nargs="+", metavar="IMAGE")
+
+    sub = command("compare", _compare, "train several models, or variants of one, and put them side by side")
+    sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML, those of train, and `runs`")
+    sub.add_argument("--models", nargs="+", metavar="NAME", help="one run for each, in place of the file's runs")
+    sub.add_argument("--output", type=_name, required=True, metavar="DIR", help="the folder of all")
+    sub.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="runs at a time, of fewer threads (%(default)s)"
+    )
+    add_training_options(sub, without=("model", "output"))
 
     sub = command("convert", _convert, "turn a pretrained Vision Transformer into a KAT that computes the same")
     sub.add_argument("--model", metavar="NAME", help="a name of timm's registry (that of the checkpoint)")
-    sub.add_argument("--checkpoint", metavar="FILE", help="its weights: a run's folder, a model file, or one of timm's")
+    sub.add_argument(
+        "--checkpoint", type=_name, metavar="FILE", help="its weights: a run's folder, a model file, or one of timm's"
+    )
     sub.add_argument("--data", help="training images to fit the functions to, as for train (none: from the weights)")
-    sub.add_argument("--images", type=_positive, default=256, metavar="N", help="how many of them (256)")
-    sub.add_argument("--order", nargs=2, type=int, default=[5, 4], metavar=("M", "N"), help="degrees of P and Q (5 4)")
-    sub.add_argument("--num-groups", type=_positive, default=8, metavar="N", help="at most so many groups (8)")
-    sub.add_argument("--form", default="abs_of_sum", help="abs_of_sum (default) or sum_of_abs")
-    sub.add_argument("--output", required=True, metavar="FILE", help="the model file, for train --init and eval")
-    sub.add_argument("--plot", metavar="FILE", help="save a picture of the worst fits")
+    sub.add_argument("--images", type=_positive, default=256, metavar="N", help="how many of them (%(default)s)")
+    sub.add_argument(
+        "--num-groups", type=_positive, default=8, metavar="N", help="at most so many groups (%(default)s)"
+    )
+    _add_function_options(sub)
+    sub.add_argument(
+        "--output", type=_name, required=True, metavar="FILE", help="the model file, for train --init and eval"
+    )
+    sub.add_argument("--plot", type=_name, metavar="FILE", help="save a picture of the worst fits")
 
     sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one")
-    sub.add_argument("model", metavar="DIR|FILE", help="a run's folder or a model file")
+    sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument("--data", help="show the histogram of each function's inputs for test images of this data set")
-    sub.add_argument("--output", required=True, metavar="FILE", help="a .png, .svg or .pdf file")
+    sub.add_argument("--output", type=_name, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
 
     sub = command("info", _info, "count a model's parameters and operations, next to its Vision Transformer's")
-    sub.add_argument("model", metavar="MODEL", help="a name of timm's registry, a run's folder or a model file")
+    sub.add_argument("model", type=_name, help="a name of timm's registry, a run's folder or a model file")
 
     sub = command("fit", _fit, "fit a rational function to a named function")
     sub.add_argument("name", help="gelu, silu, relu, tanh, ...")
     sub.add_argument("--interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="where (the table's interval)")
-    sub.add_argument("--order", nargs=2, type=int, default=[5, 4], metavar=("M", "N"), help="degrees of P and Q (5 4)")
-    sub.add_argument("--form", default="abs_of_sum", help="abs_of_sum (default) or sum_of_abs")
-    sub.add_argument("--output", metavar="FILE", help="save a picture of target, fit and error")
+    _add_function_options(sub)
+    sub.add_argument("--output", type=_name, metavar="FILE", help="save a picture of target, fit and error")
 
     sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
     sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
-    sub.add_argument("--rounds", type=_positive, default=15, metavar="N", help="turns of each rival (15)")
+    sub.add_argument("--rounds", type=_positive, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default), or cuda, a GPU")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="cpu (default), or cuda, a GPU")
     sub.add_argument("--json", metavar="FILE", help="write all that was measured")
     return parser
 
 
+def _add_function_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--order", nargs=2, type=int, default=(5, 4), metavar=("M", "N"), help="degrees of P and Q (5 4)"
+    )
+    parser.add_argument("--form", default="abs_of_sum", help="abs_of_sum (default) or sum_of_abs")
+
+
+def _name(text: str) -> str:
+    """An empty name is a shell's variable without a value, never what is meant."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}; got {text}")
+    return value
+
+
 def _train(options: argparse.Namespace) -> None:
-    settings = training_settings(options)
-    if options.output:
-        settings["output"] = options.output
-    if options.resume:
-        if options.config:
+    if options.resume is not None:
+        if options.config is not None:
             raise GrkanValueError("--config does not go with --resume: the run's own configuration is used")
-        options.folder = options.resume
         from .train.loop import resume
 
-        resume(options.resume, settings)
+        _set_way_on(options, options.resume)
+        resume(options.resume, merge(*options.settings))
         return
-    from .train.config import make_config, read_yaml
-
-    config = make_config(read_yaml(options.config) if options.config else {}, settings)
+    config = make_config({} if options.config is None else read_yaml(options.config), *options.settings)
     from .train.loop import resolve, train
 
     config = resolve(config)
-    options.folder = config.output
+    _set_way_on(options, config.output or "")
     train(config)
+
+
+def _set_way_on(options: argparse.Namespace, folder: str) -> None:
+    options.way_on = (Path(folder) / "config.yaml", f"grkan train --resume {shlex.quote(folder)}")
 
 
 def _eval(options: argparse.Namespace) -> None:
     import math
 
     from .train.data import UnreadableImages
-    from .train.evaluate import load_trained, score, test_loader
+    from .train.evaluate import score, test_loader
+    from .train.model import load_trained
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
@@ -137,34 +247,54 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from .train.evaluate import load_trained, predict
+    from .train.evaluate import predict
+    from .train.model import load_trained
 
     trained = load_trained(options.model)
     failures = []
+    utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
     for path in options.images:
         try:
-            print(json.dumps(predict(trained, path), ensure_ascii=False), flush=True)
-        except ValueError as error:
+            print(json.dumps(predict(trained, path), ensure_ascii=not utf8), flush=True)
+        except GrkanValueError as error:
             failures.append(str(error))
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise GrkanValueError(failures[0] + more)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from .train.compare import compare, comparison_table, make_runs
+    from .train.progress import make_console
+
+    content = {} if options.config is None else read_yaml(options.config)
+    runs = make_runs(content, options.models, merge(*options.settings))
+    options.way_on = (options.output, "the same command")
+    summaries = compare(runs, options.output, options.jobs)
+    output = Path(options.output)
+    console = make_console()
+    console.print(comparison_table(output))
+    pictures = sorted(output.glob("*.png"))
+    if options.jobs == 1:
+        pictures += [path for name in summaries for path in sorted((output / name).glob("*.png"))]
+    for path in [output / "comparison.json", output / "comparison.md", *pictures]:
+        console.print(str(path), soft_wrap=True)
+
+
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
-    from .train.evaluate import calibration_images, load_original
+    from .train.data import calibration_images
+    from .train.model import load_original
     from .writing import check_writable
 
     check_writable(options.output)
     _check_picture(options.plot)
-    if not options.model and not options.checkpoint:
-        raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
     original = load_original(options.model, options.checkpoint, options.data)
     images = None
-    if options.data:
-        images = calibration_images(original, options.data, options.images)
+    if options.data is not None:
+        batches = calibration_images(options.data, original.preprocessing, options.images)
+        images = (batch.to(original.device) for batch in batches)
     report = convert_(
         original.model,
         calibration=images,
@@ -174,7 +304,7 @@ def _convert(options: argparse.Namespace) -> None:
     )
     print(report)
     save_model(original.model, options.output, classes=original.classes or None, preprocessing=original.preprocessing)
-    if options.plot:
+    if options.plot is not None:
         from .plot import plot_conversion, save_figure
         from .writing import replacing
 
@@ -188,12 +318,13 @@ def _convert(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
     from .train.data import UnreadableImages
-    from .train.evaluate import first_images, load_trained, load_weights, test_loader
+    from .train.evaluate import first_images, test_loader
+    from .train.model import load_trained, load_weights
     from .writing import replacing
 
     _check_picture(options.output)
     inputs = None
-    if options.data:
+    if options.data is not None:
         trained = load_trained(options.model)
         model = trained.model
         images = first_images(test_loader(trained, options.data, batch_size=256, workers=0), UnreadableImages())
@@ -210,7 +341,7 @@ def _plot(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from .train.evaluate import describe
+    from .train.model import describe
     from .train.progress import make_console
 
     rows = describe(options.model)
@@ -227,10 +358,10 @@ def _fit(options: argparse.Namespace) -> None:
     from .rational.fit import fit
 
     _check_picture(options.output)
-    interval = tuple(options.interval) if options.interval else None
+    interval = None if options.interval is None else tuple(options.interval)
     result = fit(options.name, tuple(options.order), form=options.form, interval=interval)
     print(result)
-    if options.output:
+    if options.output is not None:
         import torch
 
         from .plot import plot_fit, save_figure
@@ -245,12 +376,16 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .bench import bench, bench_kernels
+    settings = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if options.suite == "kernels" and given:
+        raise GrkanValueError(f"--{next(iter(given))} does not go with kernels, which are compiled and not timed")
+    from .bench import run_kernels, run_suite
 
     if options.suite == "kernels":
-        bench_kernels(options.json)
-        return
-    bench(options.suite, options.rounds, options.threads, options.json, options.device)
+        run_kernels(path=options.json)
+    else:
+        run_suite(options.suite, path=options.json, **given)
 
 
 def _check_picture(path: str | None) -> None:
@@ -261,16 +396,6 @@ def _check_picture(path: str | None) -> None:
 
         check_writable(path)
         check_picture(path)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,8 +1,21 @@
+import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from grkan.train.config import Config, make_config, nearest, parse_assignments, read_yaml, to_yaml
+from grkan.train.config import (
+    Config,
+    add_training_options,
+    make_config,
+    merge,
+    nearest,
+    parse_assignment,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -42,13 +55,21 @@ def test_values_as_yaml_reads_them(key, value, converted):
         ({"lr": float("inf")}, ValueError, r"lr must be a finite number; got inf"),
         ({"mixup": "1e400"}, ValueError, r"mixup must be a finite number; got inf"),
         ({"lr": 10**400}, TypeError, r"lr must be a number; got 10+"),
-        ({"clip_grad": 0}, ValueError, r"clip_grad must be more than 0, or null for no limit; got 0"),
+        ({"clip_grad": 0}, ValueError, r"clip_grad must be more than 0; got 0"),
+        ({"smoothing": 1}, ValueError, r"smoothing must be in \[0, 1\); got 1.0"),
+        ({"ema_decay": 1}, ValueError, r"ema_decay must be in \[0, 1\); got 1.0"),
+        ({"epochs": 10**400}, ValueError, r"epochs must be less than 2\^63; got 10+"),
+        ({"output": ""}, ValueError, r"output must be a text that is not empty .*; got ''"),
+        ({"data": "a\0b"}, ValueError, r"data must be a text that .* has no null character; got 'a\\x00b'"),
+        ({"model_args": {1: 2}}, TypeError, r"the names in model_args must be texts; got 1"),
+        ({"model_args": {"depth": {3}}}, TypeError, r"model_args.depth must be made of numbers, .*; got \{3\}"),
         ({"hflip": 2}, ValueError, r"hflip must be in \[0, 1\]; got 2"),
         ({"trainable": "some"}, ValueError, r"trainable must be all or coefficients or weights; got 'some'"),
         ({"warmup_epochs": 3, "epochs": 3}, ValueError, r"warmup_epochs must be less than epochs, 3; got 3"),
         ({"lr": 1e-6, "min_lr": 1e-5}, ValueError, r"min_lr must not exceed lr"),
         ({"crop_scale": [1.0]}, TypeError, r"crop_scale must be 2 numbers"),
         ({"crop_scale": [0.9, 0.1]}, ValueError, r"crop_scale must be \(low, high\)"),
+        ({"crop_scale": [0, 1]}, ValueError, r"crop_scale must be in \(0, 1\]; got 0"),
         ({"batchsize": 8}, ValueError, r"unknown setting 'batchsize'; did you mean batch_size"),
     ],
 )
@@ -57,11 +78,39 @@ def test_bad_settings_are_named(settings, error, message):
         make_config(settings)
 
 
+def _given(*arguments):
+    parser = argparse.ArgumentParser()
+    add_training_options(parser)
+    return merge(*parser.parse_args(arguments).settings)
+
+
+def test_every_setting_has_an_option_and_a_meaning(capsys):
+    """But model_args, whose parts `--set` reaches."""
+    for f in dataclasses.fields(Config):
+        assert f.metadata["meaning"]
+        if f.name != "model_args":
+            value = to_dict(Config())[f.name] or 1
+            text = value if isinstance(value, str) else json.dumps(value)
+            given = _given(f"--{f.name.replace('_', '-')}", text)[f.name]
+            assert given in (value, str(value))
+    with pytest.raises(SystemExit):
+        _given("--help")
+    assert "the highest learning rate (0.001)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_last_of_options_counts():
+    assert _given("--lr=1", "--set=lr=2", "--lr=3") == {"lr": 3}
+    assert _given("--set=model_args={depth: 1}", "--set", "model_args.num_heads=2") == {
+        "model_args": {"depth": 1, "num_heads": 2}
+    }
+    assert _given("--tensorboard") == {"tensorboard": True}
+    assert _given("--data=7", "--precision=no") == {"data": "7", "precision": "no"}
+
+
 def test_assignments_are_read_as_yaml():
-    settings = parse_assignments(
-        ["lr=1e-2", "model_args.order=[7, 6]", "model_args.form=sum_of_abs", "tensorboard=true"]
-    )
-    assert settings == {"lr": "1e-2", "model_args": {"order": [7, 6], "form": "sum_of_abs"}, "tensorboard": True}
+    assert parse_assignment("lr=1e-2") == {"lr": "1e-2"}
+    assert parse_assignment("model_args.order=[7, 6]") == {"model_args": {"order": [7, 6]}}
+    assert parse_assignment("tensorboard=true") == {"tensorboard": True}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +118,9 @@ def test_assignments_are_read_as_yaml():
     [
         ("lr", "takes key=value"),
         ("lr=[", "not a YAML value"),
+        ("lr=!!int ''", "not a YAML value"),
+        ("lr=2020-13-01", "not a YAML value"),
+        ("lr=" + "[" * 5000, "not a YAML value .it is nested too deeply"),
         ("model_args={depth: 1, depth: 2}", r"not a YAML value \(depth is set twice\)"),
         ("lr.x=1", "only model_args"),
         ("lx=1", "did you mean lr"),
@@ -76,7 +128,7 @@ def test_assignments_are_read_as_yaml():
 )
 def test_bad_assignments_are_named(assignment, message):
     with pytest.raises(ValueError, match=message):
-        parse_assignments([assignment])
+        parse_assignment(assignment)
 
 
 @pytest.mark.parametrize(

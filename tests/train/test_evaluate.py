@@ -8,7 +8,8 @@ from torch import nn
 
 from grkan import save_model
 from grkan.train.data import UnreadableImages, evaluation_loader
-from grkan.train.evaluate import describe, first_images, load_trained, model_file, predict, score, test_loader
+from grkan.train.evaluate import first_images, predict, score, test_loader
+from grkan.train.model import load_trained
 
 make_loader = test_loader
 del test_loader  # pytest would take it for a test
@@ -96,32 +97,6 @@ def test_an_unreadable_image_is_named(trained, tmp_path):
         predict(trained, tmp_path / "x.png")
 
 
-def test_the_best_weights_of_a_folder_come_first(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no best\.safetensors"):
-        model_file(tmp_path)
-    (tmp_path / "last.safetensors").touch()
-    assert model_file(tmp_path).name == "last.safetensors"
-    (tmp_path / "best.safetensors").touch()
-    assert model_file(tmp_path).name == "best.safetensors"
-    with pytest.raises(ValueError, match="does not exist"):
-        model_file(tmp_path / "none")
-
-
 def test_a_model_of_other_classes_is_refused(trained):
     with pytest.raises(ValueError, match="the model has no class '0'"):
         make_loader(trained, "digits", batch_size=4, workers=0)
-
-
-def test_a_name_that_is_like_no_other_gets_ours():
-    with pytest.raises(
-        ValueError, match=r"unknown model 'nope'; known are kat_base_patch16_224, .* and \d+ more"
-    ) as caught:
-        describe("nope")
-    assert len(str(caught.value)) < 300
-
-
-def test_a_model_next_to_its_twin():
-    counts = describe("kat_tiny_patch16_224")
-    assert list(counts) == ["kat_tiny_patch16_224", "vit_tiny_patch16_224"]
-    assert [round(c["paper_operations"] / 1e9, 2) for c in counts.values()] == [1.13, 1.08]
-    assert counts["kat_tiny_patch16_224"]["parameters"] == 5_719_336

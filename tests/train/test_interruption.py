@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grkan.train.checkpoint import load_state, read_metrics
+from grkan.train.checkpoint import load_state
 from grkan.train.config import make_config, read_yaml
 from grkan.train.loop import resume, train
+from grkan.train.metrics import read_metrics
 
 # Everything that draws random numbers or keeps a state is on.
 SETTINGS = {

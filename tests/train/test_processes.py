@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from grkan.train import loop
-from grkan.train.checkpoint import read_metrics
 from grkan.train.config import make_config
 from grkan.train.loop import train
+from grkan.train.metrics import read_metrics
 
 
 def _losses(folder):
@@ -20,7 +20,7 @@ def _losses(folder):
 
 def _train_in_two(settings):
     arguments = [f"--set={key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "grkan.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "grkan"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*command, "train", *arguments], env=environment, capture_output=True, text=True, timeout=200)
 

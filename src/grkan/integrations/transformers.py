@@ -11,7 +11,8 @@ Without grkan `from_pretrained` of such a folder fails, because `_REFUSED` is in
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,10 @@ _FIELD = "grkan"
 # Whoever reads config.json without knowing grkan would compute with the activations that it names. But a quantisation
 # without a known method is refused: by transformers, vLLM, SGLang, llama.cpp.
 _REFUSED = {"grkan": "import grkan, then load: the functions of this model are rational, as the field grkan says"}
+
+_STYLE = "grkan_groups"
+_CUT_STYLES = ("colwise", "packed_colwise")
+"""transformers' names for linear layers whose output is cut along the channels."""
 
 
 def know_configs(configuration_utils: ModuleType) -> None:
@@ -108,6 +113,38 @@ def _convert(model: Any, recipe: Recipe) -> None:
         layers += [candidate for candidate in candidates if _waits(candidate, modules)][:1]
     if layers:
         apply_recipe(model, Recipe(tuple(layers)), record=False)
+        _extend_plan(model, layers)
+
+
+def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
+    """Tell the model's plan for tensor parallelism of the functions, and of the linear layers behind another one."""
+    plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    for layer in layers:
+        names = [re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in (layer.activation, layer.linear or "")]
+        activation, linear = names
+        parent = activation.rpartition(".")[0]
+        # What such a layer gives is the rank's part of the channels, if the plan does not gather it.
+        if any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items()):
+            plan[activation] = _STYLE
+        if linear in plan:
+            plan[f"{linear}.linear"] = plan.pop(linear)
+
+
+def know_styles(tensor_parallel: ModuleType) -> None:
+    """Let the plans for tensor parallelism name a style for rational functions."""
+
+    class Groups(tensor_parallel.TensorParallelLayer):  # type: ignore[name-defined]
+        """Every rank has the groups of its own channels, see `grkan.GroupParallel`."""
+
+        def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+            from ..parallel import shard_groups_
+
+            shard_groups_(module, param, mesh, source=None)
+
+        def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+            return module
+
+    tensor_parallel.ALL_PARALLEL_STYLES.register(_STYLE, Groups())
 
 
 def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
@@ -159,6 +196,7 @@ def _record(config_class: type, model: Any, recipe: Mapping[str, Any], undo: Exi
     config = getattr(model, "config", None)
     if not isinstance(config, config_class):
         return
+    _extend_plan(model, check_recipe(recipe).layers)
     copies: dict[int, Any] = {}
     new = copy.deepcopy(config, copies)
     setattr(new, _FIELD, recipe)

@@ -168,7 +168,16 @@ def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weig
                     "of them alone"
                 )
     _check_data(state)
-    return _Weights(state)
+    return _Weights(_without_padding(state))
+
+
+def _without_padding(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors that are a part of their memory, as gathered ones can be; safetensors refuses these."""
+    copies: dict[Any, Tensor] = {}  # tied weights stay tied
+    for name, t in state.items():
+        if t.untyped_storage().nbytes() != t.numel() * t.itemsize:
+            state[name] = copies.setdefault((t.data_ptr(), t.shape, t.stride()), t.clone())
+    return state
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

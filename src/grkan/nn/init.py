@@ -89,13 +89,22 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
             initialisation of the released code comes to.
     """
     weight = layer.weight
+    # A sharded weight is drawn whole: on a CPU, processes with the same seed would draw the same for different parts.
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
     if scheme == "trunc_normal":
-        nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.trunc_normal_(drawn, std=0.02)
     else:
         fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
-        nn.init.normal_(weight, std=(gain / fan_in) ** 0.5)
+        nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
+    if drawn is not weight:
+        assign_(weight, drawn, src_rank=0)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without an import of what defines these."""
+    return hasattr(tensor, "placements")
 
 
 def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> None:
@@ -106,7 +115,7 @@ def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> N
         values: of any dtype and device.
         src_rank: whose values all processes take; None where they have the same.
     """
-    if hasattr(parameter, "placements"):
+    if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = parameter

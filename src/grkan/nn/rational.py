@@ -17,7 +17,7 @@ from ..rational.arguments import (
     to_float64,
 )
 from ..rational.op import group_rational
-from .init import assign_, fitted
+from .init import assign_, fitted, is_sharded
 
 _COEFFICIENTS = ("numerator", "denominator")
 
@@ -58,6 +58,9 @@ class GroupRational(nn.Module):
     """
 
     width: int | None
+
+    groups_are_local = False
+    """Whether the coefficients are DTensors of which a plain tensor meets its rank's own, see `grkan.GroupParallel`."""
 
     def __init__(
         self,
@@ -124,17 +127,32 @@ class GroupRational(nn.Module):
         Raises:
             ValueError: it has more or fewer than `width`; of coefficients of a part of the groups, than their part.
         """
-        numerator, denominator = self.coefficients()
+        sharded = self.groups_are_local and isinstance(x, Tensor) and not is_sharded(x)
+        numerator, denominator = self._local_coefficients() if sharded else self.coefficients()
         # What a tracer hands over has no shape that could be compared.
         if self.width is not None and isinstance(x, Tensor) and not torch.jit.is_tracing():
             width = self.width * max(numerator.shape[0], denominator.shape[0]) // self.num_groups
             if x.shape[self.channel_dim :][:1] != (width,):
                 raise GrkanValueError(
                     f"x must have {width} channels in dimension {self.channel_dim}, those that this function was made "
-                    f"for; got shape {tuple(x.shape)}. A part of the channels, as in tensor parallelism, needs the "
-                    "coefficients of its groups"
+                    f"for; got shape {tuple(x.shape)}. If that is this rank's part of the channels, as in tensor "
+                    "parallelism, the plan needs grkan.GroupParallel() for this function"
                 )
         return numerator, denominator
+
+    def _local_coefficients(self) -> tuple[Tensor, Tensor]:
+        """`coefficients` of this rank's groups; a shared numerator gets its gradient from all ranks."""
+        from torch.distributed.tensor import Partial
+
+        m, n = self.order
+        local = []
+        for parameter in (self.numerator, self.denominator):
+            sharded: Any = parameter
+            whole = all(placement.is_replicate() for placement in sharded.placements)
+            local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
+        numerator, denominator = local
+        rows = numerator.view(-1, m + 1)
+        return rows, denominator.view(-1, n) if n else denominator.view(len(rows), 0)
 
     def to_function(self, group: int) -> Callable[[Any], Any]:
         """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.

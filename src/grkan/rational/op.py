@@ -6,9 +6,9 @@ single one of PyTorch's serves everything:
 * plain operations, those of `reference.py`, wherever derivatives are taken by a transform (`_composite_needed`): an
   operator with `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns
   a zero tangent;
-* the operators `grkan::group_rational` and `grkan::rational_linear` for torch.compile, export, fake tensors and
-  whatever else looks at operations (`_is_eager` says when not): an `autograd.Function` with vmap and jvp rules would
-  break `torch.compile(fullgraph=True)`;
+* the operators `grkan::group_rational` and `grkan::rational_linear` for torch.compile, export, `torch.jit.trace`, fake
+  tensors and whatever else looks at operations (`_is_eager` says when nobody does): an `autograd.Function` with vmap
+  and jvp rules would break `torch.compile(fullgraph=True)`;
 * an `autograd.Function` around the kernel in plain eager mode. The operators would do, but they cost 90 us more for a
   forward and a backward, which is a third of the time that GELU takes for 8x197x192 scalars on two cores.
 
@@ -17,23 +17,39 @@ The last two share their forward and backward. They keep x and the coefficients 
 A kernel sees one layout: memory without gaps, [rows, groups, width], in which the scalars of a group lie side by side.
 """
 
+import contextlib
+import functools
 import math
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
 from . import cpu, reference
 from .arguments import check_choice, check_form, check_integer
+from .reference import FORMS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "reference", "native")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+TRITON = (3, 6)
+"""The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
+
+_TRITON = ".".join(map(str, TRITON))
+TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
+BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,30 @@ class Kernel:
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+KERNELS: dict[str, Kernel] = {}
+"""Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
+served by the reference. "xpu" is not: extreme x are computed in float64, which not all of Intel's GPUs have."""
+
+_gpu_kernel_wanted = False
+_why_no_gpu_kernel = ""
+_noticed: set[str] = set()  # the device types for which it was said that there is no kernel
+
+
+class _Thread(threading.local):
+    """The backend of the innermost `with set_backend(...)` block of a thread."""
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+
+
+_thread = _Thread()
+_calls: list["set_backend"] = []  # of set_backend outside of `with`: the last holds for the process
+_CALLS_KEPT = 16
+
+
+# The kernels.
 
 
 def _reference_forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
@@ -75,13 +115,6 @@ def _canonical(t: Tensor, groups: int, width: int) -> Tensor:
 
 REFERENCE = Kernel(_reference_forward, _reference_backward)
 
-KERNELS: dict[str, Kernel] = {}
-"""Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
-served by the reference. "xpu" is not: extreme x are computed in float64, which not all of Intel's GPUs have."""
-
-TRITON = (3, 6)
-"""The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
-
 
 def _load_cpu_kernel() -> None:
     try:
@@ -96,7 +129,6 @@ def _load_cpu_kernel() -> None:
         )
 
 
-BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _load_cpu_kernel()
 
 
@@ -126,12 +158,6 @@ def why_too_old(triton_version: str) -> str:
     return f"Triton is version {triton_version}, and {_TRITON} or newer is needed" if old else ""
 
 
-_TRITON = ".".join(map(str, TRITON))
-TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
-_gpu_kernel_wanted = False
-_why_no_gpu_kernel = ""
-
-
 def find_kernel(device_type: str) -> Kernel | None:
     """The GPU kernel is loaded when it is first wanted: Triton alone would add half a second to `import grkan`."""
     global _gpu_kernel_wanted
@@ -141,13 +167,13 @@ def find_kernel(device_type: str) -> Kernel | None:
     return KERNELS.get(device_type)
 
 
-_backend = "auto"
+# Which of them computes.
 
 
 class set_backend:
-    """Choose what computes the rational function, from here on or for a `with` block; process-wide.
+    """Choose what computes the rational function: for the process, or in a `with` block for the thread that runs it.
 
-    Named and used like `torch.set_grad_enabled`.
+    A call is in force in every thread from then on; a block comes before it, and ends with it.
 
     Args:
         name: "auto", the native kernel where there is one and the reference elsewhere; "reference", plain PyTorch
@@ -159,7 +185,6 @@ class set_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _backend
         check_choice("backend", name, _BACKENDS)
         if name == "native" and not KERNELS and not (torch.cuda.is_available() and find_kernel("cuda")):
             for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
@@ -167,14 +192,678 @@ class set_backend:
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
                 f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
             )
-        self._previous, _backend = _backend, name
+        self.name = name
+        # Until `__enter__`, this cannot be told from a call. Each takes back itself, in whatever order threads come.
+        _calls.append(self)
+        del _calls[1:-_CALLS_KEPT]
 
     def __enter__(self) -> "set_backend":
+        if self in _calls:
+            _calls.remove(self)
+        self._outer, _thread.backend = _thread.backend, self.name
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _backend
-        _backend = self._previous
+        _thread.backend = self._outer
+
+
+set_backend("auto")  # is never taken back
+
+
+def _backend() -> str:
+    return _thread.backend or _calls[-1].name
+
+
+def _check_backend(device_type: str) -> None:
+    # A compiled graph would be guarded by whether the GPU kernel had been loaded; the operator in it asks once more.
+    if device_type == "meta" or _backend() == "reference" or (device_type != "cpu" and is_compiling()):
+        return
+    _kernel(device_type, stacklevel=5)
+
+
+def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
+    """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
+    kernel = find_kernel(device_type)
+    if kernel is not None:
+        return kernel
+    how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
+    if _backend() == "native":
+        raise GrkanRuntimeError(
+            f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}{how}"
+        )
+    if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend() == "auto":
+        _noticed.add(device_type)
+        if device_type == "cpu":
+            how = f"; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}"
+        warnings.warn(
+            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so F is "
+            f"computed by plain PyTorch operations, some ten times slower{how}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+    return REFERENCE
+
+
+# Which way to go. These two functions ask PyTorch what it does not tell in public.
+
+
+def _composite_needed() -> bool:
+    """Whether plain operations have to run, because derivatives are taken by torch.func or in forward mode."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # since 2.0
+
+
+def _is_eager(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
+    """Whether a kernel may be called as it is, for nobody looks at the operations.
+
+    That is no compiler, tracer, mode or transform, and no other kind of tensor: no subclass, no batch of gradients.
+    """
+    return not (
+        is_dynamo_compiling()  # what else compiles has tensors of another type
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()  # since 2.0
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in _PLAIN
+        or type(numerator) not in _PLAIN
+        or type(denominator) not in _PLAIN
+        or x.is_meta
+        or x.is_nested
+        or x._is_zerotensor()
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+    )
+
+
+# What a call is: the checks of its arguments, and what follows from them.
+
+
+# Shape, dtype, device and layout of x; shape, dtype and device of the numerator and of the denominator.
+_Properties: TypeAlias = tuple[
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+]
+
+
+class _Call(NamedTuple):
+    form: str
+    dim: int  # of the channels, not negative
+    groups: int
+    channels: int  # of a group
+    width: int  # of a group, where x is contiguous; 0 where x is empty, whose strides mean nothing
+    device_type: str
+    shapes: tuple[tuple[int, int], tuple[int, int]] | None  # of the coefficients, where they come as vectors
+
+
+def _call(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.layout,
+    a_shape: torch.Size,
+    a_dtype: torch.dtype,
+    a_device: torch.device,
+    b_shape: torch.Size,
+    b_dtype: torch.dtype,
+    b_device: torch.device,
+    form: str,
+    channel_dim: int,
+    order: tuple[int, int] | None,
+    group_width: int | None,
+) -> _Call:
+    """Raise for arguments that do not fit: x, the numerator a, the denominator b and the options of `_group_rational`.
+
+    It knows nothing of the tensors but these properties, so that a call like an earlier one need not be checked again.
+    """
+    if dtype not in _DTYPES:
+        raise GrkanTypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(dtype)}")
+    if layout is not torch.strided:
+        raise GrkanTypeError(f"x must be dense, as x.to_dense() is; got layout {str(layout).removeprefix('torch.')}")
+    if not shape:
+        raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
+    shapes = None
+    if order is not None:
+        shapes = _rows("numerator", a_shape, order[0] + 1), _rows("denominator", b_shape, order[1])
+    for name, its_dtype, its_device in (("numerator", a_dtype, a_device), ("denominator", b_dtype, b_device)):
+        if not its_dtype.is_floating_point:
+            raise GrkanTypeError(f"{name} must have a floating dtype; got {_name(its_dtype)}")
+        if its_device != device:
+            raise GrkanValueError(f"{name} must be on the device of x, {device}; got {its_device}")
+    of_a, of_b = shapes or (a_shape, b_shape)
+    if len(of_a) != 2 or of_a[0] == 0 or of_a[1] == 0:
+        raise GrkanValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(of_a)}")
+    if len(of_b) != 2 or of_b[0] == 0:
+        raise GrkanValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(of_b)}")
+    groups = max(of_a[0], of_b[0])
+    if min(of_a[0], of_b[0]) not in (1, groups):
+        raise GrkanValueError(
+            f"numerator and denominator must have the same number of rows, or one of them a single row; "
+            f"got {of_a[0]} and {of_b[0]}"
+        )
+    if not -len(shape) <= channel_dim < len(shape):
+        raise GrkanValueError(
+            f"channel_dim must lie in [{-len(shape)}, {len(shape) - 1}] for x of shape {tuple(shape)}; "
+            f"got {channel_dim}"
+        )
+    channels = shape[channel_dim]
+    if channels % groups:
+        raise GrkanValueError(
+            f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "
+            f"got {channels} channels in dimension {channel_dim} of shape {tuple(shape)}"
+        )
+    if group_width is not None and channels != groups * group_width:
+        raise GrkanValueError(
+            f"x must have {groups * group_width} channels in dimension {channel_dim}, {group_width} for each of the "
+            f"{groups} groups of the coefficients; got shape {tuple(shape)}"
+        )
+    dim, channels = channel_dim % len(shape), channels // groups
+    width = channels * math.prod(shape[dim + 1 :]) if math.prod(shape[:dim]) else 0
+    return _Call(form, dim, groups, channels, width, device.type, shapes)
+
+
+def _rows(name: str, shape: torch.Size, columns: int) -> tuple[int, int]:
+    """The shape of a matrix whose rows lie one after the other in a vector of this shape."""
+    if len(shape) != 1 or (shape[0] % columns if columns else shape[0]):
+        raise GrkanValueError(f"{name} must be a vector of rows of {columns} coefficients; got shape {tuple(shape)}")
+    return shape[0] // columns if columns else 1, columns
+
+
+_known_call = functools.lru_cache(maxsize=1024)(_call)
+
+
+def _linear_call(
+    weight_shape: torch.Size,
+    weight_dtype: torch.dtype,
+    weight_device: torch.device,
+    bias_shape: torch.Size | None,
+    bias_dtype: torch.dtype | None,
+    bias_device: torch.device | None,
+    autocasts: bool,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    *others: Any,
+) -> _Call:
+    """The same for `_rational_linear`; x comes as it is before autocast."""
+    call = _call(shape, dtype, device, *others)
+    for name, its_dtype, its_device in (("weight", weight_dtype, weight_device), ("bias", bias_dtype, bias_device)):
+        if its_device is not None and its_device != device:
+            raise GrkanValueError(f"{name} must be on the device of x, {device}; got {its_device}")
+        if its_dtype is not None and its_dtype != dtype and not autocasts:
+            raise GrkanTypeError(f"{name} must have the dtype of x, {_name(dtype)}; got {_name(its_dtype)}")
+    if len(weight_shape) != 2 or weight_shape[1] != shape[-1]:
+        raise GrkanValueError(
+            f"weight must have shape (out_features, {shape[-1]}) for x of shape {tuple(shape)}; "
+            f"got {tuple(weight_shape)}"
+        )
+    if bias_shape is not None and bias_shape != weight_shape[:1]:
+        raise GrkanValueError(f"bias must have shape ({weight_shape[0]},), the rows of weight; got {tuple(bias_shape)}")
+    return call
+
+
+_known_linear_call = functools.lru_cache(maxsize=1024)(_linear_call)
+
+
+def _properties(x: Tensor, numerator: Tensor, denominator: Tensor) -> _Properties:
+    """The first arguments of `_call`."""
+    return (
+        x.shape,
+        x.dtype,
+        x.device,
+        x.layout,
+        numerator.shape,
+        numerator.dtype,
+        numerator.device,
+        denominator.shape,
+        denominator.dtype,
+        denominator.device,
+    )
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise GrkanTypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+
+
+def _untraced(function: Callable[[], _Call]) -> _Call:
+    """function(), out of sight of torch.jit.trace, which takes sizes for tensors and warns where they are compared."""
+    if not torch.jit.is_tracing():
+        return function()
+    tracing: Any = torch._C
+    state = tracing._get_tracing_state()
+    tracing._set_tracing_state(None)
+    try:
+        return function()
+    finally:
+        tracing._set_tracing_state(state)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Layout.
+
+
+def _dense(x: Tensor, call: _Call) -> tuple[Tensor, int]:
+    """A tensor like x, which is not contiguous, whose memory is [rows, groups, width] without gaps; and that width.
+
+    The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format
+    is used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
+    """
+    strides = torch.empty_like(x, device="meta").stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    inner = order[order.index(call.dim) + 1 :]
+    return _with_strides(x, strides), call.channels * math.prod(x.shape[d] for d in inner)
+
+
+def _with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same numbers with other strides; no copy where they are the same."""
+    return (
+        t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    )
+
+
+def _matrix(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _as_rows(numerator: Tensor, denominator: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    """The coefficients as matrices, which they may be already."""
+    if call.shapes is None:
+        return numerator, denominator
+    return numerator.view(call.shapes[0]), denominator.view(call.shapes[1])
+
+
+# F and the linear layer by plain, differentiable operations.
+
+
+def _composite(
+    x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, shape: tuple[int, int] | None = None
+) -> Tensor:
+    """shape: the groups, and the channels of each; found out where it is not given."""
+    shape = shape or _groups_and_channels(x, numerator, denominator, dim)
+    if dim == x.dim() - 1:  # a movedim that moves nothing becomes a transposition that ONNX Runtime refuses
+        return reference.rational(x.unflatten(-1, shape), numerator, denominator, form).flatten(-2)
+    grouped = x.movedim(dim, -1).unflatten(-1, shape)
+    return reference.rational(grouped, numerator, denominator, form).flatten(-2).movedim(-1, dim)
+
+
+def _composite_backward(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _groups_and_channels(x, numerator, denominator, dim)
+    grad, grouped = (t.movedim(dim, -1).unflatten(-1, shape) for t in (grad, x))
+    dx, da, db = reference.rational_backward(grad, grouped, numerator, denominator, form)
+    return dx.flatten(-2).movedim(-1, dim), da, db
+
+
+def _groups_and_channels(x: Tensor, numerator: Tensor, denominator: Tensor, dim: int) -> tuple[int, int]:
+    groups = max(numerator.shape[0], denominator.shape[0])
+    return groups, x.shape[dim] // groups
+
+
+# The same by a kernel.
+
+
+def _evaluate(x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel) -> Tensor:
+    if call.shapes is not None:
+        numerator, denominator = _as_rows(numerator, denominator, call)
+    x, width = (x, call.width) if x.is_contiguous() else _dense(x, call)
+    return kernel.forward(x, numerator, denominator, call.form, width)
+
+
+def _evaluate_linear(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: _Call,
+    kernel: Kernel,
+) -> Tensor:
+    return F.linear(_evaluate(x, numerator, denominator, call, kernel), weight, bias)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel, output: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Those of x, numerator and denominator; and F(x), if `output` is true."""
+    if call.shapes is not None:
+        numerator, denominator = _as_rows(numerator, denominator, call)
+    if call.width and x.is_contiguous():
+        grad, width = grad.contiguous(), call.width
+    else:
+        x, width = _dense(x, call)
+        grad = _with_strides(grad, x.stride())
+    dx, da, db, y = kernel.backward(grad, x, numerator, denominator, call.form, width, output)
+    if call.shapes is not None:
+        da, db = da.view(-1), db.view(-1)
+    return dx, da, db, y
+
+
+def _linear_gradients(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    call: _Call,
+    kernel: Kernel,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`."""
+    dx = da = db = f = None
+    if needs_f:
+        dx, da, db, f = _gradients(grad @ weight, x, numerator, denominator, call, kernel, needs_weight)
+    elif needs_weight:
+        f = _evaluate(x, numerator, denominator, call, kernel)
+    return dx, da, db, None if f is None else _matrix(grad).T @ _matrix(f)
+
+
+# The operators.
+
+
+def _group_rational_operator(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
+    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None)
+    return _evaluate(x, numerator, denominator, call, _kernel(call.device_type))
+
+
+def _group_rational_backward_operator(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None)
+    return _gradients(grad, x, numerator, denominator, call, _kernel(call.device_type))[:3]
+
+
+def _rational_linear_operator(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
+) -> Tensor:
+    return F.linear(_group_rational_operator(x, numerator, denominator, form, -1), weight, bias)
+
+
+def _rational_linear_backward_operator(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    form: str,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, ...]:
+    """An operator returns tensors: what is not needed is empty."""
+    call = _known_call(*_properties(x, numerator, denominator), form, -1, None, None)
+    kernel = _kernel(call.device_type)
+    gradients = _linear_gradients(grad, x, numerator, denominator, weight, call, kernel, needs_f, needs_weight)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+_LIBRARY = torch.library.Library("grkan", "FRAGMENT")
+for _schema, _implementation in {
+    "group_rational(Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> Tensor": (
+        _group_rational_operator
+    ),
+    "group_rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, str form, int dim) "
+    "-> (Tensor, Tensor, Tensor)": _group_rational_backward_operator,
+    "rational_linear(Tensor x, Tensor numerator, Tensor denominator, Tensor weight, Tensor? bias, str form) "
+    "-> Tensor": _rational_linear_operator,
+    "rational_linear_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, Tensor weight, str form, "
+    "bool needs_f, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)": _rational_linear_backward_operator,
+}.items():
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.partition("(")[0], _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("grkan::group_rational", lib=_LIBRARY)
+def _group_rational_fake(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("grkan::group_rational_backward", lib=_LIBRARY)
+def _group_rational_backward_fake(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape)
+
+
+@torch.library.register_fake("grkan::rational_linear", lib=_LIBRARY)
+def _rational_linear_fake(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
+) -> Tensor:
+    return F.linear(torch.empty_like(x), weight, bias)
+
+
+@torch.library.register_fake("grkan::rational_linear_backward", lib=_LIBRARY)
+def _rational_linear_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    form: str,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape if needs_weight else 0)
+    if not needs_f:
+        return x.new_empty(0), x.new_empty(0), x.new_empty(0), dweight
+    return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape), dweight
+
+
+# What the operators are in plain operations, for exporters that know no others: torch.onnx.export looks here by itself.
+# Where sizes are symbols, PyTorch runs a decomposition even to know the shape of its result, unless the table says it.
+
+
+@register_decomposition(torch.ops.grkan.group_rational.default)
+def _group_rational_decomposition(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
+    return _composite(x, numerator, denominator, form, dim % x.dim())
+
+
+@register_decomposition(torch.ops.grkan.rational_linear.default)
+def _rational_linear_decomposition(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
+) -> Tensor:
+    return F.linear(_composite(x, numerator, denominator, form, x.dim() - 1), weight, bias)
+
+
+register_decomposition(torch.ops.grkan.group_rational.default, type="meta")(_group_rational_fake)
+register_decomposition(torch.ops.grkan.rational_linear.default, type="meta")(_rational_linear_fake)
+
+
+# Autograd. Grad mode is on in a backward that will itself be differentiated (create_graph=True).
+
+
+def _group_rational_vjp(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() or _composite_needed():
+        return _composite_backward(grad, x, numerator, denominator, form, dim)
+    return torch.ops.grkan.group_rational_backward(grad, x, numerator, denominator, form, dim)
+
+
+def _rational_linear_vjp(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    form: str,
+    needs_f: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled() and not _composite_needed():
+        return torch.ops.grkan.rational_linear_backward(
+            grad, x, numerator, denominator, weight, form, needs_f, needs_weight
+        )
+    dx = da = db = dweight = None
+    dim = x.dim() - 1
+    if needs_f:
+        dx, da, db = _composite_backward(grad @ weight, x, numerator, denominator, form, dim)
+    if needs_weight:
+        dweight = _matrix(grad).T @ _matrix(_composite(x, numerator, denominator, form, dim))
+    return dx, da, db, dweight
+
+
+def _group_rational_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, numerator, denominator, ctx.form, dim = inputs
+    ctx.dim = dim % x.dim()
+    ctx.save_for_backward(x, numerator, denominator)
+
+
+def _group_rational_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, numerator, denominator = ctx.saved_tensors
+    return *_group_rational_vjp(grad, x, numerator, denominator, ctx.form, ctx.dim), None, None
+
+
+def _rational_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, numerator, denominator, weight, _, ctx.form = inputs
+    ctx.save_for_backward(x, numerator, denominator, weight)
+
+
+def _rational_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def vjp(*needs: bool) -> tuple[Tensor | None, ...]:
+        x, numerator, denominator, weight = ctx.saved_tensors
+        return _rational_linear_vjp(grad, x, numerator, denominator, weight, ctx.form, *needs)
+
+    return *_linear_backward(ctx, grad, vjp), None
+
+
+def _linear_backward(
+    ctx: Any, grad: Tensor, vjp: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the five tensors of `rational_linear`, but for that of bias by vjp(needs_f, needs_weight)."""
+    if _autocasts(grad.device.type):  # the backward has the dtypes of the forward, wherever it is called
+        with torch.autocast(grad.device.type, enabled=False):
+            return _linear_backward(ctx, grad, vjp)
+    needs_f, (needs_weight, needs_bias) = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3:5]
+    dx = da = db = dweight = None
+    if needs_f or needs_weight:
+        dx, da, db, dweight = vjp(needs_f, needs_weight)
+    return (
+        *((dx, da, db) if needs_f else (None, None, None)),
+        dweight if needs_weight else None,
+        _matrix(grad).sum(0) if needs_bias else None,
+    )
+
+
+torch.library.register_autograd(
+    "grkan::group_rational", _group_rational_backward, setup_context=_group_rational_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "grkan::rational_linear", _rational_linear_backward, setup_context=_rational_linear_setup, lib=_LIBRARY
+)
+
+
+class _GroupRational(torch.autograd.Function):
+    """The kernel in eager mode. The backward uses what the forward used, whatever the backend is by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel) -> Tensor:
+        ctx.save_for_backward(x, numerator, denominator)
+        ctx.call, ctx.kernel = call, kernel
+        return _evaluate(x, numerator, denominator, call, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, numerator, denominator = ctx.saved_tensors
+        call = ctx.call
+        if not torch.is_grad_enabled() and _is_eager(grad, numerator, denominator) and type(x) in _PLAIN:
+            dx, da, db, _ = _gradients(grad, x, numerator, denominator, call, ctx.kernel)
+        else:
+            a, b = _as_rows(numerator, denominator, call)
+            dx, da, db = _group_rational_vjp(grad, x, a, b, call.form, call.dim)
+            da, db = da.reshape(numerator.shape), db.reshape(denominator.shape)
+        return dx, da, db, None, None
+
+
+class _RationalLinear(torch.autograd.Function):
+    """The same for the linear layer behind the function, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        numerator: Tensor,
+        denominator: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: _Call,
+        kernel: Kernel,
+    ) -> Tensor:
+        ctx.save_for_backward(x, numerator, denominator, weight)
+        ctx.call, ctx.kernel = call, kernel
+        return _evaluate_linear(x, numerator, denominator, weight, bias, call, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, numerator, denominator, weight = ctx.saved_tensors
+        call = ctx.call
+
+        def vjp(needs_f: bool, needs_weight: bool) -> tuple[Tensor | None, ...]:
+            plain = type(x) in _PLAIN and type(weight) in _PLAIN
+            if plain and not torch.is_grad_enabled() and _is_eager(grad, numerator, denominator):
+                return _linear_gradients(
+                    grad, x, numerator, denominator, weight, call, ctx.kernel, needs_f, needs_weight
+                )
+            a, b = _as_rows(numerator, denominator, call)
+            dx, da, db, dweight = _rational_linear_vjp(grad, x, a, b, weight, call.form, needs_f, needs_weight)
+            if da is not None and db is not None and needs_f:
+                da, db = da.reshape(numerator.shape), db.reshape(denominator.shape)
+            return dx, da, db, dweight
+
+        return *_linear_backward(ctx, grad, vjp), None, None
+
+
+# Autocast.
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x in a linear layer; None if it leaves it alone."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if _autocasts(kind) and x.dtype != torch.float64 else None
+
+
+def _autocasts(device_type: str) -> bool:
+    # Asking for a device that has no autocast, as meta, raises.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight or bias as autocast hands it to a linear layer: a weight is cast once, and then taken from the cache.
+
+    Nothing in Python reaches that cache, but a product does, and it saves its factors for the backward: here an empty
+    one, whose factor is the cast weight, with its place in the graph.
+    """
+    if not torch.is_grad_enabled() and parameter.dtype == torch.float32:
+        return parameter  # F.linear will do it
+    if parameter.dim() != 2 or not (parameter.is_leaf and parameter.requires_grad) or parameter.dtype != torch.float32:
+        return parameter.to(dtype)
+    saved: list[Tensor] = []
+
+    def save(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    # These hooks also keep the product out of the sight of others, such as those of offloading and checkpointing.
+    empty = parameter.new_empty(0, parameter.shape[0], dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), contextlib.suppress(RuntimeError):
+        torch.mm(empty, parameter)  # which fails where the cache has the weight in the dtype of a block around this one
+    for t in saved:
+        if t.grad_fn is not None and t.shape == parameter.shape and t.dtype == dtype:
+            return t
+    return parameter.to(dtype)
+
+
+# The door.
 
 
 def group_rational(
@@ -188,7 +877,7 @@ def group_rational(
     Args:
         x: any shape of at least one dimension, any strides; float16, bfloat16, float32 or float64. Arithmetic is
             float64 for float64 and float32 otherwise, and right for every finite x, up to rounding errors relative to
-            the sum of the absolute terms of a polynomial; F(+-inf) is the limit, NaN is NaN.
+            the sum of the absolute terms of a polynomial; F(+-inf) is the limit, NaN is NaN. May be nested.
         numerator: (G, m + 1), a_0 first; or (1, m + 1), shared by all groups.
         denominator: (G, n), b_1 first, n >= 0; or (1, n), shared by all groups. G is the larger number of rows.
             Coefficients may have any floating dtype; their gradients have theirs.
@@ -199,18 +888,94 @@ def group_rational(
         A tensor with shape, dtype and strides of `torch.empty_like(x)`, under autocast, too.
 
     Raises:
-        TypeError: x or the coefficients are no tensors of a floating dtype.
+        TypeError: x or the coefficients are no dense tensors of a floating dtype.
         ValueError: shapes, devices, form or channel_dim do not fit.
         RuntimeError: the backend is "native" and there is no kernel for the device of x.
     """
-    groups, dim = _check(x, numerator, denominator, form, channel_dim)
-    _check_backend(x.device.type)
-    if _composite_needed():
-        return _composite(x, numerator, denominator, form, dim, groups)
-    if _is_eager(x, numerator, denominator):
-        run = _GroupRational.apply if torch.is_grad_enabled() else _forward
-        return run(x, numerator, denominator, form, dim)
-    return torch.ops.grkan.group_rational(x, numerator, denominator, form, dim)
+    if has_torch_function_variadic(x, numerator, denominator):
+        return handle_torch_function(
+            group_rational,
+            (x, numerator, denominator),
+            x,
+            numerator,
+            denominator,
+            form=form,
+            channel_dim=channel_dim,
+        )
+    return _group_rational(x, numerator, denominator, form, channel_dim)
+
+
+def group_rational_of_vectors(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    order: tuple[int, int],
+    form: str,
+    channel_dim: int = -1,
+    group_width: int | None = None,
+) -> Tensor:
+    """`group_rational` for the layers, which keep their coefficients as vectors, one row after the other.
+
+    Args:
+        x, form, channel_dim: as for `group_rational`.
+        numerator, denominator: (G (m + 1),) or (m + 1,), and (G n,) or (n,).
+        order: (m, n).
+        group_width: the channels that a group must have; None: any number.
+    """
+    if has_torch_function_variadic(x, numerator, denominator):
+        tensors = x, numerator, denominator
+        return handle_torch_function(
+            group_rational_of_vectors, tensors, *tensors, order, form, channel_dim, group_width
+        )
+    return _group_rational(x, numerator, denominator, form, channel_dim, order, group_width)
+
+
+def _group_rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    form: str,
+    channel_dim: int,
+    order: tuple[int, int] | None = None,
+    group_width: int | None = None,
+) -> Tensor:
+    # A small tensor is computed in 2 us: what comes before counts.
+    if form not in FORMS or type(channel_dim) is not int:
+        form, channel_dim = check_form(form), check_integer("channel_dim", channel_dim)
+    if _is_eager(x, numerator, denominator) and _backend() != "reference":
+        call = _known_call(
+            x.shape,
+            x.dtype,
+            x.device,
+            x.layout,
+            numerator.shape,
+            numerator.dtype,
+            numerator.device,
+            denominator.shape,
+            denominator.dtype,
+            denominator.device,
+            form,
+            channel_dim,
+            order,
+            group_width,
+        )
+        kernel = KERNELS.get(call.device_type) or _kernel(call.device_type, stacklevel=4)
+        if torch.is_grad_enabled():
+            return _GroupRational.apply(x, numerator, denominator, call, kernel)
+        return _evaluate(x, numerator, denominator, call, kernel)
+    _check_tensors(x=x, numerator=numerator, denominator=denominator)
+    if x.is_nested:
+        return _over_nested(
+            lambda part, dim: _group_rational(part, numerator, denominator, form, dim, order, group_width),
+            x,
+            channel_dim,
+        )
+    call = _untraced(lambda: _call(*_properties(x, numerator, denominator), form, channel_dim, order, group_width))
+    _check_backend(call.device_type)
+    numerator, denominator = _as_rows(numerator, denominator, call)
+    if _plain_operations_wanted():
+        return _composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
+    return torch.ops.grkan.group_rational(x, numerator, denominator, form, call.dim)
 
 
 def rational_linear(
@@ -228,7 +993,7 @@ def rational_linear(
     here the backward computes it again.
 
     Args:
-        x: (..., in_features).
+        x: (..., in_features); may be nested.
         numerator, denominator, form: as for `group_rational`; the groups divide in_features.
         weight: (out_features, in_features).
         bias: (out_features,) or None.
@@ -239,359 +1004,105 @@ def rational_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for `group_rational`; or weight and bias are not what they should be.
     """
-    groups, dim = _check(x, numerator, denominator, form, -1)
-    _check_linear(x, weight, bias)
-    _check_backend(x.device.type)
-    if x.dtype != torch.float64 and _autocasts(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise GrkanTypeError(f"{name} must have the dtype of x, {_name(x.dtype)}; got {_name(value.dtype)}")
-    if _composite_needed():
-        return F.linear(_composite(x, numerator, denominator, form, dim, groups), weight, bias)
-    if _is_eager(x, numerator, denominator, weight, bias):
-        run = _RationalLinear.apply if torch.is_grad_enabled() else _linear_forward
-        return run(x, numerator, denominator, weight, bias, form)
-    if torch.compiler.is_compiling():
+    tensors = x, numerator, denominator, weight, bias
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(rational_linear, tensors, *tensors, form=form)
+    return _rational_linear(*tensors, form)
+
+
+def rational_linear_of_vectors(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: tuple[int, int],
+    form: str,
+    group_width: int | None = None,
+) -> Tensor:
+    """`rational_linear` for the layers, see `group_rational_of_vectors`."""
+    tensors = x, numerator, denominator, weight, bias
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(rational_linear_of_vectors, tensors, *tensors, order, form, group_width)
+    return _rational_linear(*tensors, form, order, group_width)
+
+
+def _rational_linear(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    form: str,
+    order: tuple[int, int] | None = None,
+    group_width: int | None = None,
+) -> Tensor:
+    options = check_form(form), -1, order, group_width
+    plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+    eager = plain and _is_eager(x, numerator, denominator) and _backend() != "reference"
+    if not eager:
+        _check_tensors(x=x, numerator=numerator, denominator=denominator, weight=weight)
+        if bias is not None:
+            _check_tensors(bias=bias)
+        if x.is_nested:
+            return _over_nested(
+                lambda part, _: _rational_linear(part, numerator, denominator, weight, bias, form, order, group_width),
+                x,
+                -1,
+            )
+
+    def call_of(check: Callable[..., _Call], dtype: torch.dtype | None) -> _Call:
+        of_bias = (None, None, None) if bias is None else (bias.shape, bias.dtype, bias.device)
+        of_linear = weight.shape, weight.dtype, weight.device, *of_bias, dtype is not None
+        return check(*of_linear, *_properties(x, numerator, denominator), *options)
+
+    dtype = _autocast_dtype(x)
+    if eager:
+        call = call_of(_known_linear_call, dtype)
+        kernel = KERNELS.get(call.device_type) or _kernel(call.device_type, stacklevel=4)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
+        run = _RationalLinear.apply if torch.is_grad_enabled() else _evaluate_linear
+        return run(x, numerator, denominator, weight, bias, call, kernel)
+    call = _untraced(lambda: call_of(_linear_call, dtype))
+    _check_backend(call.device_type)
+    numerator, denominator = _as_rows(numerator, denominator, call)
+    if dtype is not None:
+        x = x.to(dtype)
+    if _plain_operations_wanted():
+        y = _composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
+    elif is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN:
+        if dtype is not None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)
-    # Whoever counts or intercepts operations is to see the linear one.
-    return F.linear(torch.ops.grkan.group_rational(x, numerator, denominator, form, dim), weight, bias)
-
-
-def _autocasts(device_type: str) -> bool:
-    # Asking for a device that has no autocast, as meta, raises.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-# Which way to go. These two functions ask PyTorch what it does not tell in public.
-
-
-def _composite_needed() -> bool:
-    """Whether plain operations have to run: under torch.func, in forward-mode AD, or because the user chose them."""
-    return (
-        _backend == "reference"
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()  # since 2.0
-    )
-
-
-def _is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks at the operations: no compiler, no mode, no subclass of Tensor, no batch of gradients."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # since 2.0
-        return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_meta or torch._C._functorch.is_legacy_batchedtensor(t)):
-            return False
-    return True
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _check_backend(device_type: str) -> None:
-    # A compiled graph would be guarded by whether the GPU kernel had been loaded; the operator in it asks once more.
-    if device_type == "meta" or _backend == "reference" or (device_type != "cpu" and torch.compiler.is_compiling()):
-        return
-    _kernel(device_type, stacklevel=4)
-
-
-def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
-    """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
-    kernel = find_kernel(device_type)
-    if kernel is not None:
-        return kernel
-    how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
-    if _backend == "native":
-        raise GrkanRuntimeError(
-            f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}{how}"
-        )
-    if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend == "auto":
-        _noticed.add(device_type)
-        if device_type == "cpu":
-            how = f"; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}"
-        warnings.warn(
-            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so F is "
-            f"computed by plain PyTorch operations, some ten times slower{how}",
-            RuntimeWarning,
-            stacklevel=stacklevel,
-        )
-    return REFERENCE
-
-
-_noticed: set[str] = set()
-
-
-# F and the linear layer by plain, differentiable operations.
-
-
-def _composite(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, groups: int) -> Tensor:
-    grouped = x.movedim(dim, -1).unflatten(-1, (groups, x.shape[dim] // groups))
-    return reference.rational(grouped, numerator, denominator, form).flatten(-2).movedim(-1, dim)
-
-
-def _composite_backward(
-    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = max(numerator.shape[0], denominator.shape[0])
-    shape = (groups, x.shape[dim] // groups)
-    grad, grouped = (t.movedim(dim, -1).unflatten(-1, shape) for t in (grad, x))
-    dx, da, db = reference.rational_backward(grad, grouped, numerator, denominator, form)
-    return dx.flatten(-2).movedim(-1, dim), da, db
-
-
-# The same by a kernel. These are the operators, and what the autograd functions call; dim is not negative, and the
-# arguments have passed `_check`.
-
-
-def _forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
-    return _kernel(x.device.type).forward(x, numerator, denominator, form, width)
-
-
-def _backward(
-    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, width = _dense(x, dim, max(numerator.shape[0], denominator.shape[0]))
-    kernel = _kernel(x.device.type)
-    return kernel.backward(_with_strides(grad, x.stride()), x, numerator, denominator, form, width, False)[:3]
-
-
-def _linear_forward(
-    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
-) -> Tensor:
-    return F.linear(_forward(x, numerator, denominator, form, x.dim() - 1), weight, bias)
-
-
-def _linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    weight: Tensor,
-    form: str,
-    needs_f: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`; else empty."""
-    if needs_f:
-        x, width = _dense(x, x.dim() - 1, max(numerator.shape[0], denominator.shape[0]))
-        kernel = _kernel(x.device.type)
-        df = _with_strides(grad @ weight, x.stride())
-        dx, da, db, f = kernel.backward(df, x, numerator, denominator, form, width, needs_weight)
     else:
-        dx, da, db = (x.new_empty(0) for _ in range(3))
-        f = _forward(x, numerator, denominator, form, x.dim() - 1) if needs_weight else None
-    return dx, da, db, x.new_empty(0) if f is None else _rows(grad).T @ _rows(f)
+        y = torch.ops.grkan.group_rational(x, numerator, denominator, form, call.dim)
+    return F.linear(y, weight, bias)  # which autocast knows, and whoever counts or intercepts operations
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+def _plain_operations_wanted() -> bool:
+    """Because derivatives are taken by a transform, the user chose so, or PyTorch's older ONNX exporter traces."""
+    if _backend() == "reference" or _composite_needed():
+        return True
+    return torch.jit.is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-_LIBRARY = torch.library.Library("grkan", "FRAGMENT")
-for _schema, _implementation in {
-    "group_rational(Tensor x, Tensor numerator, Tensor denominator, str form, int dim) -> Tensor": _forward,
-    "group_rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, str form, int dim) "
-    "-> (Tensor, Tensor, Tensor)": _backward,
-    "rational_linear(Tensor x, Tensor numerator, Tensor denominator, Tensor weight, Tensor? bias, str form) "
-    "-> Tensor": _linear_forward,
-    "rational_linear_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, Tensor weight, str form, "
-    "bool needs_f, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)": _linear_backward,
-}.items():
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.partition("(")[0], _implementation, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("grkan::group_rational", lib=_LIBRARY)
-def _forward_fake(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("grkan::group_rational_backward", lib=_LIBRARY)
-def _backward_fake(
-    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape)
-
-
-@torch.library.register_fake("grkan::rational_linear", lib=_LIBRARY)
-def _linear_forward_fake(
-    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
-) -> Tensor:
-    return F.linear(torch.empty_like(x), weight, bias)
-
-
-@torch.library.register_fake("grkan::rational_linear_backward", lib=_LIBRARY)
-def _linear_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    weight: Tensor,
-    form: str,
-    needs_f: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight = weight.new_empty(weight.shape if needs_weight else 0)
-    if not needs_f:
-        return x.new_empty(0), x.new_empty(0), x.new_empty(0), dweight
-    return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape), dweight
-
-
-# Autograd, for the operators and for eager mode alike: both give a `ctx` of the same kind.
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, numerator, denominator, ctx.form, ctx.dim = inputs
-    ctx.save_for_backward(x, numerator, denominator)
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = (grad, *ctx.saved_tensors)
-    arguments = (*tensors, ctx.form, ctx.dim)
-    # Grad mode is on in a backward that will itself be differentiated (create_graph=True).
-    if torch.is_grad_enabled() or _composite_needed():
-        gradients = _composite_backward(*arguments)
-    elif _is_eager(*tensors):
-        gradients = _backward(*arguments)
-    else:
-        gradients = torch.ops.grkan.group_rational_backward(*arguments)
-    return (*gradients, None, None)
-
-
-def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, numerator, denominator, weight, _, ctx.form = inputs
-    ctx.save_for_backward(x, numerator, denominator, weight)
-
-
-def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, numerator, denominator, weight = ctx.saved_tensors
-    if _autocasts(x.device.type):  # the backward has the dtypes of the forward, wherever it is called
-        with torch.autocast(x.device.type, enabled=False):
-            return _linear_autograd(ctx, grad)
-    needs_f, needs_weight, needs_bias = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-    dx = da = db = dweight = None
-    if torch.is_grad_enabled() or _composite_needed():
-        dim, groups = x.dim() - 1, max(numerator.shape[0], denominator.shape[0])
-        if needs_f:
-            dx, da, db = _composite_backward(grad @ weight, x, numerator, denominator, ctx.form, dim)
-        if needs_weight:
-            dweight = _rows(grad).T @ _rows(_composite(x, numerator, denominator, ctx.form, dim, groups))
-    elif needs_f or needs_weight:
-        eager = _is_eager(grad, x, numerator, denominator, weight)
-        backward = _linear_backward if eager else torch.ops.grkan.rational_linear_backward
-        dx, da, db, dweight = backward(grad, x, numerator, denominator, weight, ctx.form, needs_f, needs_weight)
-    dbias = _rows(grad).sum(0) if needs_bias else None
-    return (*((dx, da, db) if needs_f else (None,) * 3), dweight if needs_weight else None, dbias, None)
-
-
-torch.library.register_autograd("grkan::group_rational", _autograd, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd(
-    "grkan::rational_linear", _linear_autograd, setup_context=_linear_setup_context, lib=_LIBRARY
-)
-
-
-class _GroupRational(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup_context(ctx, inputs, inputs[0])
-        return _forward(*inputs)
-
-    backward = staticmethod(_autograd)
-
-
-class _RationalLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _linear_setup_context(ctx, inputs, inputs[0])
-        return _linear_forward(*inputs)
-
-    backward = staticmethod(_linear_autograd)
-
-
-# Layout.
-
-
-def _dense(x: Tensor, dim: int, groups: int) -> tuple[Tensor, int]:
-    """A tensor like x whose memory is [rows, groups, width] without gaps, and that width.
-
-    The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format
-    is used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
-    """
-    width = x.shape[dim] // groups
-    if x.is_contiguous():
-        return x, width if dim == x.dim() - 1 else width * math.prod(x.shape[dim + 1 :])
-    strides = torch.empty_like(x, device="meta").stride()
-    order = sorted(range(x.dim()), key=lambda d: -strides[d])
-    return _with_strides(x, strides), width * math.prod(x.shape[d] for d in order[order.index(dim) + 1 :])
-
-
-def _with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The same numbers with other strides; no copy where they are the same."""
-    return (
-        t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+def _over_nested(function: Callable[[Tensor, int], Tensor], x: Any, channel_dim: int) -> Tensor:
+    """function(part, channel_dim) of what a nested tensor holds, which a jagged one holds in one piece."""
+    jagged = x.layout is torch.jagged
+    dim = channel_dim % x.dim() if -x.dim() <= channel_dim < x.dim() else 0
+    if dim == 0 or (jagged and dim == x._ragged_idx):
+        raise GrkanValueError(
+            "channel_dim must be a dimension of the parts of a nested tensor in which they are alike; "
+            f"got {channel_dim} for {x.dim()} dimensions"
+        )
+    if not jagged:
+        return torch.nested.as_nested_tensor([function(part, dim - 1) for part in x.unbind()])
+    return torch.nested.nested_tensor_from_jagged(
+        function(x.values(), dim - 1),
+        x.offsets(),
+        x.lengths(),
+        x._ragged_idx,
+        x._maybe_min_seqlen,
+        x._maybe_max_seqlen,
     )
-
-
-def _check(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channel_dim: int) -> tuple[int, int]:
-    """Raise for arguments that do not fit; return the number of groups and the channel dimension, not negative."""
-    for name, value in (("x", x), ("numerator", numerator), ("denominator", denominator)):
-        if not isinstance(value, Tensor):
-            raise GrkanTypeError(f"{name} must be a Tensor; got {type(value).__name__}")
-    if x.dtype not in _DTYPES:
-        raise GrkanTypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(x.dtype)}")
-    shape, device = x.shape, x.device
-    if not shape:
-        raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
-    check_form(form)
-    for name, value in (("numerator", numerator), ("denominator", denominator)):
-        if not value.dtype.is_floating_point:
-            raise GrkanTypeError(f"{name} must have a floating dtype; got {_name(value.dtype)}")
-        if value.device != device:
-            raise GrkanValueError(f"{name} must be on the device of x, {device}; got {value.device}")
-    of_a, of_b = numerator.shape, denominator.shape
-    if len(of_a) != 2 or of_a[0] == 0 or of_a[1] == 0:
-        raise GrkanValueError(f"numerator must have shape (groups or 1, m + 1) with m >= 0; got {tuple(of_a)}")
-    if len(of_b) != 2 or of_b[0] == 0:
-        raise GrkanValueError(f"denominator must have shape (groups or 1, n) with n >= 0; got {tuple(of_b)}")
-    groups = max(of_a[0], of_b[0])
-    if min(of_a[0], of_b[0]) not in (1, groups):
-        raise GrkanValueError(
-            f"numerator and denominator must have the same number of rows, or one of them a single row; "
-            f"got {of_a[0]} and {of_b[0]}"
-        )
-    channel_dim = check_integer("channel_dim", channel_dim)
-    if not -len(shape) <= channel_dim < len(shape):
-        raise GrkanValueError(
-            f"channel_dim must lie in [{-len(shape)}, {len(shape) - 1}] for x of shape {tuple(shape)}; "
-            f"got {channel_dim}"
-        )
-    if shape[channel_dim] % groups:
-        raise GrkanValueError(
-            f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "
-            f"got {shape[channel_dim]} channels in dimension {channel_dim} of shape {tuple(shape)}"
-        )
-    return groups, channel_dim % len(shape)
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, value in (("weight", weight), ("bias", bias)):
-        if name == "bias" and value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise GrkanTypeError(f"{name} must be a Tensor; got {type(value).__name__}")
-        if value.device != x.device:
-            raise GrkanValueError(f"{name} must be on the device of x, {x.device}; got {value.device}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise GrkanValueError(
-            f"weight must have shape (out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}; "
-            f"got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise GrkanValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight; got {tuple(bias.shape)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

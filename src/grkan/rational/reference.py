@@ -13,16 +13,18 @@ This file is what every kernel is compared with. Three conventions complete the 
 
 * sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, which is what the gradient of
   `torch.abs` takes, b would never receive a gradient.
-* No finite x overflows or underflows where F does not. A power of x, or 1/Q^2, can leave float32 where F(x) and F'(x)
-  do not, so a tensor that holds such an x is computed in float64, by the same Horner scheme. That is enough for all of
-  float32 up to order 7, and for float64 input up to 1e40. Evaluating in 1/x instead would fail where b = 0. 1/Q is
-  multiplied twice; Q^2 is never formed.
+* Nothing overflows or underflows sooner than the result does: not F, nor its derivatives of first and second order, by
+  the closed form or by autograd. A power of x, 1/Q^2, or a small gradient divided by Q can leave float32 where the
+  results do not, so whatever may meet them is computed in float64, where P and Q are scaled besides (`_normalised`).
+  That is enough for all of float32 up to order 7, and for float64 input up to 1e40. Evaluating in 1/x instead would
+  fail where b = 0.
 * NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; the coefficients get no gradient from there.
 
 Both functions take x as [..., groups, width]: the scalars of a group lie along the last dimension.
 """
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 FORMS = ("abs_of_sum", "sum_of_abs")
@@ -30,6 +32,9 @@ FORMS = ("abs_of_sum", "sum_of_abs")
 # |x|^m and |x|^(2n) may reach 2^96 before float32 arithmetic is left, so that 2^30 remain for the coefficients: x^m
 # must not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
 _SAFE_BITS = 96
+
+# The gradients for which the same holds: grad / Q must not underflow, nor grad x^m overflow.
+_SMALLEST_GRAD, _LARGEST_GRAD = 2.0**-64, 2.0**30
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Tensor:
@@ -42,15 +47,17 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
         form: "abs_of_sum" or "sum_of_abs".
 
     Returns:
-        Shape and dtype of x. Arithmetic is float64 for float64 and where powers of x need it, and float32 otherwise.
+        Shape and dtype of x. Arithmetic is float64 for float64, where powers of x need it, and where a derivative will
+        be taken; float32 otherwise.
     """
     dtype = _arithmetic(x, numerator, denominator, form)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z = x.to(dtype)
     if dtype is torch.float32:
-        return _ratio(z, a, b, form).to(x.dtype)
+        return _ratio(z, a, _magnitudes(b, form), form).to(x.dtype)
     infinite = z.isinf()
-    y = _ratio(torch.where(infinite, 0.0, z), a, b, form)
+    finite, _, a_scaled, b_scaled, w = _normalised(torch.where(infinite, 0.0, z), a, _magnitudes(b, form), form)
+    y = _ratio(finite, a_scaled, b_scaled, form, w[0])
     limit, slope, grows = _limits(z, a, b)
     # The two masks keep 0 * inf out of the derivatives of the scalars that are finite.
     at_infinity = torch.where(grows, slope * torch.where(infinite, z, 0.0), limit)
@@ -62,10 +69,10 @@ def rational_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The vector-Jacobian product of `rational` in closed form.
 
-    With u = grad / Q and w = -u F s, where s is the sign that belongs to the absolute value in Q:
+    With u = grad / Q and v = -F s, where s is the sign that belongs to the absolute value in Q:
 
-        da_i = sum u x^i,    db_j = sum w x^j,    dx = u P'(x) + w A'(x)                     (abs_of_sum, s = sign A(x))
-        da_i = sum u x^i,    db_j = sign(b_j) sum w |x|^j,    dx = u P'(x) + w sign(x) A'(|x|)       (sum_of_abs, s = 1)
+        da_i = sum u x^i,    db_j = sum u x^j v,    dx = u (P'(x) + v A'(x))                 (abs_of_sum, s = sign A(x))
+        da_i = sum u x^i,    db_j = sign(b_j) sum u |x|^j v,    dx = u (P'(x) + v sign(x) A'(|x|))   (sum_of_abs, s = 1)
 
     Args:
         grad: the gradient of F(x), shaped like x.
@@ -74,36 +81,53 @@ def rational_backward(
     Returns:
         The gradients of x, numerator and denominator, each with the shape and dtype of its tensor; differentiable.
     """
-    dtype = _arithmetic(x, numerator, denominator, form)
+    dtype = _arithmetic(x, numerator, denominator, form, grad)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
     z, g = x.to(dtype), grad.to(dtype)
     if dtype is torch.float32:
-        dx, terms_a, terms_b = _ratio_backward(g, z, a, b, form)
+        u, slope, terms_a, terms_b = _ratio_backward(g, z, a, _magnitudes(b, form), form)
+        dx = u * slope
     else:
         infinite = z.isinf()
-        dx, terms_a, terms_b = _ratio_backward(torch.where(infinite, 0.0, g), torch.where(infinite, 0.0, z), a, b, form)
-        _, slope, grows = _limits(z, a, b)
-        dx = torch.where(infinite, torch.where(grows, slope * g, 0.0), dx)
+        finite, size, a_scaled, b_scaled, w = _normalised(torch.where(infinite, 0.0, z), a, _magnitudes(b, form), form)
+        u, slope, terms_a, terms_b = _ratio_backward(
+            torch.where(infinite, 0.0, g), finite, a_scaled, b_scaled, form, w[0]
+        )
+        terms_a = [term * w[i] for i, term in enumerate(terms_a)]
+        terms_b = [term * w[j] for j, term in enumerate(terms_b, 1)]
+        _, at_infinity, grows = _limits(z, a, b)
+        dx = torch.where(infinite, torch.where(grows, at_infinity * g, 0.0), u / size * slope)
+    if form == "sum_of_abs":
+        terms_b = [term * _sign(coefficient) for term, coefficient in zip(terms_b, b, strict=True)]
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
 
 
-def _arithmetic(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> torch.dtype:
-    """The dtype to compute in: float32 where no power of x can overflow or underflow it, float64 otherwise."""
+def _arithmetic(
+    x: Tensor, numerator: Tensor, denominator: Tensor, form: str, grad: Tensor | None = None
+) -> torch.dtype:
+    """The dtype to compute in: float32 where nothing can overflow or underflow it, float64 otherwise.
+
+    A derivative that will be taken comes with gradients that are not known yet, so it takes float64.
+    """
     if x.dtype == torch.float64:
         return torch.float64
     if x.device.type == "mps":  # has no float64
         return torch.float32
-    if not _is_readable(x):
+    tensors = (x, numerator, denominator) if grad is None else (x, numerator, denominator, grad)
+    if not _is_readable(x) or any(_is_differentiated(t) for t in tensors):
         return torch.float64
     if x.numel() == 0:
         return torch.float32
-    low, high = torch.aminmax(x.detach())
+    low, high = torch.aminmax(x)
     # NaN hides the extremes; it fails the comparison, and so counts as out of range.
     m, n = numerator.shape[-1] - 1, denominator.shape[-1]
     fits = torch.maximum(-low, high).float() <= 2.0 ** (_SAFE_BITS // max(m, 2 * n, 1))
     if form == "abs_of_sum" and n > 1:
         # A = b_2 x^2 + ... has a sign for every x, and the gradient of b_1 needs it, but near 0 it underflows to 0.
         fits = fits & ~((denominator[:, 0] == 0) & (denominator != 0).any(-1)).any()
+    if grad is not None:
+        size = grad.abs().float()
+        fits = fits & ((size == 0) | (size >= _SMALLEST_GRAD) & (size <= _LARGEST_GRAD)).all()
     return torch.float32 if fits.item() else torch.float64
 
 
@@ -116,6 +140,11 @@ def _is_readable(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _is_differentiated(t: Tensor) -> bool:
+    """Whether autograd records what is done with t, in reverse or in forward mode."""
+    return (t.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(t).tangent is not None
 
 
 def _columns(coefficients: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -138,6 +167,11 @@ def _magnitude(x: Tensor) -> Tensor:
     return x * _sign(x)
 
 
+def _magnitudes(b: list[Tensor], form: str) -> list[Tensor]:
+    """The coefficients of A as they stand in Q."""
+    return b if form == "abs_of_sum" else [_magnitude(coefficient) for coefficient in b]
+
+
 def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
     """coefficients[0] + coefficients[1] x + coefficients[2] x^2 + ..., for at least one coefficient."""
     value = coefficients[-1]
@@ -146,48 +180,71 @@ def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
     return value
 
 
-def _denominator(x: Tensor, b: list[Tensor], form: str) -> Tensor:
-    """Q(x), for n >= 1."""
-    if form == "abs_of_sum":
-        inner = _horner(b, x)
-        return 1.0 + x * inner * _sign_of_product(x, inner)
-    t = _magnitude(x)
-    return 1.0 + t * _horner([_magnitude(coefficient) for coefficient in b], t)
+# Below, b are the coefficients as they stand in Q: their magnitudes in the form sum_of_abs.
 
 
-def _ratio(x: Tensor, a: list[Tensor], b: list[Tensor], form: str) -> Tensor:
+def _normalised(
+    x: Tensor, a: list[Tensor], b: list[Tensor], form: str
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The same function of z = x / X for X = max(|x|, 1), with P and Q divided by the Q(x) that comes out:
+
+        F(x) = (a_0 w_0 + a_1 w_1 z + ...) / (w_0 + |b_1 w_1 z + ...|),    w_k = X^k / Q(x)
+
+    X and w_k are constants for autograd; F does not depend on them. The derivatives of F go by way of those of Q, which
+    are F / Q and F / Q^2 where Q is not divided, and underflow where what they are multiplied with is large.
+
+    Returns:
+        z; X; a_i w_i; b_j w_j; and w_0, w_1, ...
+    """
+    size = x.detach().abs().clamp(min=1.0)
+    q = _denominator(x.detach(), [coefficient.detach() for coefficient in b], form) if b else torch.ones_like(x)
+    # Beyond the promised range Q may be infinite where F is not.
+    w = _times_powers(1.0 / q.clamp(max=2.0**1000), size, max(len(a), len(b) + 1))
+    scaled_a = [coefficient * w[i] for i, coefficient in enumerate(a)]
+    scaled_b = [coefficient * w[j] for j, coefficient in enumerate(b, 1)]
+    return x / size, size, scaled_a, scaled_b, w
+
+
+def _denominator(x: Tensor, b: list[Tensor], form: str, constant: Tensor | float = 1.0) -> Tensor:
+    """Q(x) with `constant` in the place of 1, for n >= 1."""
+    t = x if form == "abs_of_sum" else _magnitude(x)
+    inner = _horner(b, t)
+    return constant + t * inner * _sign_of_product(t, inner)
+
+
+def _ratio(x: Tensor, a: list[Tensor], b: list[Tensor], form: str, constant: Tensor | float = 1.0) -> Tensor:
+    """F(x) with `constant` in the place of the 1 in Q."""
     numerator = _horner(a, x)
-    if b:
-        return numerator / _denominator(x, b, form)
-    return numerator if len(a) > 1 else numerator + 0.0 * x  # a constant takes the shape of x, and its NaN
+    if len(a) == 1:
+        numerator = numerator + 0.0 * x  # a constant takes the shape of x, and its NaN
+    return numerator / _denominator(x, b, form, constant) if b else numerator
 
 
 def _ratio_backward(
-    grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], form: str
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """dx, and the summands of every da_i and db_j."""
-    absolute = form == "sum_of_abs"
-    t = _magnitude(x) if absolute else x
-    magnitudes = [_magnitude(coefficient) for coefficient in b] if absolute else b
-    if b:
-        inner = _horner(magnitudes, t)
-        sign = 1.0 if absolute else _sign_of_product(x, inner)
-        inverse = 1.0 / (1.0 + t * inner * sign)
-        u = grad * inverse
-        # (P inverse) inverse, never P / Q^2
-        w = -u * (_horner(a, x) * inverse) * sign
-    else:
-        u = grad
-    dx = u * _horner([i * a[i] for i in range(1, len(a))], x) if len(a) > 1 else torch.zeros_like(u)
-    terms_a = _times_powers(u, x, len(a))
+    grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], form: str, constant: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """u; what it is multiplied with in dx; and the summands of every da_i and db_j. `constant` as in `_ratio`."""
     if not b:
-        return dx, terms_a, []
-    slope = _horner([j * magnitudes[j - 1] for j in range(1, len(b) + 1)], t)
-    terms_b = _times_powers(w * t, t, len(b))
-    if absolute:
+        u = grad
+        slope = _slope(a, x) if len(a) > 1 else torch.zeros_like(x)
+        return u, slope, _times_powers(u, x, len(a)), []
+    t = x if form == "abs_of_sum" else _magnitude(x)
+    inner = _horner(b, t)
+    sign = _sign_of_product(t, inner)
+    inverse = 1.0 / (constant + t * inner * sign)
+    u = grad * inverse
+    v = _horner(a, x) * inverse * -sign
+    slope = v * _slope([torch.zeros_like(b[0]), *b], t)
+    if form == "sum_of_abs":
         slope = slope * _sign(x)
-        terms_b = [term * _sign(coefficient) for term, coefficient in zip(terms_b, b, strict=True)]
-    return dx + w * slope, terms_a, terms_b
+    if len(a) > 1:
+        slope = slope + _slope(a, x)
+    return u, slope, _times_powers(u, x, len(a)), [term * v for term in _times_powers(u * t, t, len(b))]
+
+
+def _slope(coefficients: list[Tensor], x: Tensor) -> Tensor:
+    """The derivative of the polynomial, for at least two coefficients."""
+    return _horner([k * coefficient for k, coefficient in enumerate(coefficients) if k], x)
 
 
 def _times_powers(first: Tensor, x: Tensor, count: int) -> list[Tensor]:

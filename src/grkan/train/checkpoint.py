@@ -1,19 +1,44 @@
-"""Files of a run's folder: the state that it resumes from, and its metrics."""
+"""The state that a run resumes from."""
 
 import io
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from ..errors import GrkanValueError
-from ..writing import naming, write_bytes
+from ..models.metadata import Preprocessing
+from ..writing import write_bytes
 
 STATE_FORMAT = "grkan training state 3"
 
 
-def save_state(path: str | Path, state: dict[str, Any]) -> None:
+class State(TypedDict):
+    """A run between two steps."""
+
+    fingerprint: dict[str, Any]
+    """What decides the outcome: settings and sizes of the data."""
+    epoch: int
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    preprocessing: Preprocessing
+    conversion: dict[str, Any] | None
+    """The recipe of `grkan.convert_`, if the run began with a converted model."""
+    best: dict[str, Any]
+    last: dict[str, Any]
+    running: dict[str, Any]
+    unreadable: list[str]
+    seconds: float
+    cpu_seconds: float
+    metrics_size: int
+    """Of metrics.jsonl, in bytes."""
+
+
+def save_state(path: str | Path, state: State) -> None:
     """Write tensors and plain values.
 
     Raises:
@@ -24,7 +49,7 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
+def load_state(path: str | Path) -> State:
     """Read what `save_state` wrote; nothing but tensors and plain values is unpickled.
 
     Raises:
@@ -42,46 +67,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise GrkanValueError(f"{path} is no training state of this version of grkan")
-    return state
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line.
-
-    Args:
-        path: the file.
-        size: cut it to so many bytes first: to what it held when the state was saved that a run resumes from. Of a file
-            that has lost some since, the whole lines stay.
-    """
-
-    def __init__(self, path: str | Path, size: int = 0) -> None:
-        self.path = Path(path)
-        with open(self.path, "ab+") as file:
-            file.seek(0)
-            file.truncate(file.read(size).rfind(b"\n") + 1)
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Write one line.
-
-        Raises:
-            ValueError: a number is not finite, which JSON cannot say.
-            OSError: the file cannot be written.
-        """
-        text = json.dumps(line, allow_nan=False) + "\n"
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-    def size(self) -> int:
-        """The bytes written so far."""
-        return self.path.stat().st_size
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut by an interruption is left out."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    if missing := State.__annotations__.keys() - state.keys():
+        raise GrkanValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    return cast(State, state)

@@ -1,7 +1,7 @@
 """Train several models, or variants of one, with the same budget, and put them side by side.
 
-    python -m grkan.train.compare --data digits --models kat_micro_patch2_8 grkan_vit_micro_patch2_8 --output runs
-    python -m grkan.train.compare --config configs/study.yaml --output runs/study --jobs 2
+    grkan compare --data digits --models kat_micro_patch2_8 grkan_vit_micro_patch2_8 --output runs
+    grkan compare --config configs/study.yaml --output runs/study --jobs 2
 
 The configuration is that of `grkan train`, and may have a mapping `runs` besides: by name, the settings in which a run
 differs from the others. With `seeds: N`, for all or for one of them, a run is made with the seeds 0 to N - 1, and
@@ -9,13 +9,11 @@ differs from the others. With `seeds: N`, for all or for one of them, a run is m
 goes on where it was.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import statistics
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,44 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..command import Parser, run
 from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
-from .checkpoint import read_metrics
-from .config import RESUMABLE, Config, add_training_options, make_config, read_yaml, to_dict, training_settings
-from .loop import check_model, holds_run, resolve, resume, train
+from .config import RESUMABLE, Config, make_config, merge, read_yaml, to_dict
+from .loop import Summary, holds_run, resolve, resume, train
+from .metrics import read_metrics
+from .model import check_model
 from .progress import make_console
 
+_COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
 
-def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int = 1) -> dict[str, dict[str, Any]]:
+
+def make_runs(
+    content: Mapping[str, Any], models: Sequence[str] | None, given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The runs of a configuration, for `compare`: the settings of all, then those of each, then the given ones.
+
+    Args:
+        content: of a configuration file, with the mapping `runs`.
+        models: names of timm's registry, a run for each, in place of `runs`.
+        given: settings of the command line.
+
+    Raises:
+        ValueError: `runs` does not map names that can be those of folders to settings.
+    """
+    common = {key: value for key, value in content.items() if key != "runs"}
+    runs = content.get("runs") if models is None else {name: {"model": name} for name in models}
+    if not isinstance(runs, Mapping) or not runs:
+        raise GrkanValueError(f"runs must map the name of each to its settings; got {runs!r}; or give --models")
+    for name, settings in runs.items():
+        if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+            raise GrkanValueError(f"the name of a run must be one of a folder; got {name!r}")
+        if not isinstance(settings, Mapping):
+            raise GrkanValueError(f"runs must map the name of each to its settings; got {settings!r} for {name}")
+    return {name: merge(common, settings, given) for name, settings in runs.items()}
+
+
+def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int = 1) -> dict[str, Summary]:
     """Train each run, in the folder `output/NAME`, or `output/NAME/seed-K` if it has seeds; then write comparison.json,
     comparison.md and a picture beside these folders.
 
@@ -44,7 +69,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         jobs: how many runs are trained at a time, each in a process of its own and with its share of the processors.
 
     Returns:
-        By the name of the folder, the summary of each run, see `train`.
+        By the name of the folder, the summary of each run.
 
     Raises:
         ValueError: there is no run, seeds or against make no sense, or a folder holds a run with other settings.
@@ -56,7 +81,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
     members = {name: list(_members(name, settings)) for name, settings in runs.items()}
     against = {name: settings["against"] for name, settings in runs.items() if settings.get("against") is not None}
     for name, other in against.items():
-        if other not in runs or other == name:
+        if not isinstance(other, str) or other not in runs or other == name:
             raise GrkanValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
     # All configurations are checked before the first run starts.
     configs = {}
@@ -70,7 +95,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         if holds_run(Path(config.output or "")):
             _check_same(config)
 
-    summaries: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, Summary] = {}
     for folder, summary in _train_all(configs, jobs):
         summaries[folder] = summary
         done = {folder: summaries[folder] for folder in configs if folder in summaries}  # in the order of the runs
@@ -106,7 +131,7 @@ def _check_same(config: Config) -> None:
             )
 
 
-def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, Summary]]:
     if jobs == 1:
         for folder, config in configs.items():
             yield folder, _train_or_resume(config)
@@ -133,12 +158,12 @@ def _start_worker(threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
 
 
-def _train_or_resume(config: Config) -> dict[str, Any]:
+def _train_or_resume(config: Config) -> Summary:
     folder = Path(config.output or "")
     return resume(folder) if holds_run(folder) else train(config)
 
 
-def _variant(scores: Mapping[Any, Mapping[str, Any]], others: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, Summary]) -> dict[str, Any]:
     """Means over the seeds, and what the run gains on another with the same seed: `others` is that one's scores."""
     summaries = list(scores.values())
     common = [seed for seed in scores if seed in others]
@@ -160,7 +185,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def _write(
     output: Path,
-    summaries: Mapping[str, Mapping[str, Any]],
+    summaries: Mapping[str, Summary],
     variants: Mapping[str, Mapping[str, Any]],
     against: Mapping[str, str],
 ) -> None:
@@ -179,9 +204,6 @@ def _write(
         figure = plot_curves(lines)
         with replacing(output / "curves.png") as path:
             save_figure(figure, path)
-
-
-_COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
 
 
 def _rows(variants: Mapping[str, Mapping[str, Any]], against: Mapping[str, str]) -> list[list[str]]:
@@ -205,7 +227,8 @@ def _plus_minus(spread: Mapping[str, Any], digits: int, sign: str = "") -> str:
     return f"{spread['mean']:{sign}.{digits}f}{deviation}"
 
 
-def _table(output: Path) -> Table:
+def comparison_table(output: Path) -> Table:
+    """The table of comparison.json."""
     comparison = json.loads((output / "comparison.json").read_text())
     table = Table(caption="Mean ± standard deviation over the seeds; a gain is taken seed by seed.")
     for i, column in enumerate(_COLUMNS):
@@ -213,44 +236,3 @@ def _table(output: Path) -> Table:
     for row in _rows(comparison["variants"], comparison["against"]):
         table.add_row(*row)
     return table
-
-
-def _main(options: argparse.Namespace) -> None:
-    settings = read_yaml(options.config) if options.config else {}
-    variants = settings.pop("runs", None) or {}
-    if options.models:
-        variants = {name: {"model": name} for name in options.models}
-    if not isinstance(variants, dict) or not all(isinstance(variant, dict) for variant in variants.values()):
-        raise GrkanValueError(f"{options.config}: runs must map names to settings")
-    if options.jobs < 1:
-        raise GrkanValueError(f"--jobs must be at least 1; got {options.jobs}")
-    given = training_settings(options)
-    runs = {name: _merged(settings, variant, given) for name, variant in variants.items()}
-    summaries = compare(runs, options.output, options.jobs)
-    console = make_console()
-    console.print(_table(options.output))
-    pictures = sorted(options.output.glob("*.png"))
-    if options.jobs == 1:
-        pictures += [path for name in summaries for path in sorted((options.output / name).glob("*.png"))]
-    for path in [options.output / "comparison.json", options.output / "comparison.md", *pictures]:
-        console.print(str(path), soft_wrap=True)
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later settings override; model_args are merged."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        arguments = {**merged.get("model_args", {}), **layer.get("model_args", {})}
-        merged = {**merged, **layer, "model_args": arguments}
-    return merged
-
-
-if __name__ == "__main__":
-    parser = Parser(prog="python -m grkan.train.compare", description="Train several models alike.")
-    add_training_options(parser)
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML, those of grkan train and runs")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="one run for each, in place of the file's runs")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each with fewer threads")
-    parser.set_defaults(run=_main)
-    sys.exit(run(parser))

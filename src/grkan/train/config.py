@@ -1,8 +1,10 @@
-"""Every setting of a training run: one dataclass, filled from a YAML file and then from the command line.
+"""Every setting of a training run, each declared in one place: its name, type, default, range and meaning.
 
-Where None means "what suits the data set", the value is filled in before training, and the run's config.yaml has it.
-PyYAML is imported where it is used: `grkan --help` shows the options without it.
+From there come the field of `Config`, the option of the command line, the key in a YAML file, and the checks. Where the
+default is None, what it stands for is filled in before training, and the run's config.yaml has it. PyYAML is imported
+where it is used: `grkan --help` shows the options without it.
 """
+# ruff: noqa: RUF009  what declares a setting returns a field of the dataclass
 
 import argparse
 import dataclasses
@@ -11,12 +13,57 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import GrkanTypeError, GrkanValueError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers that a setting may be; `open_low` and `open_high` leave out the bounds themselves."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        high_enough = self.low < value if self.open_low else self.low <= value
+        return high_enough and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+_NOT_NEGATIVE = Interval(0)
+_POSITIVE = Interval(0, open_low=True)
+_PROBABILITY = Interval(0, 1)
+_BELOW_ONE = Interval(0, 1, open_high=True)
+_AT_LEAST_ONE = Interval(1)
+
+
+def _setting(
+    default: Any, meaning: str, within: Interval | None = None, *, metavar: str | None = None, resumable: bool = False
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: None where it depends on the data or on other settings; `meaning` then says how.
+        meaning: for the help of the command line and the documentation.
+        within: what a number must lie in.
+        metavar: what the help calls a value; None: after the type.
+        resumable: a resumed run may change it, for it does not change the weights that the run ends with.
+    """
+    about = {"meaning": meaning, "within": within, "metavar": metavar, "resumable": resumable}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass
@@ -28,118 +75,127 @@ class Config:
         ValueError: a value out of range.
     """
 
-    data: str = "digits"
-    """digits, fashion-mnist, fashion-mnist:FOLDER, or a folder that holds train/CLASS/IMAGE and val/CLASS/IMAGE."""
-    model: str | None = None
-    """A name of timm's registry; None is that of `init`, else kat_micro_patch2_8."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; None is the model's default."""
-    output: str | None = None
-    """The run's folder; None is runs/MODEL-DATA."""
-    init: str | None = None
-    """A model file or a run's folder whose weights are the start. The model's arguments are the file's, overridden by
-    `model_args`; another number of classes gets a new head."""
-    trainable: Literal["all", "coefficients", "weights"] = "all"
-    """What learns: everything, the coefficients of the rational functions alone, or everything but them."""
-    seed: int = 0
+    data: str = _setting(
+        "digits", "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+    )
+    model: str | None = _setting(
+        None, "a name of timm's registry; by default that of --init, else kat_micro_patch2_8", metavar="NAME"
+    )
+    model_args: dict[str, Any] = _setting(
+        {}, "arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; null: the model's default"
+    )
+    output: str | None = _setting(None, "the run's folder; by default runs/MODEL-DATA", metavar="DIR")
+    init: str | None = _setting(
+        None,
+        "a model file or a run's folder whose weights are the start; the model's arguments are the file's, overridden "
+        "by model_args, and another number of classes gets a new head",
+        metavar="FILE",
+    )
+    trainable: Literal["all", "coefficients", "weights"] = _setting(
+        "all", "what learns: everything, the coefficients of the rational functions alone, or everything but them"
+    )
+    seed: int = _setting(0, "decides all that is drawn at random", _NOT_NEGATIVE)
 
-    epochs: int = 30
-    batch_size: int = 128
-    """Images per optimiser step, over all processes and accumulated micro-batches together."""
-    accumulate: int = 1
-    """Micro-batches per optimiser step."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    """Accelerate's mixed precision."""
+    epochs: int = _setting(30, "passes over the training images", _AT_LEAST_ONE)
+    batch_size: int = _setting(
+        128, "images per optimiser step, over all processes and accumulated micro-batches together", _AT_LEAST_ONE
+    )
+    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE)
+    precision: Literal["no", "fp16", "bf16"] = _setting("no", "Accelerate's mixed precision")
 
-    lr: float = 1e-3
-    min_lr: float = 0.0
-    warmup_epochs: float | None = None
-    """Linear warm-up from 0, part of `epochs`; a half-cosine follows. None is a tenth of `epochs`."""
-    weight_decay: float = 0.05
-    """Not applied to biases, norms, position embeddings and rational coefficients."""
-    coefficient_weight_decay: float = 0.0
-    """Applied to the rational coefficients, which it pulls towards F = 0."""
-    clip_grad: float | None = None
-    """The largest norm of the gradient of all parameters."""
-    ema_decay: float | None = None
-    """Keep a moving average of the weights with this decay, evaluate and save it."""
+    lr: float = _setting(1e-3, "the highest learning rate", _NOT_NEGATIVE)
+    min_lr: float = _setting(0.0, "the learning rate at the end", _NOT_NEGATIVE)
+    warmup_epochs: float | None = _setting(
+        None,
+        "linear warm-up from 0, part of epochs, which a half-cosine follows; by default a tenth of epochs",
+        _NOT_NEGATIVE,
+    )
+    weight_decay: float = _setting(
+        0.05, "not applied to biases, norms, position embeddings and rational coefficients", _NOT_NEGATIVE
+    )
+    coefficient_weight_decay: float = _setting(
+        0.0, "applied to the rational coefficients, which it pulls towards F = 0", _NOT_NEGATIVE
+    )
+    clip_grad: float | None = _setting(
+        None, "the largest norm of the gradient of all parameters; by default no limit", _POSITIVE
+    )
+    ema_decay: float | None = _setting(
+        None, "keep a moving average of the weights with this decay, test and save it; by default none", _BELOW_ONE
+    )
 
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    """The alpha of mixup."""
-    cutmix: float = 0.0
-    """The alpha of CutMix; with both, each step draws one of them."""
-    shift: int | None = None
-    """Pad by so many pixels and crop, in place of the random resized crop; 0 leaves the image where it is."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """The area of a random resized crop, as parts of the image's."""
-    hflip: float | None = None
-    """The probability of a horizontal flip."""
-    color_jitter: float | None = None
-    """Brightness, contrast and saturation change by up to this factor; `auto_augment` takes its place."""
-    auto_augment: str | None = None
-    """timm's string, as rand-m9-mstd0.5-inc1."""
-    random_erasing: float = 0.0
-    """The probability of random erasing."""
+    smoothing: float = _setting(0.0, "label smoothing", _BELOW_ONE)
+    mixup: float = _setting(0.0, "the alpha of mixup; 0: none", _NOT_NEGATIVE)
+    cutmix: float = _setting(0.0, "the alpha of CutMix; 0: none; with both, each step draws one of them", _NOT_NEGATIVE)
+    shift: int | None = _setting(
+        None,
+        "pad by so many pixels and crop, in place of the random resized crop; 0: the image stays where it is; by "
+        "default what suits the data",
+        _NOT_NEGATIVE,
+    )
+    crop_scale: tuple[float, float] = _setting(
+        (0.08, 1.0), "the area of a random resized crop, as parts of the image's", Interval(0, 1, open_low=True)
+    )
+    hflip: float | None = _setting(
+        None, "the probability of a horizontal flip; by default what suits the data", _PROBABILITY
+    )
+    color_jitter: float | None = _setting(
+        None,
+        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default "
+        "what suits the data",
+        _NOT_NEGATIVE,
+    )
+    auto_augment: str | None = _setting(None, "timm's string, as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT")
+    random_erasing: float = _setting(0.0, "the probability of random erasing", _PROBABILITY)
 
-    workers: int | None = None
-    """Processes that load images; 0 loads them in the training process."""
-    on_corrupt: Literal["skip", "stop"] = "skip"
-    """An unreadable image is named, counted and left out, or it stops the run."""
-    save_every: int = 0
-    """Save the state for `--resume` every so many steps too, not at the end of an epoch alone; 0 does not."""
-    log_every: int = 0
-    """Write a line to metrics.jsonl every so many steps too; 0 does not."""
-    tensorboard: bool = False
+    workers: int | None = _setting(
+        None,
+        "processes that load images; 0 loads them in the training process; by default what suits the data",
+        _NOT_NEGATIVE,
+        resumable=True,
+    )
+    on_corrupt: Literal["skip", "stop"] = _setting(
+        "skip", "an unreadable image is named, counted and left out, or it stops the run", resumable=True
+    )
+    save_every: int = _setting(
+        0,
+        "save the state for --resume every so many steps, too; 0: at the end of an epoch",
+        _NOT_NEGATIVE,
+        resumable=True,
+    )
+    log_every: int = _setting(
+        0,
+        "write a line to metrics.jsonl every so many steps, too; 0: at the end of an epoch",
+        _NOT_NEGATIVE,
+        resumable=True,
+    )
+    tensorboard: bool = _setting(False, "write the metrics for TensorBoard, too", resumable=True)
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            setattr(self, name, _convert(name, getattr(self, name), kind))
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limits = f"at least {low:g}" if high == _INFINITY else f"in [{low:g}, {high:g}]"
-                raise GrkanValueError(f"{name} must be {limits}; got {value!r}")
-        if self.clip_grad == 0:
-            raise GrkanValueError("clip_grad must be more than 0, or null for no limit; got 0")
+        for f, kind in _settings():
+            value = _as_kind(f.name, getattr(self, f.name), kind)
+            within = f.metadata["within"]
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and within is not None and number not in within:
+                    raise GrkanValueError(f"{f.name} must be {within}; got {number!r}")
+            setattr(self, f.name, value)
         if self.lr < self.min_lr:
             raise GrkanValueError(f"min_lr must not exceed lr, {self.lr:g}; got {self.min_lr:g}")
         if self.warmup_epochs is None:
             self.warmup_epochs = self.epochs / 10
         if self.warmup_epochs >= self.epochs:
             raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise GrkanValueError(f"crop_scale must be (low, high) with 0 < low <= high <= 1; got {self.crop_scale}")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 
 
-_INFINITY = float("inf")
-_RANGES = [
-    ("epochs", 1, _INFINITY),
-    ("batch_size", 1, _INFINITY),
-    ("accumulate", 1, _INFINITY),
-    ("lr", 0, _INFINITY),
-    ("min_lr", 0, _INFINITY),
-    ("warmup_epochs", 0, _INFINITY),
-    ("weight_decay", 0, _INFINITY),
-    ("coefficient_weight_decay", 0, _INFINITY),
-    ("clip_grad", 0, _INFINITY),
-    ("ema_decay", 0, 1),
-    ("smoothing", 0, 1),
-    ("mixup", 0, _INFINITY),
-    ("cutmix", 0, _INFINITY),
-    ("shift", 0, _INFINITY),
-    ("hflip", 0, 1),
-    ("color_jitter", 0, _INFINITY),
-    ("random_erasing", 0, 1),
-    ("workers", 0, _INFINITY),
-    ("save_every", 0, _INFINITY),
-    ("log_every", 0, _INFINITY),
-    ("seed", 0, 2**63 - 1),
-]
+def _settings() -> list[tuple[dataclasses.Field, Any]]:
+    """The declarations, each with its type."""
+    kinds = typing.get_type_hints(Config)
+    return [(f, kinds[f.name]) for f in dataclasses.fields(Config)]
 
-RESUMABLE = ("workers", "on_corrupt", "save_every", "log_every", "tensorboard")
-"""The settings that a resumed run may change, for they do not change the weights that it ends with; and `data`, for the
-same images may have moved."""
+
+RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["resumable"])
+"""The settings that a resumed run may change; and `data`, for the same images may have moved."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -150,7 +206,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: it is no YAML, has a key twice, or is no mapping.
     """
     try:
-        content = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+        content = _parse_yaml(Path(path).read_bytes().decode())
     except ValueError as error:  # UnicodeDecodeError is one
         raise GrkanValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
@@ -175,21 +231,34 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise GrkanValueError(str(error)) from None
+    except RecursionError:
+        raise GrkanValueError("it is nested too deeply") from None
+    except Exception as error:  # what its constructors raise for `!!int ""`, `!!bool x`, 2020-13-01, ...
+        raise GrkanValueError(f"{type(error).__name__}: {error}") from None
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings of settings in one: a later one overrides; `model_args` are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            earlier = merged.get(key)
+            if key == "model_args" and isinstance(value, Mapping) and isinstance(earlier, Mapping):
+                value = {**earlier, **value}
+            merged[key] = value
+    return merged
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
-    """A configuration from mappings of settings, where a later one overrides; `model_args` are merged key by key.
+    """A configuration from mappings of settings, which are merged by `merge`.
 
     Raises:
         ValueError: an unknown setting, with the nearest names, or a value out of range.
         TypeError: a value of another type than its setting's.
     """
-    settings: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            check_name(key)
-            merges = key == "model_args" and isinstance(value, Mapping)
-            settings[key] = {**settings.get(key, {}), **value} if merges else value
+    settings = merge(*layers)
+    for key in settings:
+        check_name(key)
     return Config(**settings)
 
 
@@ -210,71 +279,85 @@ def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
     return f"known are {', '.join(known[:shown])}{more}"
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Settings from `key=value` strings, whose values are read as YAML; `model_args.num_groups=4` sets an argument.
+def add_training_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """An option for every setting, and `--set`, which reaches the parts of `model_args`, too.
+
+    They give `options.settings`: a list of mappings for `merge`, in the order of the command line.
+
+    Args:
+        parser: to be added to.
+        without: the settings that have no option, because the command decides them itself.
+    """
+    add = partial(parser.add_argument, dest="settings", action="append", default=[])
+    for f, kind in _settings():
+        if f.name in without or _plain(kind) is dict:
+            continue
+        default = "" if f.default is None else f" ({f.default if kind is str else json.dumps(f.default)})"
+        about: dict[str, Any] = {"metavar": f.metadata["metavar"] or _metavar(f.name, kind)}
+        if kind is bool:
+            about |= {"nargs": "?", "const": {f.name: True}}
+        parse = _argument(partial(_parse_option, f.name, kind))
+        add(f"--{f.name.replace('_', '-')}", type=parse, help=f.metadata["meaning"] + default, **about)
+    add(
+        "--set",
+        type=_argument(parse_assignment),
+        metavar="KEY=VALUE",
+        help="a setting by its name in a configuration file, as lr=0.01, or a part of one: model_args.num_groups=4",
+    )
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse, which shows the message of this one error alone."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except GrkanValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_argument
+
+
+def _parse_option(name: str, kind: Any, text: str) -> dict[str, Any]:
+    is_text = _plain(kind) is str or typing.get_origin(kind) is Literal
+    return {name: text if is_text else _parse_value(text)}
+
+
+def parse_assignment(assignment: str) -> dict[str, Any]:
+    """A setting from `key=value`, whose value is read as YAML; `model_args.num_groups=4` sets an argument.
 
     Raises:
         ValueError: no `=`, a value that is no YAML, or an unknown key.
     """
-    settings: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not text.strip():
-            raise GrkanValueError(f"--set takes key=value, where null is no value; got {assignment!r}")
-        try:
-            value = _parse_yaml(text)
-        except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            raise GrkanValueError(f"--set {key}: {text!r} is not a YAML value ({reason})") from None
-        key, dot, argument = key.partition(".")
-        if dot and key != "model_args":
-            raise GrkanValueError(f"--set {assignment}: only model_args has parts")
-        check_name(key)
-        if dot:
-            settings.setdefault(key, {})[argument] = value
-        else:
-            settings[key] = value
-    return settings
+    key, equals, text = assignment.partition("=")
+    if not equals or not text.strip():
+        raise GrkanValueError(f"takes key=value, where null is no value; got {assignment!r}")
+    key, dot, argument = key.partition(".")
+    if dot and key != "model_args":
+        raise GrkanValueError(f"{assignment}: only model_args has parts")
+    check_name(key)
+    value = _parse_value(text)
+    return {key: {argument: value}} if dot else {key: value}
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The settings that have an option of their own; `--set` reaches every other."""
-    parser.add_argument("--data", help="digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/ and val/")
-    parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per optimiser step, over all processes")
-    parser.add_argument("--lr", type=float, metavar="X", help="the highest learning rate")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--init", metavar="FILE", help="a model file or a run's folder to start from")
-    parser.add_argument("--trainable", help="all, coefficients (the rational functions' alone), or weights (all else)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
-    parser.add_argument(
-        "--set",
-        dest="assignments",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting, such as mixup=0.8 or model_args.num_groups=4; config.yaml of a run lists them all",
-    )
+def _parse_value(text: str) -> Any:
+    try:
+        return _parse_yaml(text)
+    except GrkanValueError as error:
+        raise GrkanValueError(f"{text!r} is not a YAML value ({str(error).partition(chr(10))[0]})") from None
 
 
-def training_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line.
-
-    Raises:
-        ValueError: as `parse_assignments`.
-    """
-    names = ("data", "model", "epochs", "batch_size", "lr", "seed", "init", "trainable", "workers")
-    given = {name: getattr(options, name, None) for name in names}
-    settings = parse_assignments(options.assignments)
-    return {**settings, **{name: value for name, value in given.items() if value is not None}}
+def _metavar(name: str, kind: Any) -> str:
+    kind = _plain(kind)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "RANGE"
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, name.upper())
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """All settings as the plain values that JSON and YAML give back: a tuple is a list.
-
-    Raises:
-        TypeError: one of `model_args` has no such value.
-    """
+    """All settings as the plain values that JSON and YAML give back: a tuple is a list."""
     return json.loads(json.dumps(vars(config)))
 
 
@@ -285,14 +368,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _convert(name: str, value: Any, kind: Any) -> Any:
-    """The value in the type of its setting. YAML reads 1e-3 as a string, and 1 where 1.0 is meant."""
-    options = typing.get_args(kind)
+def _plain(kind: Any) -> Any:
+    """The type of a setting's values, without None, and without the types of a mapping's."""
     if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(option for option in options if option is not types.NoneType)
-        options = typing.get_args(kind)
+        kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+    return dict if typing.get_origin(kind) is dict else kind
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    """The value in the type of its setting. YAML reads 1e-3 as a string, and 1 where 1.0 is meant."""
+    if value is None and isinstance(kind, types.UnionType):
+        return None
+    kind = _plain(kind)
+    options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value is False and "no" in options:  # YAML 1.1 reads a bare `no` so
             value = "no"
@@ -302,9 +390,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(options):
             raise GrkanTypeError(f"{name} must be {len(options)} numbers; got {value!r}")
-        return tuple(_convert(name, v, option) for v, option in zip(value, options, strict=True))
-    if typing.get_origin(kind) is dict:
-        kind = dict
+        return tuple(_as_kind(name, v, option) for v, option in zip(value, options, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -313,6 +399,25 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
         raise GrkanTypeError(f"{name} must be {wanted[kind]}; got {value!r}")
+    if kind is int and value >= 2**63:
+        raise GrkanValueError(f"{name} must be less than 2^63; got {value!r}")
     if kind is float and not math.isfinite(value):
         raise GrkanValueError(f"{name} must be a finite number; got {value!r}")
+    if kind is str and (not value or "\0" in value):
+        raise GrkanValueError(f"{name} must be a text that is not empty and has no null character; got {value!r}")
+    if kind is dict:
+        _check_plain(name, value)
     return value
+
+
+def _check_plain(name: str, value: Mapping[Any, Any]) -> None:
+    """Raise TypeError for a mapping that config.yaml and a model's file cannot hold."""
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        raise GrkanTypeError(f"the names in {name} must be texts; got {wrong[0]!r}")
+    for key, part in value.items():
+        try:
+            json.dumps(part)
+        except TypeError:
+            raise GrkanTypeError(
+                f"{name}.{key} must be made of numbers, texts, lists and mappings; got {part!r}"
+            ) from None

@@ -409,6 +409,30 @@ def evaluation_loader(
     )
 
 
+def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
+    """Batches of at most `count` training images, taken at equal distances, preprocessed as for a test.
+
+    Raises:
+        ValueError: there is no such data set; or, from the batches, none of the images can be read.
+    """
+    images = find_source(data).load("train")
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+    picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
+    images = replace(images, images=picked, labels=images.labels[chosen])
+    loader = evaluation_loader(images, evaluation_transform(preprocessing), 32)
+
+    def batches() -> Iterator[Tensor]:
+        readable = False
+        for batch in loader:
+            if len(batch.labels):
+                readable = True
+                yield batch.images
+        if not readable:
+            raise GrkanValueError(f"--data {data} has no readable image")
+
+    return batches()
+
+
 class UnreadableImages:
     """The unreadable images met so far; each is named once, on standard error, or the first one stops the run.
 

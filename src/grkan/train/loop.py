@@ -6,38 +6,28 @@ interrupted at any point and resumed from its last state ends, on a CPU, with th
 
 import atexit
 import contextlib
-import copy
 import dataclasses
 import math
 import os
 import reprlib
 import time
 import types
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.table import Table
-from timm.data import Mixup, resolve_data_config
-from timm.layers import to_2tuple
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..convert.recipe import apply_conversion_
 from ..errors import GrkanRuntimeError, GrkanValueError
-from ..models.files import load_model, read_metadata, save_model
-from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
+from ..models.files import save_model
 from ..nn import no_weight_decay
 from ..writing import remove_leftovers, replacing, write_bytes
-from .checkpoint import MetricsLog, load_state, read_metrics, save_state
+from .checkpoint import State, load_state, save_state
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
 from .data import (
     ImageData,
@@ -52,27 +42,40 @@ from .data import (
     training_loader,
     training_transform,
 )
-from .evaluate import Score, check_model_name, first_images, model_file, score
-from .progress import Reporter
+from .evaluate import Score, first_images, score
+from .metrics import MetricsLog, Running, read_metrics
+from .model import make_model, resolve_model
+from .optimisation import choose_trainable, make_loss, make_optimizer, make_schedule
+from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
 
-_DEFAULT_MODEL = "kat_micro_patch2_8"
 
-_NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
-"""Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
-
-
-class TrainingError(RuntimeError):
+class TrainingError(GrkanRuntimeError):
     """A run cannot go on."""
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Train a model and leave everything about it in the folder `config.output`.
+class Summary(TypedDict):
+    """What a run came to."""
 
-    Returns:
-        What the run's summary says: output, model, epochs, top1 of the best epoch (percent), best_epoch, last_top1,
-        last_loss, parameters, unreadable images, seconds of training and testing, and cpu_seconds: those that the
-        threads of the main process were at work.
+    output: str
+    model: str
+    epochs: int
+    top1: float
+    """Of the best epoch, in percent; `best_epoch` counts from 1."""
+    best_epoch: int
+    last_top1: float
+    last_loss: float
+    parameters: int
+    unreadable: int
+    """Images that could not be read."""
+    seconds: float
+    """Of training and testing."""
+    cpu_seconds: float
+    """In which the threads of the main process were at work."""
+
+
+def train(config: Config) -> Summary:
+    """Train a model and leave everything about it in the folder `config.output`.
 
     Raises:
         ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
@@ -82,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
     return _run(resolve(config), resumed=False)
 
 
-def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summary:
     """Go on with an interrupted run from its last state, or from the start if it had not come to one.
 
     Args:
@@ -118,38 +121,16 @@ def resolve(config: Config) -> Config:
         ValueError: there is no such data set or model to start from, or `model` is another than that one.
     """
     source = find_source(config.data)
-    chosen: dict[str, Any] = {"data": absolute(config.data), "model": config.model or _DEFAULT_MODEL}
+    chosen = {"data": absolute(config.data), **resolve_model(config)}
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
-    if config.init:
-        path = model_file(config.init)
-        metadata = read_metadata(path)
-        held = metadata["model"]
-        if held is None:
-            raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
-        if config.model not in (None, held):
-            to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
-            convert = "; grkan convert makes a KAT of it" if to_kat else ""
-            raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
-        arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
-        chosen |= {"init": os.path.abspath(path), "model": held, "model_args": {**arguments, **config.model_args}}
     if config.output is None:
         chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
 
 
-def check_model(config: Config) -> None:
-    """Make the model, without the head and the weights that data and `init` give it, and forget it.
-
-    Raises:
-        ValueError: there is no such model, or `model_args` do not fit it.
-    """
-    check_model_name(config.model or "")
-    _create_model(config, None)
-
-
-def _run(config: Config, resumed: bool) -> dict[str, Any]:
+def _run(config: Config, resumed: bool) -> Summary:
     try:
         return _Run(config, resumed).train()
     except RuntimeError as error:
@@ -180,85 +161,6 @@ def _make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _make_model(
-    config: Config, classes: int, source: Source, preprocessing: Preprocessing | None
-) -> tuple[nn.Module, Preprocessing]:
-    """The model at its start, and its preprocessing; that of a state means that weights from there will follow."""
-    check_model_name(config.model or "")
-    torch.manual_seed(derive_seed("model", config.seed))
-    if config.init and preprocessing is None:
-        path = model_file(config.init)
-        metadata = read_metadata(path)
-        model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
-        if model.num_classes != classes:
-            model.reset_classifier(classes)  # type: ignore[operator]
-        preprocessing = _fit_preprocessing(config, model, source, metadata["preprocessing"])
-    else:
-        model = _create_model(config, classes)
-        preprocessing = preprocessing or _fit_preprocessing(config, model, source, None)
-    with _blaming_model_args(config), torch.no_grad():
-        trial = copy.deepcopy(model).train()  # a copy, because running statistics move
-        shape = tuple(trial(torch.zeros(2, *preprocessing["input_size"])).shape)
-        if shape != (2, classes):
-            raise GrkanValueError(f"its output for two images has shape {shape}, not {(2, classes)}")
-    return model, preprocessing
-
-
-def _create_model(config: Config, classes: int | None) -> nn.Module:
-    if refused := [name for name in config.model_args if name in _NOT_MODEL_ARGS]:
-        raise GrkanValueError(
-            f"model_args say what the model is; {refused[0]} is not for them: weights come from --init, the number of "
-            "classes from --data"
-        )
-    with _blaming_model_args(config):
-        return timm.create_model(config.model, num_classes=classes, **config.model_args)
-
-
-@contextlib.contextmanager
-def _blaming_model_args(config: Config) -> Iterator[None]:
-    """Say of any error that the arguments do not fit: timm and PyTorch have no type for those of a wrong argument."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows
-            yield
-    except ImportError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        if " " not in reason:  # no sentence
-            reason = f"{type(error).__name__} {reason}".rstrip()
-        given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
-        raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
-
-
-def _fit_preprocessing(config: Config, model: nn.Module, source: Source, known: Preprocessing | None) -> Preprocessing:
-    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
-
-    Args:
-        known: what the file that the model comes from says.
-    """
-    found = {**resolve_data_config({}, model=model), **(known or {})}
-    channels, height, width = found["input_size"]
-    given = {key: value for key, value in config.model_args.items() if value is not None}
-    channels = given.get("in_chans", channels)
-    height, width = to_2tuple(given.get("img_size", (height, width)))
-    if channels not in (1, 3):
-        raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
-    mean, std, crop = found["mean"], found["std"], found["crop_pct"]
-    if source.normalisation is not None and not known:
-        mean, std = ([value] for value in source.normalisation)
-        crop = 1.0  # the object fills the image
-    if len(mean) != channels:
-        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
-    return {
-        "input_size": [channels, height, width],
-        "mean": list(mean),
-        "std": list(std),
-        "interpolation": found["interpolation"],
-        "crop_pct": crop,
-    }
-
-
 class _Run:
     """One training run, in one of its processes."""
 
@@ -277,19 +179,18 @@ class _Run:
         self.training, self.test = self._load_data(source)
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
-        self.model, self.preprocessing = _make_model(
-            config, len(self.training.classes), source, None if state is None else state["preprocessing"]
-        )
-        if state is not None and state.get("conversion"):
+        known = None if state is None else state["preprocessing"]
+        self.model, self.preprocessing = make_model(config, len(self.training.classes), source.normalisation, known)
+        if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
-        self._choose_trainable()
+        choose_trainable(self.model, config)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
         self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
         self.last: dict[str, Any] = {}
         self.epoch = self.step = 0
-        self.running = _Running()
+        self.running = Running()
         self.seconds = self.cpu_seconds = 0.0
         if state is not None:
             self._restore(state)
@@ -312,15 +213,6 @@ class _Run:
                 f"{self.config.data}; lower --batch-size"
             )
         return training, test
-
-    def _choose_trainable(self) -> None:
-        if self.config.trainable == "all":
-            return
-        coefficients = no_weight_decay(self.model)
-        if not coefficients:
-            raise GrkanValueError(f"trainable: {self.config.trainable}; {self.config.model} has no rational functions")
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_((name in coefficients) == (self.config.trainable == "coefficients"))
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -355,38 +247,14 @@ class _Run:
         config = self.config
         self.model.to(self.accelerator.device)
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
-        coefficients = no_weight_decay(self.model)
-        undecayed = coefficients | set(getattr(self.model, "no_weight_decay", set)())
-        groups = param_groups_weight_decay(self.model, config.weight_decay, no_weight_decay_list=undecayed)
-        if config.coefficient_weight_decay:
-            decayed = [p for name, p in self.model.named_parameters() if name in coefficients and p.requires_grad]
-            apart = {id(p) for p in decayed}
-            groups = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
-            groups.append({"params": decayed, "weight_decay": config.coefficient_weight_decay})
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
-        total, warmup = config.epochs * self.steps, round((config.warmup_epochs or 0) * self.steps)
-        # A pure function of the step: nothing of it has to be saved.
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=max(total - warmup, 2),  # of a cosine of one step timm says that it has no effect
-            lr_min=config.min_lr,
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        classes = len(self.training.classes)
-        self.mixup: Mixup | None = None
-        self.criterion: nn.Module = nn.CrossEntropyLoss()
-        if config.mixup or config.cutmix:
-            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
-            self.criterion = SoftTargetCrossEntropy()
-        elif config.smoothing:
-            self.criterion = LabelSmoothingCrossEntropy(config.smoothing)
+        self.optimizer = make_optimizer(self.model, config)
+        self.schedule = make_schedule(self.optimizer, config, self.steps)
+        self.criterion, self.mixup = make_loss(config, len(self.training.classes))
         self.prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
 
     # The run
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> Summary:
         """From where it stands to its end."""
         config = self.config
         total = config.epochs * self.steps
@@ -520,14 +388,14 @@ class _Run:
             f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
             f"{metrics['images_per_second']:.0f} images/s  {self.seconds:.0f} s"
         )
-        self.epoch, self.step, self.running = self.epoch + 1, 0, _Running()
+        self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
         self._save_state()
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> Summary:
         """The pictures and the summary."""
-        summary = {
+        summary: Summary = {
             "output": str(self.folder),
-            "model": self.config.model,
+            "model": self.config.model or "",
             "epochs": self.config.epochs,
             "top1": self.best["top1"],
             "best_epoch": self.best["epoch"],
@@ -540,19 +408,7 @@ class _Run:
         }
         if self.main:
             pictures = self._draw()
-            table = Table(title=f"{self.config.model} on {self.config.data}")
-            columns = {
-                "best accuracy": f"{summary['top1']:.2f} % (epoch {summary['best_epoch']})",
-                "last accuracy": f"{summary['last_top1']:.2f} %",
-                "last loss": f"{summary['last_loss']:.4f}",
-                "parameters": f"{summary['parameters']:,}",
-                "unreadable images": f"{summary['unreadable']:,}",
-                "seconds": f"{summary['seconds']:.0f}",
-            }
-            for column in columns:
-                table.add_column(column, justify="right")
-            table.add_row(*columns.values())
-            self.reporter.table(table)
+            self.reporter.table(summary_table(f"{self.config.model} on {self.config.data}", summary))
             for path in [self.folder / "best.safetensors", *pictures]:
                 self.reporter.line(str(path))
         self.accelerator.wait_for_everyone()
@@ -638,7 +494,7 @@ class _Run:
         if not self.main:
             return
         scaler = self.accelerator.scaler
-        state = {
+        state: State = {
             "fingerprint": self._fingerprint(),
             "epoch": self.epoch,
             "step": self.step,
@@ -658,7 +514,7 @@ class _Run:
         }
         save_state(self.folder / "state" / "state.pt", state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: State) -> None:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -668,7 +524,7 @@ class _Run:
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.best, self.last = state["best"], state["last"]
-        self.running = _Running(**state["running"])
+        self.running = Running(**state["running"])
         self.unreadable.names.update(state["unreadable"])
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -683,27 +539,3 @@ class _Run:
             if recorded.get(key) != value:
                 was, now = reprlib.repr(recorded.get(key)), reprlib.repr(value)
                 raise GrkanValueError(f"{path} is of another run: {key} was {was} there, and is {now}")
-
-
-@dataclasses.dataclass
-class _Running:
-    """Sums over the steps of an epoch."""
-
-    loss: float = 0.0
-    correct: float | None = 0.0
-    images: int = 0
-    seconds: float = 0.0
-
-    def add(self, loss: float, correct: float | None, images: int) -> None:
-        """After a step; `correct` is None where the labels are mixed."""
-        self.loss += loss
-        self.correct = None if correct is None or self.correct is None else self.correct + correct
-        self.images += images
-
-    def means(self) -> dict[str, float]:
-        """What metrics.jsonl says of them; the accuracy in percent."""
-        means = {"train_loss": self.loss / self.images}
-        if self.correct is not None:
-            means["train_top1"] = 100 * self.correct / self.images
-        means["images_per_second"] = round(self.images / max(self.seconds, 1e-9), 1)
-        return means

@@ -1,8 +1,9 @@
 """What a run tells while it works: a bar on a terminal, a short line an epoch elsewhere; by the main process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -70,6 +71,23 @@ class Reporter:
         """A table that stays."""
         if self.speaks:
             self._bar.console.print(table)
+
+
+def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
+    """What a run came to, see `loop.Summary`."""
+    columns = {
+        "best accuracy": f"{summary['top1']:.2f} % (epoch {summary['best_epoch']})",
+        "last accuracy": f"{summary['last_top1']:.2f} %",
+        "last loss": f"{summary['last_loss']:.4f}",
+        "parameters": f"{summary['parameters']:,}",
+        "unreadable images": f"{summary['unreadable']:,}",
+        "seconds": f"{summary['seconds']:.0f}",
+    }
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_row(*columns.values())
+    return table
 
 
 @contextmanager

@@ -1,33 +1,37 @@
-"""What Triton's compiler makes of the kernels of `gpu.py` for GPUs that need not be there: registers, spills and so on.
+"""What Triton's compiler makes of the GPU kernels for GPUs that need not be there: registers, spills and so on.
 
-It lies beside `gpu.py`, whose arguments it has to know, and below `bench.py`, which shows what it finds. Everything is
-read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly. Times are
-estimates, by the roofline of three GPUs.
+Everything is read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly.
+Times are estimates, by the roofline of three GPUs. Triton itself is imported where something is compiled.
 """
 
-import math
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ..errors import GrkanImportError, GrkanRuntimeError
+from ..rational import op
 
-from ..errors import GrkanRuntimeError
-from . import gpu
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
 }
-KERNELS = ("forward", "backward", "backward with F")
+"""The arguments of Triton's GPUTarget: backend, architecture, and lanes of a warp."""
+
+TENSORS = {"forward": 2, "backward": 3, "backward with F": 4}
+"""The kernels, and how many tensors of the size of x each reads or writes."""
+
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
+"""Triton's names, and bytes."""
 
 CHUNK = 4096
 """Scalars of a chunk, over which the instructions around the loop are spread: as for a tensor of 17 million scalars."""
@@ -65,11 +69,15 @@ RATES = {
 many units for float32. With two operations each they are the makers' 19.5 and 66.9 TFLOPS, and half of AMD's 163.4,
 where each instruction is a packed one, of two scalars; here it counts as one."""
 
-INSTRUCTIONS = {("forward", (5, 4)): 20, ("forward", (7, 6)): 26, ("backward", (5, 4)): 52, ("backward", (7, 6)): 70}
-"""A bar for sm_90, bfloat16 and float32: instructions a scalar in the loop."""
+# How instructions begin: NVIDIA's, and AMD's.
+_LOADS = re.compile(r"LDG|global_load|buffer_load")
+_STORES = re.compile(r"STG|global_store|buffer_store")
+_ATOMICS = re.compile(r"RED\b|REDG|ATOM|global_atomic|buffer_atomic|flat_atomic")
+_BARRIERS = re.compile(r"BAR\b|s_barrier")
+_ARITHMETIC = re.compile(r"F(FMA|MUL|ADD)|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
 
-REGISTERS = 80
-"""The same for order (5, 4): registers a lane."""
+_BITS = {"128": 128, "x4": 128, "64": 64, "x2": 64, "U16": 16, "short": 16, "U8": 8}
+"""What a load or store says of its width; where it says nothing, it has 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +106,6 @@ class Stats:
     arithmetic: float
     bytes: float
     sums: float
-
-    @property
-    def met(self) -> bool:
-        """Whether it is what it has to be; INSTRUCTIONS and REGISTERS are for the target and dtypes that they name."""
-        waste = (self.stack, self.atomics, self.barriers) != (0, 0, 0) or self.sums > 0.02 * self.bytes
-        bits = 8 * gpu.VECTOR_BYTES
-        met = not waste and (self.load, self.store) == (bits, bits)
-        if self.target == "sm_90" and self.dtype in ("bfloat16", "float32"):
-            met &= self.instructions <= INSTRUCTIONS.get((self.kernel, self.order), math.inf)
-            met &= self.registers <= REGISTERS or self.order != (5, 4)
-        return met
 
     def estimate(self) -> tuple[float, str] | None:
         """Scalars a second by the roofline, and what limits them: "memory", "issue" or "arithmetic"."""
@@ -152,29 +149,34 @@ PUBLISHED = (
 
 def compile_kernel(
     target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None
-) -> "triton.compiler.CompiledKernel":
-    """Compile one kernel as `gpu.py` launches it, for aligned tensors and indices of 32 bits.
+) -> "CompiledKernel":
+    """Compile one kernel as `rational/gpu.py` launches it, for aligned tensors and indices of 32 bits.
 
     Args:
         target: of TARGETS.
-        kernel: of KERNELS.
+        kernel: of TENSORS.
         dtype: of DTYPES.
         form: "abs_of_sum" or "sum_of_abs".
         order: degrees m and n.
         vector: scalars of a vector; None: 16 bytes, as for widths that these divide.
 
     Raises:
+        ImportError: Triton is missing, or too old to have what this needs.
         RuntimeError: Triton's interpreter is on, in which nothing is compiled.
     """
-    if triton.knobs.runtime.interpret:
-        raise GrkanRuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
+    gpu = _gpu()
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     function = gpu.forward_kernel if kernel == "forward" else gpu.backward_kernel
     name, size = DTYPES[dtype]
+    gpu_target = GPUTarget(*TARGETS[target])
     constants = {
         "M": order[0],
         "N": order[1],
         "ABSOLUTE": form == "sum_of_abs",
-        "LANES": TARGETS[target].warp_size,
+        "LANES": gpu_target.warp_size,
         "VECTOR": vector or gpu.VECTOR_BYTES // size,
         "LONG": False,
     }
@@ -186,19 +188,45 @@ def compile_kernel(
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in function.arg_names}
     aligned = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers if n in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": 1})
+    return triton.compile(source, target=gpu_target, options={"num_warps": 1})
+
+
+def _gpu() -> ModuleType:
+    """The module of the kernels, or an error that says what is wrong with Triton."""
+    try:
+        import triton
+
+        if problem := op.why_too_old(triton.__version__):
+            raise GrkanImportError(problem)
+        if triton.knobs.runtime.interpret:
+            raise GrkanRuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
+        from ..rational import gpu
+    except ImportError as error:
+        raise GrkanImportError(
+            f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})"
+        ) from error
+    return gpu
+
+
+def assembly(compiled: "CompiledKernel") -> str:
+    """The code of what `compile_kernel` gave."""
+    if "cubin" in compiled.asm:
+        return _run_on_cubin("nvdisasm", "-c", compiled.asm["cubin"])
+    return str(compiled.asm["amdgcn"])
 
 
 def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None) -> Stats:
     """Compile one kernel and count; the arguments are those of `compile_kernel`."""
     compiled = compile_kernel(target, kernel, dtype, form, order, vector)
+    code = assembly(compiled)
+    if "cubin" in compiled.asm:
+        registers, stack, loops, outside = _read_nvidia(code, compiled.asm["cubin"])
+    else:
+        registers, stack, loops, outside = _read_amd(code)
     size = DTYPES[dtype][1]
-    vector = vector or gpu.VECTOR_BYTES // size
-    read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
-    registers, stack, loops, outside = read
+    vector = vector or _gpu().VECTOR_BYTES // size
     loop = loops[0]
-    share = CHUNK / TARGETS[target].warp_size
-    tensors = {"forward": 2, "backward": 3, "backward with F": 4}[kernel]
+    share = CHUNK / TARGETS[target][2]
     # Each sum of a chunk is written and read once, as float64.
     sums = 0.0 if kernel == "forward" else 16 * (order[0] + 1 + order[1]) / CHUNK
     instructions = len(loop) / vector
@@ -211,17 +239,9 @@ def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int
         instructions=instructions,
         with_ends=instructions + len(outside) / share,
         arithmetic=sum(bool(_ARITHMETIC.match(i)) for i in loop) / vector,
-        bytes=tensors * size + sums,
+        bytes=TENSORS[kernel] * size + sums,
         sums=sums,
     )  # fmt: skip
-
-
-_LOADS = re.compile(r"LDG|global_load|buffer_load")
-_STORES = re.compile(r"STG|global_store|buffer_store")
-_ATOMICS = re.compile(r"RED\b|REDG|ATOM|global_atomic|buffer_atomic|flat_atomic")
-_BARRIERS = re.compile(r"BAR\b|s_barrier")
-_ARITHMETIC = re.compile(r"F(FMA|MUL|ADD)|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
-_BITS = {"128": 128, "x4": 128, "64": 64, "x2": 64, "U16": 16, "short": 16, "U8": 8}
 
 
 def _widest(loop: list[str], wanted: "re.Pattern[str]") -> int:
@@ -230,14 +250,9 @@ def _widest(loop: list[str], wanted: "re.Pattern[str]") -> int:
     return max(sizes, default=0)
 
 
-def disassemble(compiled: "triton.compiler.CompiledKernel") -> str:
-    """The assembly of what `compile_kernel` gave."""
-    if "cubin" in compiled.asm:
-        return _run_on_cubin("nvdisasm", "-c", compiled.asm["cubin"])
-    return str(compiled.asm["amdgcn"])
-
-
 def _run_on_cubin(tool: str, option: str, cubin: bytes) -> str:
+    import triton
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -245,17 +260,16 @@ def _run_on_cubin(tool: str, option: str, cubin: bytes) -> str:
         return subprocess.run([str(tools / tool), option, str(path)], capture_output=True, text=True, check=True).stdout
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
+def _read_nvidia(code: str, cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
     """Registers, bytes of stack, the outermost loops' instructions, and the instructions outside of loops."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _run_on_cubin("cuobjdump", "--dump-resource-usage", cubin))
     assert found is not None
-    code = _run_on_cubin("nvdisasm", "-c", cubin)
     instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?"
     instructions, backward = _scan(code, r"\s*(\.L_\w+):", instruction, "BRA")
     return int(found[1]), int(found[2]), *_cut(instructions, backward, "NOP")
 
 
-def _read_amdgcn(code: str) -> tuple[int, int, list[list[str]], list[str]]:
+def _read_amd(code: str) -> tuple[int, int, list[list[str]], list[str]]:
     """The same of AMD's assembly; what is spilled counts as stack."""
 
     def value(name: str) -> int:
@@ -306,9 +320,10 @@ def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str)
 def all_cases() -> Iterator[tuple[str, str, str, str, tuple[int, int]]]:
     """What `grkan bench kernels` compiles, arguments of `stats`: all that models meet, and one of each other kind."""
     for target in TARGETS:
-        for kernel in KERNELS:
+        for kernel in TENSORS:
             for dtype in DTYPES:
                 common = dtype in ("bfloat16", "float32")
                 for order in ((5, 4), (7, 6)) if common else ((5, 4),):
-                    for form in ("abs_of_sum", "sum_of_abs") if common and kernel != KERNELS[2] else ("abs_of_sum",):
+                    both = common and kernel != "backward with F"
+                    for form in ("abs_of_sum", "sum_of_abs") if both else ("abs_of_sum",):
                         yield target, kernel, dtype, form, order

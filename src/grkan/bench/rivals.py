@@ -1,0 +1,267 @@
+"""Who competes: for one job, by name, all that do it, as calls that can be timed.
+
+Rivals are made afresh for every contest, on its device. All of them get the same x, and where they learn anything, its
+gradients are asked for together with that of x.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.operations import count_operations
+from ..models.spline import GRID, ORDER, SplineKAN, cubic_bases
+from ..nn import GRKAN
+from ..rational import op, table
+from ..rational.op import group_rational
+from .contest import Rival, bytes_kept
+
+GROUPS = 8
+
+FORWARD, TRAINING = "forward", "forward + backward"
+"""The passes of functions and layers, as tables and JSON name them."""
+
+TRAIN_STEP, INFERENCE = "training step", "inference"
+"""Those of whole models."""
+
+
+def _pass(
+    name: str, function: Callable[..., Tensor], x: Tensor, learned: Sequence[Tensor], grad: Tensor
+) -> Callable[[], object]:
+    """One pass of function(x, *learned), by its name."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(x, *learned)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(x, *learned), (x, *learned), grad)
+
+    return forward if name == FORWARD else forward_and_backward
+
+
+# The rational function. x is (..., C), C a multiple of the groups G; a is (G, m + 1), b is (G, n). As in grkan, the
+# arithmetic is float32 for half types. All are F with the denominator 1 + |A(x)|, as one would write it.
+
+
+def rational_by_loop(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A loop that takes one power of x after the other."""
+    z = _grouped(x, a)
+    numerator = sum(a[:, i, None] * z**i for i in range(a.shape[1]))
+    inner = sum(b[:, j, None] * z ** (j + 1) for j in range(b.shape[1]))
+    return (numerator / (1 + inner.abs())).flatten(-2).to(x.dtype)  # type: ignore[union-attr]
+
+
+def rational_by_powers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """All powers at once, in a dimension of their own, and a matrix product with the coefficients."""
+    z = _grouped(x, a)
+    powers = z.unsqueeze(-1) ** torch.arange(max(a.shape[1], b.shape[1] + 1), device=x.device)
+    numerator = powers[..., : a.shape[1]] @ a.unsqueeze(-1)
+    inner = powers[..., 1 : b.shape[1] + 1] @ b.unsqueeze(-1)
+    return (numerator / (1 + inner.abs())).flatten(-3).to(x.dtype)
+
+
+def rational_by_horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Horner's method: what `rational/reference.py` does, without its care for extreme x."""
+    z = _grouped(x, a)
+    numerator, inner = a[:, -1, None], b[:, -1, None]
+    for i in range(a.shape[1] - 2, -1, -1):
+        numerator = torch.addcmul(a[:, i, None], numerator, z)
+    for j in range(b.shape[1] - 2, -1, -1):
+        inner = torch.addcmul(b[:, j, None], inner, z)
+    return (numerator / (1 + (inner * z).abs())).flatten(-2).to(x.dtype)
+
+
+def spline(x: Tensor, coefficients: Tensor) -> Tensor:
+    """For every group of channels a B-spline of order 3 on [-1, 1]; coefficients is (G, 11), for 8 intervals.
+
+    As the rational function, one spline serves a group of channels. (In the first KANs, each weight had its own.)
+    """
+    return (cubic_bases(_grouped(x, coefficients), GRID, 1.0) @ coefficients.unsqueeze(-1)).flatten(-3).to(x.dtype)
+
+
+def _grouped(x: Tensor, coefficients: Tensor) -> Tensor:
+    """(..., C) to (..., G, C / G), float32 or wider."""
+    return x.unflatten(-1, (coefficients.shape[0], -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _swish(order: tuple[int, int], device: str) -> tuple[Tensor, ...]:
+    """Numerator and denominator of all groups, as leaves that learn."""
+    rows = table.coefficients("swish", order)
+    return tuple(torch.tensor([row] * GROUPS, device=device).requires_grad_() for row in rows)
+
+
+def activations(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compiles: bool
+) -> dict[str, Rival]:
+    """The function of grkan, others' ways to compute it, and other functions."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    rational, longer = (_swish(order, device) for order in ((5, 4), (7, 6)))
+    curve = (torch.randn(GROUPS, GRID + ORDER, device=device).requires_grad_(),)
+    entries: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "clone": (torch.clone, ()),
+        "GELU": (F.gelu, ()),
+        "SiLU": (F.silu, ()),
+        "powers in a loop": (rational_by_loop, rational),
+        "powers at once": (rational_by_powers, rational),
+        "Horner": (rational_by_horner, rational),
+        "B-spline": (spline, curve),
+        "grkan (5,4)": (group_rational, rational),
+        "grkan (7,6)": (group_rational, longer),
+    }
+    if compiles:
+        entries["Horner, compiled"] = (_compiled(rational_by_horner), rational)
+        entries["B-spline, compiled"] = (_compiled(spline), curve)
+    if device != "cpu":  # those that keep all powers or bases take tens of gigabytes for tensors of this size
+        entries = {name: entry for name, entry in entries.items() if "powers" not in name and "spline" not in name}
+
+    def tensors(name: str) -> int:
+        """A forward reads x and writes y; a backward reads x and grad and writes dx, but for clone there is none."""
+        return 2 if pass_ == FORWARD or name == "clone" else 5
+
+    return {
+        name: Rival(_pass(pass_, function, x, learned, grad), traffic=tensors(name) * x.nbytes)
+        for name, (function, learned) in entries.items()
+    }
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for one shape, which gives faster code than for any."""
+    torch.compiler.reset()  # a function may be compiled for a few shapes only
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def why_no_compiler(device: str) -> str | None:
+    """Why `torch.compile` does not work here; None: it does."""
+    try:
+        _compiled(torch.sin)(torch.zeros(16, device=device))
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+# A single call on next to nothing.
+
+
+class _Nothing(torch.autograd.Function):
+    """An operation of three arguments that computes nothing: what autograd in Python costs in itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def single_calls(device: str, pass_: str) -> dict[str, Rival]:
+    """A call with a gradient on 192 scalars, and the parts of ours."""
+    x, grad = torch.randn(2, 1, 192, device=device)
+    x.requires_grad_()
+    a, b = learned = _swish((5, 4), device)
+    kernel = op.find_kernel(device) or op.REFERENCE
+
+    def alone() -> None:
+        with torch.no_grad():
+            kernel.forward(x, a, b, "abs_of_sum", 192 // GROUPS)
+            if pass_ == TRAINING:
+                kernel.backward(grad, x, a, b, "abs_of_sum", 192 // GROUPS, False)
+
+    def rival(function: Callable[..., Tensor], *learned: Tensor) -> Rival:
+        # Unlike elsewhere the forward is recorded: that is a part of the call.
+        return Rival(partial(function, x, *learned) if pass_ == FORWARD else _pass(pass_, function, x, learned, grad))
+
+    return {
+        "GELU": rival(F.gelu),
+        "SiLU": rival(F.silu),
+        "grkan": rival(group_rational, *learned),
+        "its kernel, without autograd": Rival(alone),
+        "an empty autograd.Function": rival(_Nothing.apply, *learned),
+    }
+
+
+# Layers.
+
+
+def mlps(device: str, shape: tuple[int, int, int], pass_: str) -> dict[str, Rival]:
+    """The MLP of a transformer, pairs of B-spline KAN layers, and GRKAN, of widths d, 4d, d; x is (N, tokens, d)."""
+    from timm.layers import Mlp
+
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape, device=device).requires_grad_(), torch.randn(shape, device=device)
+    width = shape[-1]
+    hidden = 4 * width
+    products = 2 * 2 * width * hidden
+    # Operations a token as the paper counts them: a B-spline KAN evaluates the bases for every weight anew.
+    edge = round(9 * ORDER * (GRID + 1.5 * ORDER) + 2 * GRID - 2.5 * ORDER + 3)
+    entries = {
+        "Mlp": (Mlp(width, hidden), products),
+        "B-spline KAN": (_spline_pair(width, hidden), 2 * width * hidden * edge),
+        "B-spline KAN, hidden d": (_spline_pair(width, width), 2 * width * width * edge),
+        "GRKAN": (GRKAN(width, hidden, num_groups=GROUPS), products + (2 * 5 + 2 * 4 + 3) * (width + hidden)),
+    }
+    rivals = {}
+    for name, (module, operations) in entries.items():
+        module.to(device)
+        call = _pass(pass_, _functional(module), x, tuple(module.parameters()), grad)
+        facts = {}
+        if pass_ == TRAINING:
+            facts = {
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "operations a token": operations,
+                "multiply-adds a token": count_operations(module, shape[1:])["multiply_adds"] // shape[1],
+                "bytes kept": bytes_kept(module, x),
+            }
+        rivals[name] = Rival(call, facts)
+    return rivals
+
+
+def _spline_pair(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(SplineKAN(width, hidden), SplineKAN(hidden, width))
+
+
+def _functional(module: nn.Module) -> Callable[..., Tensor]:
+    """The module with its own parameters, which are passed only for their gradients to be asked for."""
+    return lambda x, *parameters: module(x)
+
+
+# Whole models.
+
+
+def vision_models(device: str, names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
+    """Models of timm's registry: a training step with AdamW, or inference."""
+    import timm
+
+    torch.manual_seed(0)
+    rivals = {}
+    for name in names:
+        model = timm.create_model(name).to(device)
+        images = torch.randn(batch, *model.default_cfg["input_size"], device=device)
+        if pass_ == INFERENCE:
+            rivals[name] = Rival(partial(_infer, model.eval(), images))
+            continue
+        labels = torch.randint(model.num_classes, (batch,), device=device)
+        # A rate so low that the model stays what it is while the clock runs.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8)
+        parameters = sum(p.numel() for p in model.parameters())
+        facts = {"parameters": parameters, "bytes kept": bytes_kept(model, images)}
+        rivals[name] = Rival(partial(_train_step, model, optimizer, images, labels), facts)
+    return rivals
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)

@@ -1,0 +1,101 @@
+"""What is measured: the function, the layer and the model, each against what it replaces."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..rational import op
+from . import rivals
+from .contest import Contest
+from .rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
+
+OPS_SHAPES = ((8, 197, 192), (8, 197, 768), (8, 197, 3072))
+"""8 images of 197 tokens: the width of tiny; its hidden width, which is the width of base; the hidden width of base."""
+
+GPU_SHAPES = tuple((128, *shape[1:]) for shape in OPS_SHAPES)
+"""A GPU needs more images to be busy: with eight, launching a kernel takes longer than running it."""
+
+LAYER_WIDTHS = (192, 384, 768)
+"""Tiny, small and base."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Contests, and what a reader of their tables has to know."""
+
+    contests: Sequence[Contest]
+    notes: Sequence[str]
+
+
+def ops(
+    device: str = "cpu",
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> Suite:
+    """Activations: grkan's rational function, others' ways to compute it, and other functions."""
+    shapes = shapes or (OPS_SHAPES if device == "cpu" else GPU_SHAPES)
+    notes = _notes(device)
+    reason = rivals.why_no_compiler(device)
+    if reason:
+        notes.append(f"torch.compile does not work here, so the compiled rivals are left out: {reason}")
+    contests = [
+        Contest(
+            {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch."), "pass": pass_},
+            "GELU" if device == "cpu" else "clone",
+            partial(rivals.activations, device, shape, dtype, pass_, reason is None),
+        )
+        for dtype in dtypes
+        for pass_ in (FORWARD, TRAINING)
+        for shape in shapes
+    ]
+    # What a call costs when there is nothing to compute.
+    contests += [
+        Contest(
+            {"shape": "1x192", "dtype": "float32", "pass": f"one call, {pass_}"},
+            "GELU",
+            partial(rivals.single_calls, device, pass_),
+        )
+        for pass_ in (FORWARD, TRAINING)
+    ]
+    return Suite(contests, notes)
+
+
+def layers(device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
+    """What stands in a transformer's block: MLP, B-spline KAN layers, and GRKAN; input (8, 197, d)."""
+    from ..models import kat  # noqa: F401  (its ImportError names the extra that brings timm)
+
+    contests = [
+        Contest({"width": width, "pass": pass_}, "Mlp", partial(rivals.mlps, device, (batch, tokens, width), pass_))
+        for width in widths
+        for pass_ in (FORWARD, TRAINING)
+    ]
+    return Suite(contests, _notes(device))
+
+
+def models(
+    device: str = "cpu",
+    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"),
+    batches: Sequence[int] = (8, 32),
+) -> Suite:
+    """A Vision Transformer against the KAT of its size: a whole training step with AdamW, and inference."""
+    from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
+
+    contests = [
+        Contest({"batch": batch, "pass": pass_}, names[0], partial(rivals.vision_models, device, names, batch, pass_))
+        for batch in batches
+        for pass_ in (TRAIN_STEP, INFERENCE)
+    ]
+    return Suite(contests, _notes(device))
+
+
+def _notes(device: str) -> list[str]:
+    if op.find_kernel(device):
+        return []
+    command = op.BUILD_COMMAND if device == "cpu" else op.TRITON_COMMAND
+    return [f"this installation has no native kernel: grkan is plain PyTorch here; to get it: {command}"]
+
+
+SUITES: dict[str, Callable[[str], Suite]] = {"ops": ops, "layers": layers, "models": models}
+"""By the names that `grkan bench` knows; each takes a device."""

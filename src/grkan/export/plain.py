@@ -1,0 +1,129 @@
+"""A model with its rational functions in plain PyTorch operations, for exporters that know no operators but PyTorch's.
+
+`rational/reference.py` computes the same in plain operations, too, but is right for every finite x: it asks for the
+largest x, and computes in float64 where float32 would overflow. An exported graph cannot ask, and pays for it always.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import GrkanValueError
+from ..nn import GroupRational
+from ..rational.arguments import check_module
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy of a model in plain float32 operations: what is traced or exported from it needs nothing of grkan.
+
+    Every `GroupRational` becomes Horner's method for P and Q (arXiv 2409.10594, Eq. 11 and 12) in multiplications,
+    additions, an absolute value and a division, with a coefficient for every channel. It agrees with the model within
+    1e-5, relative to the largest output, as long as |x| is at most 1e6 in front of every function of order (5, 4).
+    Further out a power of x leaves float32: the result loses accuracy, and then is NaN, as it is for infinite x. No
+    clipping hides that. Half types are widened to float32 and narrowed again.
+
+    Args:
+        model: any module with layers of grkan, as `kat_tiny_patch16_224` or a converted model. It stays as it is.
+
+    Returns:
+        The copy, in eval mode, its parameters frozen: for inference. (At a zero of the polynomial in Q the derivative
+        is another than that of `grkan.group_rational`.)
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: a rational function has hooks or a forward of its own, which the copy would leave out.
+    """
+    copied = copy.deepcopy(check_module("model", model)).eval().requires_grad_(False)
+    replaced: dict[nn.Module, nn.Module] = {}  # a shared function stays shared
+    if isinstance(copied, GroupRational):
+        return PlainRational(copied)
+    for name, module in list(copied.named_modules()):
+        for slot, child in module._modules.items():
+            if isinstance(child, GroupRational):
+                if child not in replaced:
+                    _check_plain(f"{name}.{slot}".lstrip("."), child)
+                    replaced[child] = PlainRational(child)
+                module._modules[slot] = replaced[child]
+    return copied
+
+
+def _check_plain(name: str, act: GroupRational) -> None:
+    hooks = any(
+        value for key, value in vars(act).items() if key.startswith(("_forward_", "_backward_")) and "hooks" in key
+    )
+    if hooks or "forward" in vars(act):
+        raise GrkanValueError(
+            "model must have rational functions without hooks and without a forward of their own, which its plain "
+            f"copy would leave out; {name} has some"
+        )
+
+
+class PlainRational(nn.Module):
+    """A `GroupRational` as it is now, in plain float32 operations.
+
+    Args:
+        act: its coefficients are copied; leading ones that are zero in all groups are left out, so that the identity is
+            a multiplication and an addition.
+
+    Shape:
+        As of `act`.
+    """
+
+    def __init__(self, act: GroupRational) -> None:
+        super().__init__()
+        groups, width = act.num_groups, act.width
+        numerator, denominator = (rows.detach().expand(groups, -1) for rows in act.coefficients())
+        numerator, denominator = _trimmed(numerator, 1), _trimmed(denominator, 0)
+        self.absolute, self.channel_dim = act.form == "sum_of_abs", act.channel_dim
+        if self.absolute:
+            denominator = denominator.abs()
+        # One number for each channel or, where only the input knows how many there are, for each group.
+        self.groups = groups if width is None and groups > 1 else None
+        repeats = 1 if width is None else width // groups
+        for name, rows in (("a", numerator), ("b", denominator)):
+            for i, column in enumerate(rows.float().repeat_interleave(repeats, dim=0).unbind(1)):
+                self.register_buffer(f"{name}{i}", column.clone())
+        self.terms = numerator.shape[1], denominator.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x)."""
+        dim = self.channel_dim
+        if dim < 0:
+            return self._evaluate(x, -dim - 1)
+        if isinstance(x, Tensor):
+            return self._evaluate(x, x.dim() - dim - 1)
+        return self._evaluate(x.movedim(dim, -1), 0).movedim(-1, dim)  # fx does not say how many dimensions there are
+
+    def _evaluate(self, x: Tensor, after: int) -> Tensor:
+        """F(x) where `after` dimensions lie behind the channels."""
+        z = x.float()
+        if self.groups is not None:
+            z, after = z.unflatten(-after - 1, (self.groups, -1)), after + 1
+        y = self._polynomial("a", self.terms[0], z, after)
+        if self.terms[1]:
+            t = z.abs() if self.absolute else z
+            inner = t * self._polynomial("b", self.terms[1], t, after)
+            y = y / (1.0 + (inner if self.absolute else inner.abs()))
+        if self.groups is not None:
+            y = y.flatten(-after - 1, -after)
+        return y.to(x.dtype)
+
+    def _polynomial(self, name: str, terms: int, x: Tensor, after: int) -> Tensor:
+        """By Horner's method; the coefficients broadcast over the `after` dimensions behind the channels."""
+        *others, value = (getattr(self, f"{name}{i}").view(-1, *(1,) * after) for i in range(terms))
+        if not others:
+            return value + 0.0 * x
+        for coefficient in reversed(others):
+            value = value * x + coefficient
+        return value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PlainRational":
+        """Coefficients stay float32, as those of `GroupRational` do."""
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+
+
+def _trimmed(rows: Tensor, least: int) -> Tensor:
+    """Without the highest powers that no group has, down to `least` columns."""
+    used = (rows != 0).any(dim=0).nonzero()
+    return rows[:, : max(int(used.max()) + 1 if len(used) else 0, least)]

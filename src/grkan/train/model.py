@@ -1,0 +1,313 @@
+"""The models of the commands: found by their names, made for a data set, loaded from files."""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from ..errors import GrkanError, GrkanValueError
+from ..models.files import load_model, read_metadata
+from ..models.kat import twin_of
+from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
+from ..models.operations import count_operations
+from .config import Config, nearest
+from .data import find_source
+from .randomness import derive_seed
+
+_DEFAULT_MODEL = "kat_micro_patch2_8"
+
+_NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
+"""Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, if timm's registry has no such model."""
+    if not timm.is_model(name):
+        ours = timm.list_models("kat_*")
+        others = [other for other in timm.list_models() if other not in ours]
+        raise GrkanValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
+
+
+def model_file(path: str | Path) -> Path:
+    """The weights that a path stands for: the file itself, or the best of a run's folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise GrkanValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
+    raise GrkanValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
+
+
+# Models to be trained
+
+
+def resolve_model(config: Config) -> dict[str, Any]:
+    """The settings model, model_args and init, with what is known of the model to start from filled in.
+
+    Raises:
+        ValueError: there is no model to start from, or `model` is another than that one.
+    """
+    if config.init is None:
+        return {"model": config.model or _DEFAULT_MODEL}
+    path = model_file(config.init)
+    metadata = read_metadata(path)
+    held = metadata["model"]
+    if held is None:
+        raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
+    if config.model not in (None, held):
+        to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
+        convert = "; grkan convert makes a KAT of it" if to_kat else ""
+        raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
+    arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
+    return {"init": os.path.abspath(path), "model": held, "model_args": {**arguments, **config.model_args}}
+
+
+def check_model(config: Config) -> None:
+    """Make the model, without the head and the weights that data and `init` give it, and forget it.
+
+    Raises:
+        ValueError: there is no such model, or `model_args` do not fit it.
+    """
+    check_model_name(config.model or "")
+    _create_model(config, None)
+
+
+def make_model(
+    config: Config, classes: int, normalisation: tuple[float, float] | None, preprocessing: Preprocessing | None
+) -> tuple[nn.Module, Preprocessing]:
+    """The model at its start, and its preprocessing.
+
+    Args:
+        config: says which.
+        classes: the outputs.
+        normalisation: of the data set's gray values, if it has one of its own.
+        preprocessing: that of the state that a run is resumed from, whose weights will follow; None: a run begins.
+
+    Raises:
+        ValueError: there is no such model, or `model_args` or `init` do not fit it.
+    """
+    check_model_name(config.model or "")
+    torch.manual_seed(derive_seed("model", config.seed))
+    if config.init and preprocessing is None:
+        path = model_file(config.init)
+        metadata = read_metadata(path)
+        model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
+        if model.num_classes != classes:
+            model.reset_classifier(classes)  # type: ignore[operator]
+        preprocessing = _fit_preprocessing(config, model, normalisation, metadata["preprocessing"])
+    else:
+        model = _create_model(config, classes)
+        preprocessing = preprocessing or _fit_preprocessing(config, model, normalisation, None)
+    with _blaming_model_args(config), torch.no_grad():
+        trial = copy.deepcopy(model).train()  # a copy, because running statistics move
+        output = trial(torch.zeros(2, *preprocessing["input_size"]))
+        if not isinstance(output, Tensor) or tuple(output.shape) != (2, classes):
+            kind = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
+            raise GrkanValueError(f"its output for two images {kind}; logits of shape {(2, classes)} are wanted")
+    return model, preprocessing
+
+
+def _create_model(config: Config, classes: int | None) -> nn.Module:
+    if refused := [name for name in config.model_args if name in _NOT_MODEL_ARGS]:
+        raise GrkanValueError(
+            f"model_args say what the model is; {refused[0]} is not for them: weights come from --init, the number of "
+            "classes from --data"
+        )
+    with _blaming_model_args(config):
+        return timm.create_model(config.model, num_classes=classes, **config.model_args)
+
+
+@contextlib.contextmanager
+def _blaming_model_args(config: Config) -> Iterator[None]:
+    """Say that the arguments do not fit, if there are any: timm and PyTorch have no type for such an error."""
+    given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows
+            yield
+    except (ImportError, MemoryError, torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not given and not isinstance(error, GrkanError):
+            raise
+        reason = str(error).partition("\n")[0]
+        if " " not in reason:  # no sentence
+            reason = f"{type(error).__name__} {reason}".rstrip()
+        raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
+
+
+def _fit_preprocessing(
+    config: Config, model: nn.Module, normalisation: tuple[float, float] | None, known: Preprocessing | None
+) -> Preprocessing:
+    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
+
+    Args:
+        known: what the file that the model comes from says.
+    """
+    found = {**resolve_data_config({}, model=model), **(known or {})}
+    channels, height, width = found["input_size"]
+    given = {key: value for key, value in config.model_args.items() if value is not None}
+    channels = given.get("in_chans", channels)
+    height, width = to_2tuple(given.get("img_size", (height, width)))
+    if channels not in (1, 3):
+        raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
+    mean, std, crop = found["mean"], found["std"], found["crop_pct"]
+    if normalisation is not None and not known:
+        mean, std = ([value] for value in normalisation)
+        crop = 1.0  # the object fills the image
+    if len(mean) != channels:
+        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+    return {
+        "input_size": [channels, height, width],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": found["interpolation"],
+        "crop_pct": crop,
+    }
+
+
+# Trained models
+
+
+@dataclass
+class TrainedModel:
+    """A model, ready to be used."""
+
+    model: nn.Module
+    classes: Sequence[str]
+    """Empty if they are not known."""
+    preprocessing: Preprocessing
+    device: torch.device
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """Load a run's best weights or a model file, onto the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such file, or it has no classes or preprocessing, so images cannot be fed to it.
+    """
+    path = model_file(path)
+    metadata = read_metadata(path)
+    classes, preprocessing = metadata["classes"], metadata["preprocessing"]
+    if not classes or not preprocessing:
+        raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
+    device = _device()
+    return TrainedModel(load_model(path).to(device), classes, preprocessing, device)
+
+
+def load_weights(path: str | Path) -> nn.Module:
+    """The model of a run's folder or of a model file, whatever it was trained for."""
+    return load_model(model_file(path))
+
+
+def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
+    """A model to be converted: of a run, of a file of grkan's, or of timm with weights that timm reads.
+
+    Args:
+        name: in timm's registry; None: the checkpoint's.
+        checkpoint: None for the weights that timm downloads.
+        data: whose classes are the model's where nothing else says them and there are as many.
+
+    Raises:
+        ValueError: there is no such model or checkpoint, or they do not belong together.
+    """
+    if name is not None:
+        check_model_name(name)
+    if checkpoint is None:
+        if name is None:
+            raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
+        model, classes, preprocessing = _load_pretrained(name), None, None
+    elif name is None or Path(checkpoint).is_dir() or _is_model_file(checkpoint):
+        path = model_file(checkpoint)
+        metadata = read_metadata(path)
+        if name not in (None, metadata["model"]):
+            raise GrkanValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
+        model, classes, preprocessing = load_model(path), metadata["classes"], metadata["preprocessing"]
+    else:
+        model, classes, preprocessing = _load_checkpoint_of_timm(name, checkpoint), None, None
+    if classes is None and data is not None:
+        found = find_source(data).load("train").classes
+        classes = list(found) if len(found) == model.num_classes else None
+    device = _device()
+    return TrainedModel(model.to(device), classes or (), preprocessing or resolve_data_config({}, model=model), device)
+
+
+def describe(model: str) -> dict[str, dict[str, int]]:
+    """What a model costs, and the Vision Transformer of the same size if it is a KAT that has one.
+
+    Args:
+        model: a name of timm's registry, a run's folder or a model file.
+
+    Returns:
+        By name, what `grkan.count_operations` counts for one image of the size that the model is made for.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if Path(model).exists():
+        path = model_file(model)
+        built, metadata = load_model(path), read_metadata(path)
+        size = (metadata["preprocessing"] or resolve_data_config({}, model=built))["input_size"]
+        return {str(path): count_operations(built, tuple(size))}
+    check_model_name(model)
+    names = [model]
+    if model in timm.list_models("kat_*", module="kat"):
+        names.append(twin_of(model))
+    counts = {}
+    for name in names:
+        built = timm.create_model(name)
+        counts[name] = count_operations(built, resolve_data_config({}, model=built)["input_size"])
+    return counts
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_model_file(path: str | Path) -> bool:
+    try:
+        read_metadata(path)
+    except GrkanValueError:
+        return False
+    return True
+
+
+def _load_pretrained(name: str) -> nn.Module:
+    """A model of timm with the weights that timm downloads."""
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # what the download raises
+        raise GrkanValueError(
+            f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint"
+        ) from error
+
+
+def _load_checkpoint_of_timm(name: str, checkpoint: str | Path) -> nn.Module:
+    """A model of timm with the weights of a file, whose number of classes is that of the model."""
+    try:
+        state = timm.models.load_state_dict(str(checkpoint))
+        classifier = timm.models.get_pretrained_cfg_value(name, "classifier")
+        head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+        model = timm.create_model(name, **({} if head is None else {"num_classes": len(head)}))
+        timm.models.load_checkpoint(model, str(checkpoint))
+    except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+        reason = " ".join(str(error).split())[:200]
+        raise GrkanValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from error
+    return model

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+import grkan
+from grkan.bench import bytes_kept, rivals
+from grkan.bench.rivals import FORWARD, TRAINING, rational_by_horner, rational_by_loop, rational_by_powers, spline
+from grkan.rational import reference
+
+RATIONALS = [rational_by_loop, rational_by_powers, rational_by_horner]
+
+
+def _problem(order=(5, 4), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((3, 5, 8), (2, order[0] + 1))]
+    tensors += [torch.randn(2, order[1], generator=generator, dtype=torch.float64), torch.randn(3, 5, 8)]
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("order", [(5, 4), (7, 6), (1, 1)])
+@pytest.mark.parametrize("function", RATIONALS)
+def test_rationals_agree_with_the_reference(function, order):
+    x, a, b, grad = _problem(order)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    expected = reference.rational(x.unflatten(-1, (2, 4)), a, b, "abs_of_sum").flatten(-2)
+    found = function(x, a, b)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(expected, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), gradients)
+
+
+@pytest.mark.parametrize("function", RATIONALS)
+def test_half_types_get_float32_arithmetic(function):
+    x, a, b, _ = _problem(dtype=torch.float32)
+    half = x.bfloat16()
+    assert torch.equal(function(half, a, b), function(half.float(), a, b).bfloat16())
+
+
+def test_the_spline_is_that_of_scipy():
+    interpolate = pytest.importorskip("scipy.interpolate")
+    x = torch.linspace(-2, 2, 401, dtype=torch.float64)  # past the last knots, where it is 0
+    coefficients = torch.randn(1, 11, dtype=torch.float64)
+    knots = np.linspace(-1 - 3 / 4, 1 + 3 / 4, 15)
+    bases = [interpolate.BSpline.basis_element(knots[i : i + 5], extrapolate=False)(x.numpy()) for i in range(11)]
+    expected = sum(c * np.nan_to_num(basis) for c, basis in zip(coefficients[0].tolist(), bases, strict=True))
+    np.testing.assert_allclose(spline(x, coefficients).numpy(), expected, atol=1e-12)
+    inside = x[x.abs() < 1]
+    whole = interpolate.BSpline(knots, coefficients[0].numpy(), 3)
+    np.testing.assert_allclose(spline(inside, coefficients).numpy(), whole(inside.numpy()), atol=1e-12)
+
+
+def test_each_group_has_its_spline():
+    x, coefficients = torch.randn(4, 6), torch.randn(2, 11)
+    halves = [spline(half, row[None]) for half, row in zip(x.chunk(2, -1), coefficients, strict=True)]
+    torch.testing.assert_close(spline(x, coefficients), torch.cat(halves, -1))
+
+
+def test_every_activation_gives_its_gradients(tiny):
+    found = rivals.activations("cpu", (2, 16), torch.bfloat16, TRAINING, compiles=True)
+    for name, rival in found.items():
+        gradients = rival.call()
+        assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * (len(gradients) - 1), name
+        learned = 0 if name in ("clone", "GELU", "SiLU") else 1 if "spline" in name else 2
+        assert len(gradients) == 1 + learned, name
+
+
+def test_ways_to_compute_the_function_give_the_same(tiny):
+    found = rivals.activations("cpu", (2, 16), torch.float32, FORWARD, compiles=True)
+    ours = found["grkan (5,4)"].call()
+    for name in ("powers in a loop", "powers at once", "Horner", "Horner, compiled"):
+        torch.testing.assert_close(found[name].call(), ours)
+    # Both orders are the table's fits to it; 1.7e-3 is the largest error of (5,4) on [-10, 10].
+    silu = found["SiLU"].call()
+    assert 2e-3 > (ours - silu).abs().max() > (found["grkan (7,6)"].call() - silu).abs().max()
+
+
+def test_a_gpu_has_neither_powers_nor_splines(tiny):
+    names = ["clone", "GELU", "SiLU", "Horner", "grkan (5,4)", "grkan (7,6)", "Horner, compiled"]
+    assert list(rivals.activations("meta", (2, 16), torch.float32, FORWARD, compiles=True)) == names
+
+
+def test_traffic_is_what_has_to_be_read_and_written(tiny):
+    size = 2 * 16 * 4
+    for pass_, tensors in ((FORWARD, {"clone": 2, "GELU": 2}), (TRAINING, {"clone": 2, "grkan (5,4)": 5})):
+        found = rivals.activations("cpu", (2, 16), torch.float32, pass_, compiles=False)
+        assert {name: found[name].traffic // size for name in tensors} == tensors
+
+
+def test_a_single_call_records_its_gradient():
+    forward, training = (rivals.single_calls("cpu", pass_) for pass_ in (FORWARD, TRAINING))
+    names = ["GELU", "SiLU", "grkan", "its kernel, without autograd", "an empty autograd.Function"]
+    assert list(forward) == list(training) == names
+    for name in ("GELU", "grkan"):
+        assert forward[name].call().requires_grad
+    assert [tuple(g.shape) for g in training["grkan"].call()] == [(1, 192), (8, 6), (8, 4)]
+    assert len(training["an empty autograd.Function"].call()) == 3
+    assert forward["its kernel, without autograd"].call() is None
+
+
+def test_facts_of_layers():
+    found = rivals.mlps("cpu", (2, 3, 8), TRAINING)
+    facts = {name: rival.facts for name, rival in found.items()}
+    assert list(facts) == ["Mlp", "B-spline KAN", "B-spline KAN, hidden d", "GRKAN"]
+    products = 2 * 8 * 32
+    assert facts["Mlp"]["parameters"] == products + 32 + 8
+    assert facts["GRKAN"]["parameters"] == products + 32 + 8 + 2 * 8 * (6 + 4)
+    assert facts["B-spline KAN"]["parameters"] == 12 * products
+    assert facts["B-spline KAN, hidden d"]["parameters"] == 12 * 2 * 8 * 8
+    assert facts["Mlp"]["operations a token"] == 2 * products
+    assert facts["GRKAN"]["operations a token"] == 2 * products + 21 * (8 + 32)
+    # 349 is the paper's count for each weight of a spline with 8 intervals.
+    assert facts["B-spline KAN"]["operations a token"] == 349 * products
+    assert facts["Mlp"]["multiply-adds a token"] == facts["GRKAN"]["multiply-adds a token"] == products
+    assert facts["B-spline KAN"]["multiply-adds a token"] == 12 * products
+    assert facts["Mlp"]["bytes kept"] == 4 * 2 * 3 * (8 + 32 + 32)
+
+
+def test_layers_give_the_gradients_of_all_that_they_learn():
+    for name, rival in rivals.mlps("cpu", (2, 3, 8), TRAINING).items():
+        assert sum(g.numel() for g in rival.call()) == 2 * 3 * 8 + rival.facts["parameters"], name
+
+
+def test_a_training_step_trains():
+    model, images, labels = nn.Linear(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 1])
+    before = model.weight.clone()
+    rivals._train_step(model, torch.optim.AdamW(model.parameters(), lr=0.1), images, labels)
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("width", [192, 384])
+def test_a_block_keeps_at_most_three_fifths_of_what_the_mlp_keeps(width):
+    """x and the output of fc1, 5 d floats a token, where the MLP keeps 9 d."""
+    x = torch.randn(2, 197, width, requires_grad=True)
+    kept = bytes_kept(grkan.GRKAN(width, 4 * width), x)
+    assert kept == 5 * x.numel() * 4
+    assert kept <= 0.60 * bytes_kept(Mlp(width, 4 * width), x)
+
+
+def test_kat_tiny_keeps_at_most_four_fifths_of_what_vit_tiny_keeps():
+    x = torch.randn(2, 3, 224, 224)
+    kat, vit = (timm.create_model(f"{name}_tiny_patch16_224").train() for name in ("kat", "vit"))
+    assert bytes_kept(kat, x) <= 0.80 * bytes_kept(vit, x)

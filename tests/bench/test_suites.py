@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grkan.bench import rivals, suites
+from grkan.bench.contest import hold
+from grkan.bench.rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
+from grkan.rational import op
+
+OPS = [
+    "clone", "GELU", "SiLU", "powers in a loop", "powers at once", "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)",
+    "Horner, compiled", "B-spline, compiled",
+]  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def jobs(suite):
+    return [tuple(contest.job.values()) for contest in suite.contests]
+
+
+def test_ops():
+    suite = suites.SUITES["ops"]("cpu")
+    assert jobs(suite) == [
+        *((shape, dtype, pass_) for dtype in ("float32", "bfloat16") for pass_ in (FORWARD, TRAINING)
+          for shape in ("2x16", "1x3x8")),
+        *(("1x192", "float32", f"one call, {pass_}") for pass_ in (FORWARD, TRAINING)),
+    ]  # fmt: skip
+    assert suite.notes == []
+    for contest in suite.contests[:8]:
+        result = hold(contest, rounds=2)
+        assert (list(result.measurements), result.baseline) == (OPS, "GELU")
+        assert all(len(m.seconds) == 2 and m.minimum > 0 for m in result.measurements.values())
+
+
+def test_shapes_and_baseline_of_a_gpu():
+    found = suites.ops("meta")
+    assert {job[0] for job in jobs(found)} == {"128x197x192", "128x197x768", "128x197x3072", "1x192"}
+    assert [contest.baseline for contest in found.contests] == ["clone"] * 12 + ["GELU"] * 2
+
+
+def test_layers():
+    suite = suites.SUITES["layers"]("cpu")
+    assert jobs(suite) == [(width, pass_) for width in (8, 16) for pass_ in (FORWARD, TRAINING)]
+    for contest in suite.contests:
+        result = hold(contest, rounds=1)
+        assert result.baseline == "Mlp"
+        assert bool(result.facts["GRKAN"]) == (contest.job["pass"] == TRAINING)
+
+
+def test_models():
+    suite = suites.SUITES["models"]("cpu")
+    assert jobs(suite) == [(batch, pass_) for batch in (1, 2) for pass_ in (TRAIN_STEP, INFERENCE)]
+    for contest in suite.contests:
+        result = hold(contest, rounds=1)
+        assert list(result.measurements) == ["grkan_vit_micro_patch2_8", "kat_micro_patch2_8"]
+        assert result.baseline == "grkan_vit_micro_patch2_8"
+        assert bool(result.facts["kat_micro_patch2_8"]) == (contest.job["pass"] == TRAIN_STEP)
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_all_is_on_the_device(suite):
+    """On the meta device, as there may be no other: what meets a tensor of the CPU raises, or is seen."""
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            seen.update(t.device.type for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    for contest in suites.SUITES[suite]("meta").contests:
+        for name, rival in contest.enter().items():
+            seen = set()
+            with Devices():
+                rival.call()
+            # AdamW counts its steps on the CPU.
+            assert seen - ({"cpu"} if contest.job["pass"] == TRAIN_STEP else set()) == {"meta"}, name
+
+
+def test_without_the_kernel(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    monkeypatch.setattr(op, "_noticed", {"cpu"})
+    suite = suites.ops(shapes=((2, 16),), dtypes=(torch.float32,))
+    assert "no native kernel: grkan is plain PyTorch here" in suite.notes[0]
+    for contest in suite.contests:
+        for rival in contest.enter().values():
+            rival.call()
+
+
+def test_without_a_compiler(monkeypatch):
+    def fail(function):
+        raise RuntimeError("g++ is not there\nand more")
+
+    monkeypatch.setattr(rivals, "_compiled", fail)
+    suite = suites.ops(shapes=((2, 16),), dtypes=(torch.float32,))
+    assert list(suite.contests[0].enter()) == OPS[:9]
+    assert len(suite.notes) == 1
+    assert suite.notes[0].endswith("the compiled rivals are left out: g++ is not there")
