@@ -26,6 +26,7 @@ NOT_ARCHITECTURE = (
     "cache_dir",
     "device",
     "dtype",
+    "grkan",  # a conversion, which has a field of its own
 )
 
 

@@ -1,0 +1,83 @@
+"""timm saves a model that `grkan.convert_` has converted for its hub, and makes it again, like any other.
+
+config.json names the architecture `grkan_converted`, which timm has as soon as grkan is imported, and not without it.
+Its argument is the conversion. Every other model of ours is in timm's registry itself.
+"""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..convert.recipe import apply_recipe, check_recipe, recipe_of
+from ..errors import GrkanValueError
+
+_NAME = "grkan_converted"
+
+
+def know_conversions(models: ModuleType) -> None:
+    """Let `save_for_hf` and `push_to_hf_hub` write what was converted, and `create_model` read it."""
+    hub: Any = sys.modules[f"{models.__name__}._hub"]
+    save = hub.save_config_for_hf
+
+    @functools.wraps(save)
+    def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        save(model, config_path, *args, **kwargs)
+        path = Path(config_path)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        arguments = config.get("model_args", {})
+        arguments.pop("grkan", None)  # what the model was made from
+        if (recipe := recipe_of(model)) is not None:
+            arguments["grkan"] = {"architecture": config["architecture"], "conversion": recipe.to_dict()}
+            path.write_text(json.dumps({**config, "architecture": _NAME, "model_args": arguments}, indent=2), "utf-8")
+
+    hub.save_config_for_hf = save_config_for_hf
+    sys.modules[f"{models.__name__}._registry"].register_model(grkan_converted)
+
+
+def grkan_converted(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    cache_dir: Any = None,
+    grkan: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A converted model of another architecture, as `timm.create_model("local-dir:FOLDER", pretrained=True)` finds it.
+
+    Args:
+        pretrained, pretrained_cfg, cache_dir, kwargs: as for every model of timm's.
+        grkan: architecture, a name in timm's registry, and conversion, a recipe.
+
+    Raises:
+        ValueError: grkan is none; or the recipe is none, or does not fit the model.
+    """
+    from timm.models import create_model, load_pretrained
+
+    if grkan is None:
+        raise GrkanValueError(
+            f"{_NAME} is the architecture of models that were saved by timm.models.save_for_hf, and made from there by "
+            "timm.create_model('local-dir:FOLDER'); it has none of its own"
+        )
+    name, recipe = grkan["architecture"], check_recipe(grkan["conversion"])
+    if isinstance(pretrained_cfg, Mapping):
+        pretrained_cfg = {**pretrained_cfg, "architecture": name}
+    kwargs.pop("pretrained_model_args", None)
+    model = create_model(name, pretrained_cfg=pretrained_cfg, **kwargs)
+    apply_recipe(model, recipe)
+    if pretrained:
+        # As timm does it for this architecture: a position embedding of another size is interpolated, and so on.
+        filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        load_pretrained(
+            model,
+            num_classes=model.num_classes,
+            in_chans=kwargs.get("in_chans", 3),
+            filter_fn=filter_fn,
+            cache_dir=cache_dir,
+        )
+    return model
