@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from PIL import Image
 import grkan
 from grkan import cli
 from grkan.cli import main
+from grkan.train import data
 
 TINY = [
     "--data=digits",
@@ -204,7 +206,7 @@ def test_a_run_whose_output_nobody_reads_can_go_on(tmp_path, capsys, monkeypatch
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_an_output_that_takes_nothing_more(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    assert _fails(capsys, ["info", "kat_micro_patch2_8"]) == "grkan: No space left on device"
+    assert _fails(capsys, ["info", "kat_micro_patch2_8"]).endswith(": No space left on device")
     sys.stdout.flush()
 
 
@@ -260,12 +262,26 @@ def test_a_missing_package_is_named(module, package, capsys, monkeypatch):
     assert _fails(capsys, ["train"]) == f"grkan: {package} is missing; install it with: pip install {package}"
 
 
-def test_memory_that_is_not_there_is_told_in_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "grkan: there is not enough memory"),
+        (MemoryError("8 TiB"), "grkan: there is not enough memory: 8 TiB"),
+        (torch.OutOfMemoryError("CUDA"), "grkan: the GPU has not enough memory; a lower --batch-size, or a higher"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_in_one_line(error, line, capsys, monkeypatch):
     def fail(*_):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(cli, "make_config", fail)
-    assert _fails(capsys, ["train"]) == "grkan: there is not enough memory"
+    assert _fails(capsys, ["train"]).startswith(line)
+
+
+def test_a_killed_loading_process_is_told_in_one_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(data._Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = _fails(capsys, ["eval", run, "--data=digits", "--workers=1"])
+    assert line == "grkan: a process that loads images was killed, perhaps for lack of memory; try fewer --workers"
 
 
 @pytest.mark.parametrize(

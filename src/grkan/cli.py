@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
 from .train.config import add_training_options, make_config, merge, read_yaml
@@ -50,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{package} is missing; install it with: pip install {package}")
     except MemoryError as error:
         return _fail(f"there is not enough memory{f': {error}' if str(error) else ''}")
+    except torch.OutOfMemoryError:
+        return _fail("the GPU has not enough memory; a lower --batch-size, or a higher --accumulate, takes less")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return _fail("a process that loads images was killed, perhaps for lack of memory; try fewer --workers")
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         _give_up_output()
         way_on = _way_on(options)
@@ -377,8 +385,6 @@ def _fit(options: argparse.Namespace) -> None:
     result = fit(options.name, tuple(options.order), form=options.form, interval=interval)
     print(result)
     if options.output is not None:
-        import torch
-
         from .plot import plot_fit, save_figure
         from .rational.table import exact
         from .writing import replacing

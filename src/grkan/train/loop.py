@@ -478,6 +478,8 @@ class _Run:
         stack.callback(board.close)
         return board
 
+    # What it leaves
+
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         if not self.main:
             return
