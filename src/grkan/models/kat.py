@@ -12,7 +12,7 @@ from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
 
 try:
     from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-    from timm.layers import Attention, Mlp, register_notrace_module
+    from timm.layers import Attention, Mlp
     from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
     from timm.models.vision_transformer import checkpoint_filter_fn
 except ModuleNotFoundError as error:
@@ -31,9 +31,6 @@ from .spline import SplineMlp
 __all__ = ["KAT"]  # register_model adds the entrypoints
 
 TIMM_WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
-
-# torch.fx, with which timm can take features from a model, cannot look into a function that checks its arguments.
-register_notrace_module(GRKAN)
 
 
 class KAT(VisionTransformer):

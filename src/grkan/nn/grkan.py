@@ -129,11 +129,14 @@ class GRKAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes as in the description of the class."""
-        x = rational_then_linear(self.act1, self.fc1, x)
-        if _does_nothing(self.drop1) and _does_nothing(self.norm):
-            x = rational_then_linear(self.act2, self.fc2, x)
+        if torch.jit.is_scripting():
+            x = self.fc2(self.norm(self.drop1(self.act2(self.fc1(self.act1(x))))))
         else:
-            x = self.fc2(self.norm(self.drop1(self.act2(x))))
+            x = rational_then_linear(self.act1, self.fc1, x)
+            if _does_nothing(self.drop1) and _does_nothing(self.norm):
+                x = rational_then_linear(self.act2, self.fc2, x)
+            else:
+                x = self.fc2(self.norm(self.drop1(self.act2(x))))
         return self.drop2(x)
 
 

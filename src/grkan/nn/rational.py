@@ -16,7 +16,7 @@ from ..rational.arguments import (
     check_positive,
     to_float64,
 )
-from ..rational.op import group_rational
+from ..rational.op import group_rational_of_vectors
 from .init import assign_, fitted, is_sharded
 
 _COEFFICIENTS = ("numerator", "denominator")
@@ -98,7 +98,7 @@ class GroupRational(nn.Module):
         m, n = self.order
         numerator, denominator = self.numerator, self.denominator
         # The number of rows is not asserted: a shard of the groups has fewer.
-        return numerator.view(-1, m + 1), denominator.view(-1, n) if n else denominator.view(self.num_groups, 0)
+        return numerator.view(-1, m + 1), denominator.view(-1, n) if n > 0 else denominator.view(self.num_groups, 0)
 
     def initial_coefficients(self) -> tuple[Tensor, Tensor]:
         """The coefficients of `init`, whatever was learned or loaded since: as `coefficients`, float64, on the CPU."""
@@ -116,43 +116,37 @@ class GroupRational(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x)."""
-        if isinstance(x, Tensor) and x.is_nested:
-            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()], layout=x.layout)
-        numerator, denominator = self.coefficients_for(x)
-        return group_rational(x, numerator, denominator, form=self.form, channel_dim=self.channel_dim)
+        if torch.jit.is_scripting():
+            numerator, denominator = self.coefficients()
+            return torch.ops.grkan.group_rational(x, numerator, denominator, self.form, self.channel_dim)
+        else:  # without which TorchScript would compile this, too
+            numerator, denominator = self.vectors_for(x)
+            return group_rational_of_vectors(
+                x, numerator, denominator, self.order, self.form, self.channel_dim, self.group_width()
+            )
 
-    def coefficients_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`coefficients`, after a check that x has as many channels as go with them.
-
-        Raises:
-            ValueError: it has more or fewer than `width`; of coefficients of a part of the groups, than their part.
-        """
-        sharded = self.groups_are_local and isinstance(x, Tensor) and not is_sharded(x)
-        numerator, denominator = self._local_coefficients() if sharded else self.coefficients()
-        # What a tracer hands over has no shape that could be compared.
-        if self.width is not None and isinstance(x, Tensor) and not torch.jit.is_tracing():
-            width = self.width * max(numerator.shape[0], denominator.shape[0]) // self.num_groups
-            if x.shape[self.channel_dim :][:1] != (width,):
-                raise GrkanValueError(
-                    f"x must have {width} channels in dimension {self.channel_dim}, those that this function was made "
-                    f"for; got shape {tuple(x.shape)}. If that is this rank's part of the channels, as in tensor "
-                    "parallelism, the plan needs grkan.GroupParallel() for this function"
-                )
-        return numerator, denominator
-
-    def _local_coefficients(self) -> tuple[Tensor, Tensor]:
-        """`coefficients` of this rank's groups; a shared numerator gets its gradient from all ranks."""
+    def vectors_for(self, x: Any) -> tuple[Tensor, Tensor]:
+        """The parameters; for a plain tensor that meets DTensors of them, this rank's own groups."""
+        if not self.groups_are_local or not isinstance(x, Tensor) or is_sharded(x):
+            return self.numerator, self.denominator
         from torch.distributed.tensor import Partial
 
-        m, n = self.order
         local = []
         for parameter in (self.numerator, self.denominator):
             sharded: Any = parameter
+            # A numerator that the ranks share gets its gradient from all of them.
             whole = all(placement.is_replicate() for placement in sharded.placements)
             local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
         numerator, denominator = local
-        rows = numerator.view(-1, m + 1)
-        return rows, denominator.view(-1, n) if n else denominator.view(len(rows), 0)
+        return numerator, denominator
+
+    def group_width(self) -> int | None:
+        """The channels of a group as the coefficients have them, where the width is known."""
+        if self.width is None:
+            return None
+        if self.share_numerator and self.order[1] == 0:  # one group serves all
+            return None if self.groups_are_local else self.width
+        return self.width // self.num_groups
 
     def to_function(self, group: int) -> Callable[[Any], Any]:
         """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.

@@ -352,15 +352,16 @@ def _call(
             f"got {channel_dim}"
         )
     channels = shape[channel_dim]
+    if group_width is not None and channels != groups * group_width:
+        raise GrkanValueError(
+            f"x must have {groups * group_width} channels in dimension {channel_dim}, those that this function was "
+            f"made for; got shape {tuple(shape)}. If that is this rank's part of the channels, as in tensor "
+            "parallelism, the plan needs grkan.GroupParallel() for this function"
+        )
     if channels % groups:
         raise GrkanValueError(
             f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "
             f"got {channels} channels in dimension {channel_dim} of shape {tuple(shape)}"
-        )
-    if group_width is not None and channels != groups * group_width:
-        raise GrkanValueError(
-            f"x must have {groups * group_width} channels in dimension {channel_dim}, {group_width} for each of the "
-            f"{groups} groups of the coefficients; got shape {tuple(shape)}"
         )
     dim, channels = channel_dim % len(shape), channels // groups
     width = channels * math.prod(shape[dim + 1 :]) if math.prod(shape[:dim]) else 0
@@ -490,10 +491,13 @@ def _composite(
 ) -> Tensor:
     """shape: the groups, and the channels of each; found out where it is not given."""
     shape = shape or _groups_and_channels(x, numerator, denominator, dim)
-    if dim == x.dim() - 1:  # a movedim that moves nothing becomes a transposition that ONNX Runtime refuses
-        return reference.rational(x.unflatten(-1, shape), numerator, denominator, form).flatten(-2)
-    grouped = x.movedim(dim, -1).unflatten(-1, shape)
-    return reference.rational(grouped, numerator, denominator, form).flatten(-2).movedim(-1, dim)
+    # PyTorch's older ONNX exporter is wrong about a movedim that moves nothing or counts from the end, and takes the
+    # sizes of an unflatten for constants.
+    last = x.dim() - 1
+    moved = x if dim == last else x.movedim(dim, last)
+    grouped = moved.reshape(*moved.shape[:-1], *shape)
+    y = reference.rational(grouped, numerator, denominator, form).reshape(moved.shape)
+    return y if dim == last else y.movedim(last, dim)
 
 
 def _composite_backward(

@@ -137,6 +137,7 @@ def _is_readable(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
