@@ -37,13 +37,13 @@ KINDS = [lambda: RationalLinear(16, 8), lambda: RationalLinear(16, 8, bias=False
 def fused(monkeypatch):
     """How often the fused operation ran."""
     calls = []
-    original = module_under_test.rational_linear
+    original = module_under_test.rational_linear_of_vectors
 
     def spy(x, *args, **kwargs):
         calls.append(x.shape)
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(module_under_test, "rational_linear", spy)
+    monkeypatch.setattr(module_under_test, "rational_linear_of_vectors", spy)
     return calls
 
 

@@ -352,7 +352,7 @@ class TestWidth:
     def test_another_width_is_refused(self):
         module = self.made_for(8)
         assert module(torch.randn(2, 8)).shape == (2, 8)
-        for shape in ((2, 4), (2, 16), (8, 2, 12), ()):
+        for shape in ((2, 4), (2, 16), (8, 2, 12)):
             with pytest.raises(ValueError, match=r"x must have 8 channels in dimension -1, .*got shape"):
                 module(torch.randn(shape))
         first = self.made_for(8, channel_dim=1)

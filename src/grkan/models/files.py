@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..convert.recipe import apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
-from ..nn.wrappers import is_sharded, plain_name, unwrap
+from ..nn.init import is_sharded
+from ..nn.wrappers import plain_name, unwrap
 from ..rational.arguments import check_module
 from ..writing import replacing
 from .build import WrongArgumentsError, build_model

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rational.arguments import check_flag, check_groups, check_positive
-from ..rational.op import rational_linear
+from ..rational.op import rational_linear_of_vectors
 from .init import initial_gain, remember_start
 from .kinds import is_conv1d, is_plain, linear_kind, linear_width
 from .rational import GroupRational
@@ -160,8 +160,10 @@ def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
     # The type of x: a tracer's stand-in is to see two modules. That of the weight: a quantised or a sharded one has a
     # multiplication of its own.
     plain = (kind is nn.Linear or conv1d) and is_plain(linear, kind) and is_plain(act, GroupRational)
-    if plain and isinstance(x, Tensor) and not x.is_nested and type(weight := linear.weight) in _PLAIN:
-        numerator, denominator = act.coefficients_for(x)
+    if plain and isinstance(x, Tensor) and type(weight := linear.weight) in _PLAIN:
+        numerator, denominator = act.vectors_for(x)
         weight = weight.T if conv1d else weight
-        return rational_linear(x, numerator, denominator, weight, linear.bias, form=act.form)
+        return rational_linear_of_vectors(
+            x, numerator, denominator, weight, linear.bias, act.order, act.form, act.group_width
+        )
     return linear(act(x))

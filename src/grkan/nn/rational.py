@@ -16,7 +16,7 @@ from ..rational.arguments import (
     check_positive,
     to_float64,
 )
-from ..rational.op import group_rational
+from ..rational.op import group_rational_of_vectors
 from .init import assign_, fitted, is_sharded
 
 _COEFFICIENTS = ("numerator", "denominator")
@@ -97,7 +97,6 @@ class GroupRational(nn.Module):
         """The parameters as `grkan.group_rational` takes them: (G or 1, m + 1) and (G, n), views."""
         m, n = self.order
         numerator, denominator = self.numerator, self.denominator
-        # The number of rows is not asserted: a shard of the groups has fewer.
         return numerator.view(-1, m + 1), denominator.view(-1, n) if n else denominator.view(self.num_groups, 0)
 
     def initial_coefficients(self) -> tuple[Tensor, Tensor]:
@@ -116,43 +115,22 @@ class GroupRational(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """F(x)."""
-        if isinstance(x, Tensor) and x.is_nested:
-            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()], layout=x.layout)
-        numerator, denominator = self.coefficients_for(x)
-        return group_rational(x, numerator, denominator, form=self.form, channel_dim=self.channel_dim)
+        numerator, denominator = self.vectors_for(x)
+        return group_rational_of_vectors(
+            x, numerator, denominator, self.order, self.form, self.channel_dim, self.group_width
+        )
 
-    def coefficients_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`coefficients`, after a check that x has as many channels as go with them.
+    @property
+    def group_width(self) -> int | None:
+        """The channels of a group, where `width` is known."""
+        return None if self.width is None else self.width // self.num_groups
 
-        Raises:
-            ValueError: it has more or fewer than `width`; of coefficients of a part of the groups, than their part.
-        """
-        sharded = self.groups_are_local and isinstance(x, Tensor) and not is_sharded(x)
-        numerator, denominator = self._local_coefficients() if sharded else self.coefficients()
-        # What a tracer hands over has no shape that could be compared.
-        if self.width is not None and isinstance(x, Tensor) and not torch.jit.is_tracing():
-            width = self.width * max(numerator.shape[0], denominator.shape[0]) // self.num_groups
-            if x.shape[self.channel_dim :][:1] != (width,):
-                raise GrkanValueError(
-                    f"x must have {width} channels in dimension {self.channel_dim}, those that this function was made "
-                    f"for; got shape {tuple(x.shape)}. If that is this rank's part of the channels, as in tensor "
-                    "parallelism, the plan needs grkan.GroupParallel() for this function"
-                )
+    def vectors_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The numerator and the denominator that go with x: vectors, of this rank's groups if x is its local part."""
+        numerator, denominator = self.numerator, self.denominator
+        if self.groups_are_local and isinstance(x, Tensor) and not is_sharded(x):
+            return _local(numerator), _local(denominator)
         return numerator, denominator
-
-    def _local_coefficients(self) -> tuple[Tensor, Tensor]:
-        """`coefficients` of this rank's groups; a shared numerator gets its gradient from all ranks."""
-        from torch.distributed.tensor import Partial
-
-        m, n = self.order
-        local = []
-        for parameter in (self.numerator, self.denominator):
-            sharded: Any = parameter
-            whole = all(placement.is_replicate() for placement in sharded.placements)
-            local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
-        numerator, denominator = local
-        rows = numerator.view(-1, m + 1)
-        return rows, denominator.view(-1, n) if n else denominator.view(len(rows), 0)
 
     def to_function(self, group: int) -> Callable[[Any], Any]:
         """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.
@@ -265,6 +243,14 @@ class GroupRational(nn.Module):
             return t.to(result.device) if narrow else result
 
         return super()._apply(wide, recurse)
+
+
+def _local(parameter: Any) -> Tensor:
+    """The part of a DTensor that this rank has; what all have, a shared numerator, gets its gradient from all ranks."""
+    from torch.distributed.tensor import Partial
+
+    whole = all(placement.is_replicate() for placement in parameter.placements)
+    return parameter.to_local(grad_placements=[Partial()] if whole else None)
 
 
 def _initial_coefficients(

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import GrkanValueError
+from .init import is_sharded
 
 # The class of a wrapper -> the attribute that is the model. By names, so that none of their libraries is imported.
 _WRAPPERS = {
@@ -47,11 +48,6 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
     if sharded := [name for name, parameter in inner.named_parameters() if is_sharded(parameter)]:
         raise GrkanValueError(f"model must be converted before it is sharded; its {sharded[0]} is a DTensor")
     return inner
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, found without importing that class."""
-    return hasattr(tensor, "_local_tensor")
 
 
 def plain_name(name: str) -> str:

@@ -360,7 +360,8 @@ def _call(
     if group_width is not None and channels != groups * group_width:
         raise GrkanValueError(
             f"x must have {groups * group_width} channels in dimension {channel_dim}, {group_width} for each of the "
-            f"{groups} groups of the coefficients; got shape {tuple(shape)}"
+            f"{groups} groups of the coefficients; got shape {tuple(shape)}. If that is this rank's part of the "
+            "channels, as in tensor parallelism, the plan needs grkan.GroupParallel() for this function"
         )
     dim, channels = channel_dim % len(shape), channels // groups
     width = channels * math.prod(shape[dim + 1 :]) if math.prod(shape[:dim]) else 0
