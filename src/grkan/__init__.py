@@ -103,4 +103,5 @@ when_imported("transformers.modeling_utils", lambda module: _integration("transf
 when_imported(
     "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
 )
+when_imported("transformers.trainer", lambda module: _integration("transformers").know_trainers(module))
 when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))

@@ -1,12 +1,12 @@
-"""transformers saves a converted model, and makes it again, like any other.
+"""transformers saves a converted model, makes it again, and trains it, like any other.
 
 `save_pretrained` writes the recipe of the conversion to config.json, and a model that is made from such a config is
 converted before its weights are loaded. So `from_pretrained` and `from_config` of every class give the converted model
-as soon as grkan is imported. A quantiser of transformers' registry could do that, too; but a model that counts as
-quantised refuses `half()` and another quantiser, `from_config` passes it over, and a transformers that does not know
-the method loads the weights that it knows and says so in a warning.
+as soon as grkan is imported. Without grkan `from_pretrained` fails, because `_REFUSED` is in config.json.
 
-Without grkan `from_pretrained` of such a folder fails, because `_REFUSED` is in its config.json.
+A quantiser of transformers' registry could convert, too. But a model that counts as quantised refuses `half()` and
+another quantiser, `from_config` passes the conversion over, and a transformers that does not know the method loads what
+it knows of the weights, with a warning.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanValueError
-from ..nn import GroupRational, RationalLinear
+from ..nn import GroupRational, RationalLinear, no_weight_decay
 from .imports import put_around
 
 _FIELD = "grkan"
@@ -49,6 +49,11 @@ def know_models(modeling_utils: Any) -> None:
     put_around(model, "from_pretrained", _loading)
     if _record not in RECORDERS:
         RECORDERS.append(_record)
+
+
+def know_trainers(trainer: Any) -> None:
+    """Let Trainer decay no rational coefficients: it goes by the names of biases and norms."""
+    put_around(trainer.Trainer, "get_decay_parameter_names", _decaying)
 
 
 def _reading(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +111,14 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return from_pretrained
+
+
+def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
+    def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
+        coefficients = no_weight_decay(model)
+        return [name for name in get_names(self, model) if name not in coefficients]
+
+    return get_decay_parameter_names
 
 
 def _convert(model: Any, recipe: Recipe) -> None:
