@@ -1,4 +1,7 @@
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -12,6 +15,7 @@ from PIL import Image
 import grkan
 from grkan import cli
 from grkan.cli import main
+from grkan.train import data
 
 TINY = [
     "--data=digits",
@@ -37,9 +41,8 @@ def _fails(capsys, arguments, status=1):
 
 
 def test_help_is_quick():
-    code = (
-        "import sys, grkan.cli; from unittest import mock\ntry: grkan.cli.main(['--help'])\nexcept SystemExit: pass\n"
-    )
+    code = "import sys, runpy\nsys.argv[1:] = ['--help']\n"
+    code += "try: runpy.run_module('grkan', run_name='__main__')\nexcept SystemExit: pass\n"
     code += "assert not {'timm', 'accelerate', 'matplotlib', 'scipy'} & ({m for m in sys.modules} - BEFORE)"
     code = f"import sys, grkan\nBEFORE = set(sys.modules)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
@@ -149,6 +152,9 @@ def test_resume_of_a_finished_run(run, capsys):
         (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
         (["fit", "gelo"], "did you mean 'gelu'"),
         (["fit", "gelu", "--interval", "3", "-3"], "interval"),
+        (["fit", "gelu", "--interval", "-1e1", "-2e1"], "interval must be two finite numbers, low < high; got (-10.0"),
+        (["fit", "gelu", "--interval", "-inf", "0"], "interval must be two finite numbers, low < high; got (-inf"),
+        (["compare", "--output=x"], "runs must map the name of each to its settings; got None; or give --models"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -171,6 +177,56 @@ def test_damaged_files_are_told_in_one_line(run, tmp_path, capsys):
 def test_a_picture_of_an_unknown_format(run, tmp_path, capsys):
     assert "foo" in _fails(capsys, ["plot", run, "--output", tmp_path / "p.foo"])
     assert not list(tmp_path.iterdir())
+
+
+def _close_reader(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+
+
+def test_an_output_that_nobody_reads(run, tmp_path, capsys, monkeypatch):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    for arguments in (["predict", run, tmp_path / "a.png"], ["info", "kat_micro_patch2_8"]):
+        _close_reader(monkeypatch)
+        assert main([str(argument) for argument in arguments]) == 1
+        sys.stdout.flush()  # what Python does at its end
+        assert capsys.readouterr().err == ""
+
+
+def test_a_run_whose_output_nobody_reads_can_go_on(tmp_path, capsys, monkeypatch):
+    _close_reader(monkeypatch)
+    folder = tmp_path / "a run"
+    line = _fails(capsys, ["train", *TINY, "--epochs=2", f"--output={folder}"])
+    assert line == f"grkan: nobody reads the output any more; go on with: grkan train --resume '{folder}'"
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_an_output_that_takes_nothing_more(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    assert _fails(capsys, ["info", "kat_micro_patch2_8"]).endswith(": No space left on device")
+    sys.stdout.flush()
+
+
+def test_a_closed_output(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["train", *TINY, "--epochs=1", f"--output={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_files_in_any_letters(encoding, run, tmp_path, monkeypatch):
+    paths = [tmp_path / os.fsdecode(name) for name in ("ü.png".encode(), b"\xff.png")]
+    for path in paths:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding=encoding))
+    assert main(["predict", str(run), *map(str, paths)]) == 0
+    text = content.getvalue().decode(encoding)
+    assert [json.loads(line)["path"] for line in text.splitlines()] == [str(path) for path in paths]
+    assert ("ü" in text) == (encoding == "utf-8")
 
 
 def test_interruption(tmp_path, capsys, monkeypatch):
@@ -204,6 +260,28 @@ def test_a_missing_package_is_named(module, package, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "make_config", fail)
     assert _fails(capsys, ["train"]) == f"grkan: {package} is missing; install it with: pip install {package}"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "grkan: there is not enough memory"),
+        (MemoryError("8 TiB"), "grkan: there is not enough memory: 8 TiB"),
+        (torch.OutOfMemoryError("CUDA"), "grkan: the GPU has not enough memory; a lower --batch-size, or a higher"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_in_one_line(error, line, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "make_config", fail)
+    assert _fails(capsys, ["train"]).startswith(line)
+
+
+def test_a_killed_loading_process_is_told_in_one_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(data._Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = _fails(capsys, ["eval", run, "--data=digits", "--workers=1"])
+    assert line == "grkan: a process that loads images was killed, perhaps for lack of memory; try fewer --workers"
 
 
 @pytest.mark.parametrize(

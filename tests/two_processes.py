@@ -11,6 +11,7 @@ import copy
 import datetime
 import itertools
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -434,6 +435,20 @@ def ddp():
     for block in model.blocks:
         block.compile(backend="aot_eager")
     same_weights(train(DDP(model)).module.state_dict(), expected)
+
+
+@check
+def the_lines_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "in_other_hands.md").read_text(encoding="utf-8")
+    x = numbers(4, 1, 8, 8)
+    for section in ("FSDP2", "Tensor parallelism", "DDP"):
+        (block,) = re.findall(rf"^## {section}\n.*?```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+        namespace = {"torch": torch, "grkan": grkan, "mesh": mesh, "model": kat()}
+        exec(compile(block, section, "exec"), namespace)
+        model = namespace["model"]
+        y = model(x)
+        y.float().sum().backward()
+        close(y, kat()(x), 3e-2 if section == "FSDP2" else 1e-5)  # FSDP2's lines compute in bfloat16
 
 
 @check

@@ -4,11 +4,14 @@ import argparse
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
@@ -47,16 +50,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         package = _PACKAGES.get(module, module)
         return _fail(f"{package} is missing; install it with: pip install {package}")
+    except MemoryError as error:
+        return _fail(f"there is not enough memory{f': {error}' if str(error) else ''}")
+    except torch.OutOfMemoryError:
+        return _fail("the GPU has not enough memory; a lower --batch-size, or a higher --accumulate, takes less")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return _fail("a process that loads images was killed, perhaps for lack of memory; try fewer --workers")
+    except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
+        _give_up_output()
+        way_on = _way_on(options)
+        return _fail(f"nobody reads the output any more{way_on}") if way_on else 1
     except OSError as error:
-        if _output_is_lost() and isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
-            way_on = _way_on(options)
-            return _fail(f"nobody reads the output any more{way_on}") if way_on else 1
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        where = error.filename
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _give_up_output()
+            where = where or "standard output"
+        return _fail(f"{where}: {error.strerror or error}" if where else error.strerror or str(error))
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # As in Python 3.14: -1e-3 is a number, too, not an option.
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf$")
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
@@ -72,14 +94,9 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _output_is_lost() -> bool:
-    """Whether standard output takes nothing more; Python is then kept from trying once more at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _give_up_output() -> None:
+    """Keep Python from trying once more, at its end, to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _way_on(options: argparse.Namespace) -> str:
@@ -112,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _eval, "test a trained model; the last line is JSON")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("--data", required=True, help="as for train; a folder may hold the classes' folders itself")
+    sub.add_argument(
+        "--data", type=_name, required=True, help="as for train; a folder may hold the classes' folders itself"
+    )
     sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
     sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
@@ -134,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--checkpoint", type=_name, metavar="FILE", help="its weights: a run's folder, a model file, or one of timm's"
     )
-    sub.add_argument("--data", help="training images to fit the functions to, as for train (none: from the weights)")
+    sub.add_argument(
+        "--data", type=_name, help="training images to fit the functions to, as for train (none: from the weights)"
+    )
     sub.add_argument("--images", type=_positive, default=256, metavar="N", help="how many of them (%(default)s)")
     sub.add_argument(
         "--num-groups", type=_positive, default=8, metavar="N", help="at most so many groups (%(default)s)"
@@ -147,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("--data", help="show the histogram of each function's inputs for test images of this data set")
+    sub.add_argument(
+        "--data", type=_name, help="show the histogram of each function's inputs for test images of this data set"
+    )
     sub.add_argument("--output", type=_name, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
 
     sub = command("info", _info, "count a model's parameters and operations, next to its Vision Transformer's")
@@ -362,8 +385,6 @@ def _fit(options: argparse.Namespace) -> None:
     result = fit(options.name, tuple(options.order), form=options.form, interval=interval)
     print(result)
     if options.output is not None:
-        import torch
-
         from .plot import plot_fit, save_figure
         from .rational.table import exact
         from .writing import replacing

@@ -261,6 +261,75 @@ def test_every_interval_has_a_fit(interval):
     assert found.interval == interval
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("h", [1e-30, 1e-3, 1e6, 1e30])
+@pytest.mark.parametrize(("name", "order", "best"), [("relu", (5, 4), 0.0085015), ("relu", (7, 6), 0.0022821)])
+def test_a_function_without_a_scale_is_met_alike_on_every_scale(name, order, best, h, form):
+    assert fit(name, order, form=form, interval=(-h, h)).max_error == pytest.approx(best * h / 2, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "interval", "abs_of_sum", "sum_of_abs"),
+    [
+        # The first four went on for ever.
+        ("tanh", (1e5, 1e5 + 1), 0.0, 0.0),
+        ("gelu", (1, 1e8), 0.1, 0.1),
+        (np.sin, (100, 101), 1e-7, 3e-5),
+        (lambda x: np.sin(5 * x), (20, 22), 0.05, 0.3),
+        (np.sin, (1000, 1001), 3e-6, 1e-3),
+        (np.sin, (-1e5 - 1, -1e5), 1e-4, 1e-2),
+        (lambda x: np.sin(1e3 * x), (-1, 1), 1.0, 1.0),
+        (lambda x: np.modf(1e4 * np.sin(12.9898 * x))[0], (20, 22), 1.0, 1.0),
+        (lambda x: 1.0 * (x > 0.3), (-1, 1), 0.5, 0.5),
+        (lambda x: 1e300 * np.tanh(x), (-3, 3), 1e295, 1e295),
+        (lambda x: 1e-250 * np.tanh(x), (-3, 3), 1e-255, 1e-255),
+    ],
+)
+def test_hard_fits_end(target, interval, abs_of_sum, sum_of_abs):
+    assert fit(target, interval=interval).max_error <= abs_of_sum
+    assert fit(target, interval=interval, form="sum_of_abs").max_error <= sum_of_abs
+
+
+@pytest.mark.parametrize("order", [(20, 20), (30, 0), (0, 12)])
+def test_high_orders_end(order):
+    assert fit(lambda x: np.sin(9 * x) / (0.1 + x * x), order, interval=(-1, 2)).max_error < 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("target", "interval", "numerator"),
+    [
+        ("tanh", (20, 22), [1.0]),
+        ("relu", (1e5, 1e5 + 1), [0.0, 1.0]),
+        ("relu", (1e5, np.nextafter(1e5, 2e5)), [0.0, 1.0]),
+        ("gelu", (-1e-30, 1e-30), [0.0, 0.5]),
+        ("identity", None, [0.0, 1.0]),
+        (lambda x: 3 - 0.25 * x, (1e3, 1e3 + 1), [3.0, -0.25]),
+    ],
+)
+def test_what_is_constant_or_linear_is_met_as_that(target, interval, numerator, form):
+    found = fit(target, form=form, interval=interval)
+    np.testing.assert_allclose(found.numerator[: len(numerator)], numerator, rtol=1e-12)
+    assert not found.numerator[len(numerator) :].any()
+    assert not found.denominator.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "softplus"])
+def test_an_even_denominator_has_no_odd_powers_by_rounding(name, form):
+    """Such a function is even, but for a linear one: (f(x) + f(-x)) / 2 = f(x) - x / 2."""
+    found = fit(name, form=form, interval=(-10, 10))
+    assert not found.denominator[::2].any()
+    assert found.denominator[1::2].all()
+
+
+def test_a_pole_beside_the_interval_shows_in_the_error():
+    """|A| falls to zero within 1e-9 of the kink, where no grid has a point."""
+    b = np.array([-1e9 / 0.7123, 1e9 / 0.7123**2])
+    found = fit_module._measured(lambda x: 0 * x, np.array([1.0]), b, "abs_of_sum", (0.1, 1.0))
+    assert found.max_error == pytest.approx(1.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("target", [torch.nn.GELU(), torch.nn.functional.gelu, lambda x: x * torch.special.ndtr(x)])
 def test_functions_on_tensors_are_fitted(target):
     expected = fit("gelu", (3, 2), interval=(-3, 3)).max_error
@@ -322,6 +391,37 @@ def test_any_fit_is_finite_true_to_its_word_and_repeatable(target, low, width, o
     assert same_bits(found, fit(target, order, form=form, interval=(low, high), samples=samples))
 
 
+kinds = {"t": np.tanh, "s": np.sin, "g": lambda u: np.exp(-u * u), "a": np.abs, "p": lambda u: u**3 - u}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(sorted(kinds)),
+    width=st.floats(-30, 30),
+    shift=st.one_of(st.just(0.0), st.floats(-3, 8)),
+    rate=st.floats(-3, 8),
+    size=st.floats(-30, 30),
+    order=st.tuples(st.integers(0, 5), st.integers(0, 4)),
+    form=st.sampled_from(FORMS),
+)
+def test_any_fit_on_any_interval_ends_and_beats_a_constant(kind, width, shift, rate, size, order, form):
+    """Intervals of 1e-30 to 1e30, up to 1e8 widths from zero, and targets as small and large, flat or of many waves."""
+    width, size = 10.0**width, 10.0**size
+    low = width * math.copysign(10.0 ** abs(shift), shift) if shift else -width / 3
+    high = low + width
+
+    def target(x):
+        return size * kinds[kind](rate * (x - low) / width)
+
+    found = fit(target, order, form=form, interval=(low, high))
+    x = np.linspace(low, high, 5001)
+    values = target(x)
+    # The last term is what rounding F may come to.
+    best = (values.max() - values.min()) / 2 * (1 + 1e-6) + 4e-16 * np.abs(values).max()
+    assert found.max_error <= best * (1 + 1e-3)
+    assert np.abs(found(x) - values).max() <= found.max_error * (1 + 1e-2) + 4e-16 * np.abs(values).max()
+
+
 # The result.
 
 
@@ -379,7 +479,16 @@ def test_a_fit_prints_its_order_errors_and_coefficients():
         ({"interval": (3, 3)}, ValueError, r"interval must be two finite numbers, low < high; got \(3, 3\)"),
         ({"interval": (3, -3)}, ValueError, r"interval must be two finite numbers, low < high; got \(3, -3\)"),
         ({"interval": (0, math.inf)}, ValueError, r"interval must be two finite numbers, low < high; got \(0, inf\)"),
-        ({"interval": (-1e-99, 1e-99)}, ValueError, "x as small as 1e-99 needs coefficients beyond float64"),
+        (
+            {"target": "relu", "interval": (-1e-99, 1e-99)},
+            ValueError,
+            r"order \(5, 4\) needs coefficients beyond float64 for \|x\| to 1e-99 and \|target\| to 1e-99; bring both",
+        ),
+        (
+            {"target": "relu", "interval": (0, 1e200), "samples": [0, 1e200, 1e199]},
+            ValueError,
+            r"order \(5, 4\) needs coefficients beyond float64 for \|x\| to 1e\+200",
+        ),
         ({"weights": [1.0]}, ValueError, "weights belong to samples; got weights and no samples"),
         ({"samples": []}, ValueError, r"samples must be 1-D and not empty; got shape \(0,\)"),
         ({"samples": [[1.0]]}, ValueError, r"samples must be 1-D and not empty; got shape \(1, 1\)"),

@@ -1,12 +1,17 @@
 import ast
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from grkan.train import compare as module
-from grkan.train.compare import compare
+from grkan.train.compare import compare, make_runs
 from grkan.train.config import make_config
 from grkan.train.loop import TrainingError, train
 
@@ -112,6 +117,8 @@ def test_gains_are_taken_seed_by_seed(tmp_path):
         ({"seeds": 0}, "seeds must be a number of seeds, at least 1; got 0 for KAT"),
         ({"seeds": [1, 2]}, r"seeds must be a number of seeds, at least 1; got \[1, 2\] for KAT"),
         ({"against": "DeiT"}, "against must be another of the runs KAT, ViT; got 'DeiT' for KAT"),
+        ({"output": "x"}, "output is not a setting of a run, each has a folder in .*; got it for KAT"),
+        ({"against": ["ViT"]}, r"against must be another of the runs KAT, ViT; got \['ViT'\] for KAT"),
         ({"against": "KAT"}, "against must be another of the runs KAT, ViT; got 'KAT' for KAT"),
     ],
 )
@@ -121,8 +128,59 @@ def test_seeds_and_rivals_that_make_no_sense(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path):
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.1)
+        children[0].kill()
+
+    runs = {name: {**settings, "epochs": 10**9} for name, settings in RUNS.items()}
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrainingError, match=r"the process of a run was killed; the same command goes on"):
+        compare(runs, tmp_path, jobs=2)
+    killer.join()
+
+
+def test_ctrl_c_is_for_the_process_that_started_the_others():
+    with module._ignoring_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "runs must map the name of each to its settings; got None"),
+        ({"runs": ["KAT"]}, r"runs must map the name of each to its settings; got \['KAT'\]"),
+        ({"runs": {"KAT": None}}, "runs must map the name of each to its settings; got None for KAT"),
+        ({"runs": {1: {}}}, "the name of a run must be one of a folder; got 1"),
+        ({"runs": {"../KAT": {}}}, r"the name of a run must be one of a folder; got '\.\./KAT'"),
+        ({"runs": {"..": {}}}, r"the name of a run must be one of a folder; got '\.\.'"),
+    ],
+)
+def test_runs_that_are_none(content, message):
+    with pytest.raises(ValueError, match=message):
+        make_runs(content, None, {})
+
+
+def test_settings_of_all_of_one_and_given_ones():
+    content = {
+        "lr": 1,
+        "model_args": {"depth": 1, "num_heads": 2},
+        "runs": {"a": {"lr": 2, "model_args": {"depth": 2}}},
+    }
+    given = {"lr": 3, "model_args": {"embed_dim": 16}}
+    assert make_runs(content, None, {}) == {"a": {"lr": 2, "model_args": {"depth": 2, "num_heads": 2}}}
+    assert make_runs(content, None, given)["a"]["lr"] == 3
+    assert make_runs(content, None, given)["a"]["model_args"] == {"depth": 2, "num_heads": 2, "embed_dim": 16}
+    assert make_runs(content, ["b"], {})["b"] == {"model": "b", "lr": 1, "model_args": {"depth": 1, "num_heads": 2}}
+
+
 def test_an_error_in_one_of_several_jobs_ends_the_comparison(tmp_path):
-    runs = {**RUNS, "bad": {**RUNS["KAT"], "lr": 1e20, "warmup_epochs": 0}}
+    """And the others, which would take for ever."""
+    runs = {"long": {**RUNS["KAT"], "epochs": 10**9}, "bad": {**RUNS["KAT"], "lr": 1e20, "warmup_epochs": 0}}
     with pytest.raises(TrainingError, match=r"the (loss|weight .*) is (nan|inf|not finite)"):
         compare(runs, tmp_path, jobs=2)
 

@@ -36,7 +36,7 @@ def test_yaml_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "converted"),
-    [("lr", "1e-3", 1e-3), ("lr", 1, 1.0), ("precision", False, "no"), ("shift", None, None)],
+    [("lr", "1.5", 1.5), ("lr", 1, 1.0), ("precision", False, "no"), ("shift", None, None)],
 )
 def test_values_as_yaml_reads_them(key, value, converted):
     result = getattr(make_config({key: value}), key)
@@ -53,6 +53,8 @@ def test_values_as_yaml_reads_them(key, value, converted):
         ({"lr": "fast"}, TypeError, r"lr must be a number; got 'fast'"),
         ({"lr": float("nan")}, ValueError, r"lr must be a finite number; got nan"),
         ({"lr": float("inf")}, ValueError, r"lr must be a finite number; got inf"),
+        ({"mixup": 1e-320}, ValueError, r"mixup must be 0 or at least 2.2e-308 in size; got 1e-320"),
+        ({"color_jitter": 1e300}, ValueError, r"color_jitter must be in \[0, 100\]; got 1e\+300"),
         ({"mixup": "1e400"}, ValueError, r"mixup must be a finite number; got inf"),
         ({"lr": 10**400}, TypeError, r"lr must be a number; got 10+"),
         ({"clip_grad": 0}, ValueError, r"clip_grad must be more than 0; got 0"),
@@ -108,9 +110,15 @@ def test_the_last_of_options_counts():
 
 
 def test_assignments_are_read_as_yaml():
-    assert parse_assignment("lr=1e-2") == {"lr": "1e-2"}
+    assert parse_assignment("lr=1.5") == {"lr": 1.5}
     assert parse_assignment("model_args.order=[7, 6]") == {"model_args": {"order": [7, 6]}}
     assert parse_assignment("tensorboard=true") == {"tensorboard": True}
+
+
+@pytest.mark.parametrize("text", ["1e-5", "-2E5", "+1.5e3", "1.e0"])
+def test_a_number_with_an_exponent_is_one(text):
+    """PyYAML takes it for a string, and timm would get it as one."""
+    assert parse_assignment(f"model_args.init_values={text}") == {"model_args": {"init_values": float(text)}}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from grkan.train.data import (
     evaluation_transform,
     find_source,
     match_classes,
+    open_image,
     training_loader,
     training_transform,
 )
@@ -114,8 +115,9 @@ def test_broken_folders_are_named(image_folder, tmp_path):
         find_source(str(tmp_path / "empty")).load("train")
     with pytest.raises(ValueError, match="must hold a folder val or validation or test"):
         find_source(str(tmp_path / "empty")).load("test")
-    with pytest.raises(ValueError, match="--data must be digits, fashion-mnist"):
-        find_source(str(tmp_path / "none"))
+    for data in (str(tmp_path / "none"), "fashion-mnist:", "digits:x"):
+        with pytest.raises(ValueError, match="--data must be digits, fashion-mnist"):
+            find_source(data)
 
 
 def test_labels_follow_the_models_classes():
@@ -135,6 +137,14 @@ def test_any_image_becomes_the_models_input(preprocessing, channels, mode):
     x = evaluation_transform(preprocessing)(image)
     assert x.shape == (channels, 8, 8)
     torch.testing.assert_close(x, torch.full_like(x, 2.0))  # (1 - 0.5) / 0.25
+
+
+def test_pixels_that_pillow_makes_neither_gray_nor_rgb(tmp_path):
+    Image.new("LAB", (8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="pixels of the kind LAB are not supported"):
+        open_image(tmp_path / "a.tif")
+    Image.new("I;16", (8, 8)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").mode == "I;16"
 
 
 def test_a_shift_moves_the_image_by_at_most_so_many_pixels():

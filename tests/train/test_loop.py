@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from grkan import GroupRational, load_model, no_weight_decay, save_model
+from grkan.errors import GrkanError
 from grkan.models.files import read_metadata
 from grkan.train import loop
 from grkan.train.checkpoint import load_state
@@ -218,6 +219,10 @@ def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
             {"model_args": {"global_pool": ""}},
             r"model_args do not fit .*has shape \(2, 17, 10\); .* \(2, 10\) are wanted",
         ),
+        ({"shift": 9}, r"shift must be at most the size of the model's images, 8; got 9"),
+        ({"auto_augment": "rand-q5"}, r"auto_augment 'rand-q5' is not understood by timm \(Unknown RandAugment"),
+        ({"auto_augment": "random"}, r"auto_augment 'random' is not understood by timm \(AssertionError\)"),
+        ({"auto_augment": "augmix-a0"}, r"auto_augment 'augmix-a0' is not understood by timm \(alpha <= 0\)"),
         ({"model_args": {"features_only": True}}, r"features_only is not for them"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, r"checkpoint_path is not for them"),
         ({"model_args": {"num_classes": 3}}, r"num_classes is not for them"),
@@ -226,6 +231,20 @@ def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
 def test_what_does_not_fit_is_named_before_anything_is_written(tiny, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(make_config(tiny, settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_run_of_a_process_has_its_precision(tiny, tmp_path):
+    """Accelerate keeps that of the first one, and refuses another."""
+    losses = [_losses(_run(tmp_path, p, tiny, precision=p, epochs=1)) for p in ("no", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_what_accelerate_makes_of_the_environment(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    with pytest.raises(GrkanError, match="Accelerate cannot start with precision 'no': invalid truth value perhaps"):
+        train(make_config(tiny))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,107 @@
-import pytest
+import json
 
-from grkan.train.model import describe, model_file
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from grkan import save_model
+from grkan.errors import GrkanError
+from grkan.train import model as module
+from grkan.train.config import make_config
+from grkan.train.model import check_model, describe, load_original, load_trained, make_model, model_file
+
+PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.0], "std": [1.0], "interpolation": "bicubic", "crop_pct": 1.0}
+ARGUMENTS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Writes a model file whose metadata say something else."""
+
+    def write(**changes):
+        path = tmp_path / "model.safetensors"
+        model = timm.create_model("kat_micro_patch2_8", **ARGUMENTS, num_classes=2)
+        save_model(model, path, classes=["cat", "dog"], preprocessing=PREPROCESSING)
+        with safe_open(path, "pt") as file:
+            metadata = json.loads(file.metadata()["grkan"])
+        for key, value in changes.items():
+            if key in metadata:
+                metadata[key] = value
+            else:
+                metadata["preprocessing"][key] = value
+        save_file(load_file(path), path, {"grkan": json.dumps(metadata)})
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_size": [2, 8, 8]}, "holds preprocessing that cannot be used: KeyError 2"),
+        ({"std": [0]}, "holds preprocessing that cannot be used: std evaluated to zero"),
+        ({"mean": [0, 1]}, "holds preprocessing that cannot be used: .*doesn't match the broadcast shape"),
+        ({"interpolation": "x"}, "holds preprocessing that cannot be used: KeyError 'x'"),
+        ({"crop_pct": 1e-9}, "holds preprocessing that cannot be used: .*greater than maximum"),
+        ({"size": 8}, "holds preprocessing that cannot be used: .*unexpected keyword argument 'size'"),
+        ({"input_size": [1, 16, 16]}, "does not hold the preprocessing of its model: Input height"),
+    ],
+)
+def test_preprocessing_that_cannot_be_used_is_named(damaged, changes, message):
+    path = damaged(**changes)
+    for load in (lambda: load_trained(path), lambda: load_original(None, path, None)):
+        with pytest.raises(ValueError, match=rf"model\.safetensors {message}"):
+            load()
+
+
+def test_a_file_whole_and_with_other_classes(damaged):
+    assert load_trained(damaged()).classes == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"has 3 classes, but outputs of shape \(1, 2\) for an image"):
+        load_trained(damaged(classes=["a", "b", "c"]))
+
+
+@pytest.mark.parametrize("changes", [{"std": [0]}, {"interpolation": "x"}, {"crop_pct": 1e-9}])
+def test_a_start_with_preprocessing_that_cannot_be_used_is_named(damaged, changes):
+    config = make_config({"init": str(damaged(**changes)), "model": "kat_micro_patch2_8", "model_args": ARGUMENTS})
+    with pytest.raises(ValueError, match=r"model\.safetensors holds preprocessing that cannot be used"):
+        make_model(config, 2, None, None)
+
+
+def test_what_a_file_leaves_out_is_the_models(damaged):
+    path = damaged(preprocessing={"crop_pct": 0.5})
+    assert next(iter(describe(str(path)).values()))["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "blamed"),
+    [
+        (TypeError("'NoneType' object is not subscriptable"), ARGUMENTS, True),
+        (TypeError("'NoneType' object is not subscriptable"), {}, False),
+        (torch.AcceleratorError("an illegal memory access"), ARGUMENTS, False),
+        (ModuleNotFoundError("No module named 'x'"), ARGUMENTS, False),
+    ],
+)
+def test_arguments_are_blamed_where_there_are_any(error, arguments, blamed, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module.timm, "create_model", fail)
+    with pytest.raises(Exception, match=str(error)) as caught:
+        check_model(make_config({"model": "kat_micro_patch2_8", "model_args": arguments}))
+    assert isinstance(caught.value, GrkanError) == blamed
+    assert blamed or caught.value is error
+
+
+def test_a_model_that_does_not_classify_is_refused(monkeypatch):
+    model = nn.Module()
+    model.forward = lambda x: (x, x)
+    monkeypatch.setattr(module.timm, "create_model", lambda *_, **__: model)
+    config = make_config({"model": "kat_micro_patch2_8"})
+    with pytest.raises(ValueError, match=r"its output for two images is a tuple; logits of shape \(2, 10\) are wanted"):
+        make_model(config, 10, None, None)
 
 
 def test_the_best_weights_of_a_folder_come_first(tmp_path):

@@ -14,8 +14,9 @@ from .kinds import is_conv1d
 
 WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 
-# The normal density is 2e-32 at 12. Panels of width 1/64 keep what a kink inside one costs below 1e-6.
-_REACH, _PANELS_PER_UNIT, _NODES = 12, 64, 8
+# The normal density is 2e-32 at 12. Most functions bend at whole numbers, or not at all; a kink between two steps of
+# 1/512 costs below 1e-6.
+_REACH, _STEPS_PER_UNIT = 12, 512
 
 
 def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
@@ -31,7 +32,7 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
         form: "abs_of_sum" or "sum_of_abs"; of coefficients. A `RationalFit` has its own.
 
     Returns:
-        The gain, from a Gauss-Legendre quadrature in float64. For several groups 1 / (mean over the groups of E[F^2]).
+        The gain, by Simpson's rule in float64. For several groups 1 / (mean over the groups of E[F^2]).
 
     Raises:
         TypeError: none of these things; a numerator without a denominator; a callable that takes neither arrays nor
@@ -40,7 +41,9 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
     """
     check_form(form)
     f = function_or_numerator
-    z, density = _quadrature()
+    z = torch.arange(-_REACH * _STEPS_PER_UNIT, _REACH * _STEPS_PER_UNIT + 1, dtype=torch.float64, device="cpu")
+    z /= _STEPS_PER_UNIT
+    density = torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5
     with torch.no_grad():
         if denominator is not None:
             values = _evaluate(f, denominator, form, z)
@@ -55,7 +58,9 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
                 "function_or_numerator must be a name, a callable, a RationalFit, or a numerator with its denominator; "
                 f"got {type(f).__name__} and no denominator"
             )
-    power = (values.square() @ density).mean().item()
+    integrand = values.square() * density
+    fine, coarse = torch.trapezoid(integrand, z), torch.trapezoid(integrand[..., ::2], z[::2])
+    power = ((4 * fine - coarse) / 3).mean().item()
     if not 0 < power < float("inf"):
         raise GrkanValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
     return 1.0 / power
@@ -132,21 +137,6 @@ def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preser
     of it: quantisers and adapters go by the class. The partial refers to the layer, so its copy refers to the copy.
     """
     layer.reset_parameters = partial(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
-
-
-def _quadrature() -> tuple[Tensor, Tensor]:
-    """Nodes z, and weights times the normal density, on panels of which zero is an edge: most functions bend there."""
-    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    # The nodes of a Gauss rule are the eigenvalues of a tridiagonal matrix (Golub and Welsch 1969).
-    k = torch.arange(1, _NODES, **like)
-    off_diagonal = torch.diag(k / (4 * k * k - 1).sqrt(), 1)
-    nodes, vectors = torch.linalg.eigh(off_diagonal + off_diagonal.T)
-    weights = 2 * vectors[0].square()
-    half = 0.5 / _PANELS_PER_UNIT
-    centres = half * (2 * torch.arange(-_REACH * _PANELS_PER_UNIT, _REACH * _PANELS_PER_UNIT, **like) + 1)
-    z = (centres[:, None] + half * nodes).flatten()
-    density = torch.exp(-0.5 * z * z) / (2 * torch.pi) ** 0.5
-    return z, density * half * weights.repeat(len(centres))
 
 
 def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:

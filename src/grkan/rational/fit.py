@@ -6,6 +6,9 @@ reached is a linear feasibility problem, |f Q - P| <= t Q. The differential corr
 any start. In the form sum_of_abs there is one sign pattern, b >= 0. In abs_of_sum two are tried: A has one sign
 everywhere, or it changes sign at zero. The best fits are polished by sequential linear programming on F itself, with
 its extrema among the points: that takes the grid out of the result and lets A change sign where it wants.
+F(x) -> F(x / s) makes every scale the same problem. Far from zero, for the width of the interval, the powers of x are
+hardly told apart; so P and A / x are sought as sums of the interval's Chebyshev polynomials, and in such a way that
+rounding the coefficients of x^k does not show. A target that is constant or linear there is met as that.
 
 **Least squares.** The linearised problem is solved a few times, each time divided by the last Q (Sanathanan and
 Koerner 1963), for each pattern. The results, and the table's entry, are the starts of a nonlinear least squares
@@ -148,12 +151,11 @@ def fit(
         bounds, guarded = table.interval(target, (m, n), form), True
     else:
         bounds, guarded = table.DEFAULT_INTERVAL, False
-    a, b = _minimax(f, bounds, m, n, form, guarded)
-    return _measured(f, a, b, form, bounds)
+    return _minimax(f, bounds, m, n, form, guarded)
 
 
 # The solvers work on u = x / scale in [-1, 1] and on values divided by their largest, where powers are harmless and
-# tolerances mean the same for every target. p holds the coefficients of P, then those of A.
+# tolerances mean the same for every target. p holds the coefficients of P, then those of A; z those in a `_Basis`.
 
 # The smallest Q(0), relative to the largest coefficient of Q. It bounds b where the best F has Q(0) = 0.
 _SMALLEST_CONSTANT = 1e-6
@@ -167,74 +169,166 @@ _FAR = (1.0, 1.5)
 
 _EXACT_ENOUGH = 1e-14
 
+# Errors that are rounding: this many units in the last place of the largest |f|.
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)
+
+# What the coefficients of x^k may come to, for coefficients of one in the basis, and iterations of a linear program,
+# which has 15 to 60 of them and may go on for ever where columns are alike.
+_LARGEST_GROWTH = 1e12
+_LINEAR_PROGRAM_ITERATIONS = 1000
+
+# Points of a linear program; beyond them those with the smallest errors are left out.
+_MOST_POINTS = 600
+
+
+class _Basis:
+    """The polynomials of u that P and A are sums of: T_k and u T_k, Chebyshev's for [low, high].
+
+    In the form sum_of_abs those of A are |u|^j, as their coefficients must not be negative. A polynomial that takes too
+    large coefficients of u^k is 0 here.
+    """
+
+    def __init__(self, low: float, high: float, m: int, n: int, form: str) -> None:
+        self.low, self.high, self.m, self.n, self.form = low, high, m, n, form
+        self._centre, self._half = (low + high) / 2, (high - low) / 2 or 1.0
+        chebyshev = [np.array([1.0]), np.array([-self._centre, 1.0]) / self._half]
+        with np.errstate(over="ignore", invalid="ignore"):
+            while len(chebyshev) < max(m + 1, n):
+                longer = 2 * np.convolve(chebyshev[1], chebyshev[-1])
+                longer[:-2] -= chebyshev[-2]
+                chebyshev.append(longer)
+            growth = np.array([np.abs(polynomial).sum() for polynomial in chebyshev])
+        usable = growth <= _LARGEST_GROWTH
+        matrix = np.zeros((m + 1 + n, m + 1 + n))
+        for k in np.flatnonzero(usable[: m + 1]):
+            matrix[: k + 1, k] = chebyshev[k]
+        if form == "sum_of_abs":
+            matrix[m + 1 :, m + 1 :] = np.eye(n)
+        else:
+            for k in np.flatnonzero(usable[:n]):
+                matrix[m + 1 : m + 2 + k, m + 1 + k] = chebyshev[k]
+        self.matrix: Array = matrix
+        """p = matrix @ z."""
+        self.growth: Array = np.abs(matrix).sum(axis=0)
+        """How much larger than z the coefficients in p are."""
+
+    def columns(self, u: Array) -> tuple[Array, Array]:
+        """The values of the polynomials of P, and of those of A."""
+        t = np.polynomial.chebyshev.chebvander((u - self._centre) / self._half, max(self.m, self.n))
+        of_a = _powers(np.abs(u), self.n)[:, 1:] if self.form == "sum_of_abs" else u[:, None] * t[:, : self.n]
+        return t[:, : self.m + 1] * (self.growth[: self.m + 1] > 0), of_a * (self.growth[self.m + 1 :] > 0)
+
+    def signed_columns(self, u: Array, crosses: bool) -> tuple[Array, Array]:
+        """The same, those of A with the sign that A has: then Q = 1 + their sum."""
+        of_p, of_a = self.columns(u)
+        return of_p, np.where(u < 0, -1.0, 1.0)[:, None] * of_a if crosses else of_a
+
+    def limits(self, error: float) -> Array:
+        """How large each z may be for rounding of the coefficients to stay below an error."""
+        limits = error / (2 * _ROUNDING * np.maximum(self.growth, 1.0))
+        return np.where((limits < 1e-9) | (self.growth == 0), 0.0, np.where(limits > 1e6, np.inf, limits))
+
 
 @dataclass(frozen=True)
 class _Problem:
-    """|F(u) - y(u)| is to be small on [low, high], and `allowed`, or hardly more, at the points `outside`.
+    """|F(u) - y(u)| is to be small on the basis's interval, and `allowed`, or hardly more, at the points `outside`.
 
     The points below the interval come first, then as many above it. Linear programs see those that are `held`.
     """
 
     y: Function
-    low: float
-    high: float
-    m: int
-    n: int
-    form: str
+    basis: _Basis
     outside: Array
     allowed: Array
     held: Array
 
-    def error(self, p: Array, u: Array) -> Array:
-        return _values(p, self.m, u, self.form)[0] - self.y(u)
+    def error(self, z: Array, u: Array) -> Array:
+        return _values(self.basis.matrix @ z, self.basis.m, u, self.basis.form)[0] - self.y(u)
 
     def extrema(self, p: Array) -> tuple[float, Array]:
-        return _extrema(lambda u: self.error(p, u), self.low, self.high)
+        """The largest |F - y| of a p, and where it is large."""
+        basis = self.basis
 
-    def is_sane(self, p: Array) -> bool:
+        def error(u: Array) -> Array:
+            return _values(p, basis.m, u, basis.form)[0] - self.y(u)
+
+        return _extrema(error, basis.low, basis.high, _narrow_places(p[basis.m + 1 :], basis.form))
+
+    def is_sane(self, z: Array) -> bool:
         """Whether F is near enough outside, with no spike: |A| falls to zero where A changes sign."""
-        inner = [(_powers(factor * self.outside, self.n)[:, 1:] @ p[self.m + 1 :]).reshape(2, -1) for factor in _FAR]
-        crosses = self.form == "abs_of_sum" and any(np.any(side > 0) and np.any(side < 0) for side in np.hstack(inner))
-        return not crosses and bool(np.all(np.abs(self.error(p, self.outside)) <= self.allowed * 1.02))
+        b = z[self.basis.m + 1 :]
+        inner = [(self.basis.columns(factor * self.outside)[1] @ b).reshape(2, -1) for factor in _FAR]
+        sides = np.hstack(inner)
+        crosses = self.basis.form == "abs_of_sum" and any(np.any(side > 0) and np.any(side < 0) for side in sides)
+        return not crosses and bool(np.all(np.abs(self.error(z, self.outside)) <= self.allowed * 1.02))
 
 
-def _minimax(
-    f: Function, interval: tuple[float, float], m: int, n: int, form: str, guarded: bool
-) -> tuple[Array, Array]:
-    """The coefficients with the smallest largest error on the interval, held close outside, too, if guarded."""
+def _minimax(f: Function, interval: tuple[float, float], m: int, n: int, form: str, guarded: bool) -> RationalFit:
+    """The fit with the smallest largest error on the interval, held close outside, too, if guarded."""
     low, high = interval
     scale = max(abs(low), abs(high))
-    points = _grid(low / scale, high / scale, 81)
-    values = f(points * scale)
+    x = _grid(low, high, 2001)
+    values = f(x)
     size = float(np.abs(values).max()) or 1.0
+    lines = [_measured(f, a, np.zeros(n), form, interval) for a in _lines(f, x, values, m)]
+    simple = min(lines, key=lambda line: line.max_error)
+    if simple.max_error <= _ROUNDING * size:
+        return simple
     distance = np.linspace(0.02, 1.0, 241) ** 1.5  # to the interval, in lengths of it
     outside = np.concatenate([low - distance * (high - low), high + distance * (high - low)]) / scale
     allowed, held = np.tile(_GUARD * distance, 2), np.tile(np.arange(241) % 10 == 0, 2)
+    basis = _Basis(low / scale, high / scale, m, n, form)
+    points = _grid(low / scale, high / scale, 81)
 
     def problem(count: int) -> _Problem:
-        bounds = low / scale, high / scale
-        guard = outside[:count], allowed[:count], held[:count]
-        return _Problem(lambda u: f(u * scale) / size, *bounds, m, n, form, *guard)
+        return _Problem(lambda u: f(u * scale) / size, basis, outside[:count], allowed[:count], held[:count])
 
     p = _best(problem(len(outside)), points) if guarded else None
-    if p is None:
-        p = _best(problem(0), points)
+    if p is not None:
+        return _measured(f, *_unscaled(p, m, scale, size), form, interval)
+    p = _best(problem(0), points)
     assert p is not None  # without a guard, the linearised problem is a candidate at least
-    return _unscaled(p, m, scale, size)
+    found = _measured(f, *_unscaled(p, m, scale, size), form, interval)
+    return simple if simple.max_error <= found.max_error else found
+
+
+def _lines(f: Function, x: Array, values: Array, m: int) -> list[Array]:
+    """The numerators of the best constant, and of the secant, which is the function itself where that is linear."""
+    lowest, highest = values.min(), values.max()
+    _, peaks = _extrema(lambda u: f(u) - (lowest / 2 + highest / 2), x[0], x[-1])
+    of_peaks = f(peaks)
+    lowest, highest = min(lowest, of_peaks.min()), max(highest, of_peaks.max())
+    found = [np.array([lowest / 2 + highest / 2] + [0.0] * m)]
+    if m >= 1:
+        slope = (values[-1] - values[0]) / (x[-1] - x[0])
+        found.append(np.array([values[0] - slope * x[0], slope] + [0.0] * (m - 1)))
+    return [a for a in found if np.isfinite(a).all()]
 
 
 def _best(problem: _Problem, points: Array) -> Array | None:
-    """The best polished fit over all sign patterns; None if none is possible."""
+    """The p of the best polished fit over all sign patterns; None if none is possible."""
+    basis = problem.basis
     weights = np.full(len(points), 1 / len(points))
-    candidates = _linearised(points, problem.y(points), weights, problem.m, problem.n, problem.form)
-    for crosses in _patterns(points, problem.n, problem.form):
+    candidates = _linearised(basis, points, problem.y(points), weights)
+    for crosses in _patterns(points, basis.n, basis.form):
         candidate = _differential_correction(problem, points, crosses)
         if candidate is not None:
             candidates.append(candidate)
-    candidates = [p for p in candidates if problem.is_sane(p)]
-    candidates.sort(key=lambda p: float(np.abs(problem.error(p, points)).max()))
-    polished = [_polished(problem, p, points) for p in candidates[:2]]
-    return min(polished, key=lambda result: result[0])[1] if polished else None
+    candidates = [z for z in candidates if problem.is_sane(z)]
+    candidates.sort(key=lambda z: float(np.abs(problem.error(z, points)).max()))
+    polished = [_polished(problem, z, points) for z in candidates[:2]]
+    return _cleaned(problem, *min(polished, key=lambda result: result[0])) if polished else None
+
+
+def _cleaned(problem: _Problem, error: float, z: Array) -> Array:
+    """The p of z, without the coefficients that are there by rounding only: the fit is the same where they are 0."""
+    basis = problem.basis
+    p = basis.matrix @ z
+    for limit in (1e-8, 1e-10, 1e-12, 1e-14):
+        cleaned = np.where(np.abs(p) < limit, 0.0, p)
+        if problem.extrema(cleaned)[0] <= error * (1 + 1e-4) + _ROUNDING:
+            return cleaned
+    return p
 
 
 def _differential_correction(problem: _Problem, points: Array, crosses: bool) -> Array | None:
@@ -242,22 +336,26 @@ def _differential_correction(problem: _Problem, points: Array, crosses: bool) ->
 
     Q = q_0 + s A, with q_0 free: dividing by it at the end normalises to q_0 = 1.
     """
-    m, n = problem.m, problem.n
+    basis = problem.basis
+    m, n = basis.m, basis.n
     outside, allowed = problem.outside[problem.held], problem.allowed[problem.held]
     y, beyond = problem.y(points), problem.y(outside)
-    va, vq = _powers(points, m), _signed_powers(points, n, problem.form, crosses)
-    outer_a, outer_q = _powers(outside, m), _signed_powers(outside, n, problem.form, crosses)
+
+    def columns(u: Array) -> tuple[Array, Array]:
+        of_p, of_a = basis.signed_columns(u, crosses)
+        return of_p, np.hstack([np.ones((len(u), 1)), of_a])
+
+    va, vq = columns(points)
+    outer_a, outer_q = columns(outside)
     fixed = [  # |F - y| <= allowed outside
         np.hstack([-outer_a, (beyond - allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
         np.hstack([outer_a, -(beyond + allowed)[:, None] * outer_q, np.zeros((len(beyond), 1))]),
     ]
-    if problem.form == "abs_of_sum":  # s A >= 0
+    if basis.form == "abs_of_sum":  # s A >= 0
         for u in (points, *(factor * outside for factor in _FAR)):
-            keep = -_signed_powers(u, n, problem.form, crosses) / np.maximum(np.abs(u), 1.0)[:, None] ** n
+            keep = -columns(u)[1] / np.maximum(np.abs(u), 1.0)[:, None] ** n
             keep[:, 0] = 0.0
             fixed.append(np.hstack([np.zeros((len(u), m + 1)), keep, np.zeros((len(u), 1))]))
-    lowest = 0.0 if problem.form == "sum_of_abs" else -1.0
-    limits = [(None, None)] * (m + 1) + [(_SMALLEST_CONSTANT, 1.0)] + [(lowest, 1.0)] * n + [(None, None)]
 
     best, error, q = None, float(np.abs(y).max()), np.ones_like(points)
     for _ in range(40):
@@ -268,6 +366,13 @@ def _differential_correction(problem: _Problem, points: Array, crosses: bool) ->
             np.hstack([-va / q[:, None], ((y - error) / q)[:, None] * vq, minus_t]),
             np.hstack([va / q[:, None], (-(y + error) / q)[:, None] * vq, minus_t]),
         ]
+        highest = basis.limits(error)
+        highest[m + 1 :] = np.minimum(highest[m + 1 :], 1.0)
+        lowest = -highest
+        if basis.form == "sum_of_abs":
+            lowest[m + 1 :] = 0.0
+        limits = [*zip(lowest, highest, strict=True), (None, None)]
+        limits.insert(m + 1, (_SMALLEST_CONSTANT, 1.0))
         matrix = np.vstack(rows + fixed)
         solution = _solve(matrix, np.zeros(len(matrix)), limits)
         if solution is None:
@@ -284,58 +389,62 @@ def _differential_correction(problem: _Problem, points: Array, crosses: bool) ->
     return best
 
 
-def _polished(problem: _Problem, p: Array, points: Array) -> tuple[float, Array]:
-    """A local minimum near p of the largest error on the whole interval, and its p, by sequential linear programs."""
-    error, extrema = problem.extrema(p)
+def _polished(problem: _Problem, z: Array, points: Array) -> tuple[float, Array]:
+    """A local minimum near z of the largest error on the whole interval, and its z, by sequential linear programs."""
+    error, extrema = problem.extrema(problem.basis.matrix @ z)
     keep_signs = False
     for _ in range(50):
         if error < _EXACT_ENOUGH:
             break
         points = np.union1d(points, extrema)
-        step = _step(problem, p, error, points, keep_signs)
+        if len(points) > _MOST_POINTS:
+            points = np.sort(points[np.argsort(-np.abs(problem.error(z, points)), kind="stable")[:_MOST_POINTS]])
+        step = _step(problem, z, error, points, keep_signs)
         before = error
         for length in 0.5 ** np.arange(12) if step is not None else ():
-            moved = p + length * step
-            if problem.form == "sum_of_abs":
-                moved[problem.m + 1 :] = np.maximum(moved[problem.m + 1 :], 0.0)
-            reached, peaks = problem.extrema(moved)
+            moved = z + length * step
+            if problem.basis.form == "sum_of_abs":
+                moved[problem.basis.m + 1 :] = np.maximum(moved[problem.basis.m + 1 :], 0.0)
+            reached, peaks = problem.extrema(problem.basis.matrix @ moved)
             points = np.union1d(points, peaks)
             if reached < error and problem.is_sane(moved):
-                p, error, extrema = moved, reached, peaks
+                z, error, extrema = moved, reached, peaks
                 break
         if error < before * (1 - 1e-6):
             keep_signs = False
-        elif keep_signs or problem.form == "sum_of_abs":
+        elif keep_signs or problem.basis.form == "sum_of_abs":
             break
         else:
             # Where A touches zero, |A| has a kink that no step across it foresees; the next one stays on this side.
             keep_signs = True
-    return error, p
+    return error, z
 
 
-def _step(problem: _Problem, p: Array, error: float, points: Array, keep_signs: bool) -> Array | None:
+def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: bool) -> Array | None:
     """The d with the smallest largest |e(u) + J(u) d| over the points, with A(u) kept on its side of zero if asked."""
-    m, form = problem.m, problem.form
-    residual, jacobian = problem.error(p, points), _jacobian(p, m, points, form)
+    basis = problem.basis
+    residual, jacobian = problem.error(z, points), _jacobian(basis, z, points)
     outside, allowed = problem.outside[problem.held], problem.allowed[problem.held]
-    beyond, outer = problem.error(p, outside), _jacobian(p, m, outside, form)
+    beyond, outer = problem.error(z, outside), _jacobian(basis, z, outside)
     rows = [jacobian, -jacobian, outer, -outer]
     right = [-residual, residual, allowed - beyond, allowed + beyond]
-    if form == "abs_of_sum":
+    if basis.form == "abs_of_sum":
         for u in (points if keep_signs else points[:0], *(factor * outside for factor in _FAR)):
-            powers = _powers(u, problem.n)[:, 1:] / np.maximum(np.abs(u), 1.0)[:, None] ** problem.n
-            inner = powers @ p[m + 1 :]
-            rows.append(np.hstack([np.zeros((len(u), m + 1)), np.where(inner < 0, powers.T, -powers.T).T]))
+            of_a = basis.columns(u)[1] / np.maximum(np.abs(u), 1.0)[:, None] ** basis.n
+            inner = of_a @ z[basis.m + 1 :]
+            rows.append(np.hstack([np.zeros((len(u), basis.m + 1)), np.where(inner < 0, of_a.T, -of_a.T).T]))
             right.append(np.abs(inner))
     bounded = np.zeros(sum(map(len, right)))
     bounded[: 2 * len(points)] = -1.0  # the rows that are to be <= t
     matrix = np.hstack([np.vstack(rows), bounded[:, None]])
+    highest = basis.limits(error)
+    highest[basis.m + 1 :] = np.minimum(highest[basis.m + 1 :], 1 / _SMALLEST_CONSTANT)
+    highest = np.maximum(highest, np.abs(z))
+    lowest = -highest
+    if basis.form == "sum_of_abs":
+        lowest[basis.m + 1 :] = 0.0
     # In units of the present error, so that the solver's tolerance is relative to it.
-    highest = 1 / _SMALLEST_CONSTANT
-    lowest = 0.0 if form == "sum_of_abs" else -highest
-    limits = (
-        [(None, None)] * (m + 1) + [((lowest - b) / error, (highest - b) / error) for b in p[m + 1 :]] + [(None, None)]
-    )
+    limits = [*zip((lowest - z) / error, (highest - z) / error, strict=True), (None, None)]
     solution = _solve(matrix, np.concatenate(right) / error, limits)
     return None if solution is None else error * solution[:-1]
 
@@ -346,56 +455,61 @@ def _least_squares(
     """The coefficients with the smallest weighted sum of squares, from the linearised problem and from `start`."""
     scale, size = float(np.abs(x).max()) or 1.0, float(np.abs(values).max()) or 1.0
     u, y, roots = x / scale, values / size, np.sqrt(weights)
-    candidates = _linearised(u, y, weights, m, n, form)
+    basis = _Basis(float(u.min()), float(u.max()), m, n, form)
+    candidates = _linearised(basis, u, y, weights)
     if start is not None:
         a, b = start
-        candidates.append(np.concatenate([a * scale ** np.arange(m + 1) / size, b * scale ** np.arange(1, n + 1)]))
+        with np.errstate(all="ignore"):
+            p = np.concatenate([a * scale ** np.arange(m + 1) / size, b * scale ** np.arange(1, n + 1)])
+        if np.isfinite(p).all():
+            candidates.append(np.linalg.lstsq(basis.matrix, p, rcond=None)[0])
     if form == "sum_of_abs":
-        for p in candidates:
-            p[m + 1 :] = np.abs(p[m + 1 :])
+        for z in candidates:
+            z[m + 1 :] = np.abs(z[m + 1 :])
     # Levenberg-Marquardt, which has no bounds, wants at least as many residuals as coefficients.
     missing = max(0, m + n + 1 - len(u))
 
-    def residuals(p: Array) -> Array:
-        values, _ = _values(p, m, u, form)
-        return np.pad(roots * (values - y), (0, missing))
+    def residuals(z: Array) -> Array:
+        return np.pad(roots * (_values(basis.matrix @ z, m, u, form)[0] - y), (0, missing))
 
-    def jacobian(p: Array) -> Array:
-        return np.pad(roots[:, None] * _jacobian(p, m, u, form), ((0, missing), (0, 0)))
+    def jacobian(z: Array) -> Array:
+        return np.pad(roots[:, None] * _jacobian(basis, z, u), ((0, missing), (0, 0)))
 
-    def loss(p: Array) -> float:
-        return float(np.square(residuals(p)).sum())
+    def loss(z: Array) -> float:
+        return float(np.square(residuals(z)).sum())
 
-    candidates = sorted((p for p in candidates if math.isfinite(loss(p))), key=loss)[:2]
+    candidates = sorted((z for z in candidates if math.isfinite(loss(z))), key=loss)[:2]
     options: dict[str, Any] = {"method": "lm"}
     if form == "sum_of_abs" and n:
         lowest = np.concatenate([np.full(m + 1, -np.inf), np.zeros(n)])
         options = {"method": "trf", "bounds": (lowest, np.full(m + n + 1, np.inf))}
-    for p in candidates[:]:
+    for z in candidates[:]:
         result = least_squares(
-            residuals, p, jac=jacobian, x_scale="jac", ftol=1e-9, xtol=1e-12, gtol=1e-15, max_nfev=200, **options
+            residuals, z, jac=jacobian, x_scale="jac", ftol=1e-9, xtol=1e-12, gtol=1e-15, max_nfev=200, **options
         )
         candidates.append(result.x)
-    return _unscaled(min(candidates, key=loss), m, scale, size)
+    constant = np.zeros(m + n + 1)
+    constant[0] = np.average(y, weights=weights)
+    return _unscaled(basis.matrix @ min([*candidates, constant], key=loss), m, scale, size)
 
 
-def _linearised(u: Array, y: Array, weights: Array, m: int, n: int, form: str) -> list[Array]:
+def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array]:
     """Fits by Sanathanan and Koerner: |P - y Q|^2 / (last Q)^2 is minimised; the best round for each pattern."""
     roots, found = np.sqrt(weights), []
-    for crosses in _patterns(u, n, form):
-        va, vb = _powers(u, m), _signed_powers(u, n, form, crosses)[:, 1:]
-        q, best = np.ones_like(u), (math.inf, np.zeros(m + n + 1))
+    for crosses in _patterns(u, basis.n, basis.form):
+        of_p, of_a = basis.signed_columns(u, crosses)
+        q, best = np.ones_like(u), (math.inf, np.zeros(basis.m + basis.n + 1))
         for _ in range(6):
             row = (roots / q)[:, None]
-            if form == "abs_of_sum":
-                p = np.linalg.lstsq(row * np.hstack([va, -y[:, None] * vb]), row[:, 0] * y, rcond=None)[0]
+            if basis.form == "abs_of_sum":
+                z = np.linalg.lstsq(row * np.hstack([of_p, -y[:, None] * of_a]), row[:, 0] * y, rcond=None)[0]
             else:
-                p = _nonnegative(row * va, row * -y[:, None] * vb, row[:, 0] * y)
-            values, q = _values(p, m, u, form)
+                z = _nonnegative(row * of_p, row * -y[:, None] * of_a, row[:, 0] * y)
+            values, q = _values(basis.matrix @ z, basis.m, u, basis.form)
             loss = float(np.square(roots * (values - y)).sum())
             if not loss < best[0]:
                 break
-            best = loss, p
+            best = loss, z
         found.append(best[1])
     return found
 
@@ -419,16 +533,6 @@ def _powers(u: Array, degree: int) -> Array:
     return np.vander(u, degree + 1, increasing=True)
 
 
-def _signed_powers(u: Array, n: int, form: str, crosses: bool) -> Array:
-    """The columns by which Q = q_0 + ... is linear in its coefficients: 1, and the powers with the sign that A has."""
-    if form == "sum_of_abs":
-        return _powers(np.abs(u), n)
-    powers = _powers(u, n)
-    if crosses:
-        powers[u < 0, 1:] *= -1.0
-    return powers
-
-
 def _values(p: Array, m: int, u: Array, form: str) -> tuple[Array, Array]:
     """F and Q; in the form sum_of_abs for b >= 0."""
     b = p[m + 1 :]
@@ -436,21 +540,25 @@ def _values(p: Array, m: int, u: Array, form: str) -> tuple[Array, Array]:
     return _powers(u, m) @ p[: m + 1] / q, q
 
 
-def _jacobian(p: Array, m: int, u: Array, form: str) -> Array:
-    """dF/dp; in the form sum_of_abs for b >= 0."""
-    powers = _powers(np.abs(u) if form == "sum_of_abs" else u, len(p) - m - 1)[:, 1:]
-    values, q = _values(p, m, u, form)
-    slope = np.where(powers @ p[m + 1 :] < 0, 1.0, -1.0) * values / q
-    return np.hstack([_powers(u, m) / q[:, None], slope[:, None] * powers])
+def _jacobian(basis: _Basis, z: Array, u: Array) -> Array:
+    """dF/dz; in the form sum_of_abs for b >= 0."""
+    of_p, of_a = basis.columns(u)
+    values, q = _values(basis.matrix @ z, basis.m, u, basis.form)
+    slope = np.where(of_a @ z[basis.m + 1 :] < 0, 1.0, -1.0) * values / q
+    return np.hstack([of_p / q[:, None], slope[:, None] * of_a])
 
 
-def _solve(rows: Array, right: Array, limits: Sequence[tuple[float | None, float | None]]) -> Array | None:
+def _solve(rows: Array, right: Array, limits: Sequence[tuple[Any, Any]]) -> Array | None:
     """The z within limits with the smallest last component and rows @ z <= right; None where the solver finds none."""
     objective = np.zeros(rows.shape[1])
     objective[-1] = 1.0
-    tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    options = {
+        "primal_feasibility_tolerance": 1e-10,
+        "dual_feasibility_tolerance": 1e-10,
+        "maxiter": _LINEAR_PROGRAM_ITERATIONS,
+    }
     for method in ("highs-ds", "highs-ipm"):  # now and then one of them gives up on a problem that the other solves
-        result = linprog(objective, A_ub=rows, b_ub=right, bounds=limits, method=method, options=tight)
+        result = linprog(objective, A_ub=rows, b_ub=right, bounds=limits, method=method, options=options)
         if result.success:
             return np.asarray(result.x)
     return None
@@ -458,12 +566,16 @@ def _solve(rows: Array, right: Array, limits: Sequence[tuple[float | None, float
 
 def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array]:
     """The coefficients in x of a fit in u = x / scale to values divided by size."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        a = p[: m + 1] * size / scale ** np.arange(m + 1.0)
-        b = p[m + 1 :] / scale ** np.arange(1.0, len(p) - m)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise GrkanValueError(f"x as small as {scale:g} needs coefficients beyond float64; bring x nearer to 1")
-    return a, b
+    with np.errstate(all="ignore"):
+        unscaled = p / scale ** np.concatenate([np.arange(m + 1.0), np.arange(1.0, len(p) - m)])
+        unscaled[: m + 1] *= size
+    lost = ~np.isfinite(unscaled) | (np.abs(p) > 1e-8) & (np.abs(unscaled) < np.finfo(np.float64).tiny)
+    if lost.any():
+        raise GrkanValueError(
+            f"order ({m}, {len(p) - m - 1}) needs coefficients beyond float64 for |x| to {scale:g} and |target| to "
+            f"{size:g}; bring both nearer to 1"
+        )
+    return unscaled[: m + 1], unscaled[m + 1 :]
 
 
 def _evaluate(numerator: Array, denominator: Array, form: str, x: Array) -> Array:
@@ -479,12 +591,34 @@ def _grid(low: float, high: float, count: int) -> Array:
     around_zero = np.linspace(-1, 1, count // 2 * 2 + 1)
     around_zero = max(abs(low), abs(high)) * np.sinh(8 * around_zero) / math.sinh(8)
     inside = around_zero[(around_zero > low) & (around_zero < high)]
-    return np.union1d(np.clip(x, low, high), inside)
+    return np.union1d([low, *np.clip(x, low, high), high], inside)
 
 
-def _extrema(error: Function, low: float, high: float) -> tuple[float, Array]:
-    """The largest |error| on [low, high], and where the local maxima of at least half of it are."""
+def _narrow_places(b: Array, form: str) -> Array:
+    """Where F may have more than a grid sees: zeros of A, where |A| has a kink, and about the poles of P / (1 +- A).
+
+    Args:
+        b: of F as a function of u = x / scale.
+    """
+    # Of a smaller coefficient nothing is seen for |x| <= 1, and the roots could overflow.
+    b = np.trim_zeros(np.where(np.abs(b) < 1e-14 * max(1.0, np.abs(b).max(initial=0.0)), 0.0, b), "b")
+    if not len(b):
+        return b
+    kinks, poles = np.roots([*b[::-1], 0.0]), np.concatenate([np.roots([*b[::-1], constant]) for constant in (1, -1)])
+    about = poles.real[:, None] + poles.imag[:, None] * np.array([-3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0])
+    x = np.concatenate([kinks.real, about.reshape(-1)])
+    return np.concatenate([x, -x]) if form == "sum_of_abs" else x
+
+
+def _extrema(error: Function, low: float, high: float, more: Sequence[float] | Array = ()) -> tuple[float, Array]:
+    """The largest |error| on [low, high], and where the local maxima of at least half of it are.
+
+    Args:
+        more: points that have to be looked at besides the grid's, those inside.
+    """
     x = _grid(low, high, 2001)
+    if len(more):
+        x = np.union1d(x, np.clip(more, low, high))
     size = np.abs(error(x))
     neighbours = np.pad(size, 1, constant_values=-1.0)
     peaks = np.flatnonzero((size >= neighbours[:-2]) & (size >= neighbours[2:]) & (size >= size.max() / 2))
@@ -504,13 +638,17 @@ def _extrema(error: Function, low: float, high: float) -> tuple[float, Array]:
 
 def _measured(f: Function, a: Array, b: Array, form: str, interval: tuple[float, float]) -> RationalFit:
     low, high = interval
+    scale = max(abs(low), abs(high)) or 1.0
 
     def error(x: Array) -> Array:
         return _evaluate(a, b, form, x) - f(x)
 
-    largest, _ = _extrema(error, low, high)
+    largest, _ = _extrema(error, low, high, scale * _narrow_places(b * scale ** np.arange(1.0, len(b) + 1), form))
+    if not math.isfinite(largest):
+        raise GrkanValueError(f"interval must not reach beyond what F and target can be computed for; got {interval}")
     x = _grid(low, high, 2001)
-    rms = math.sqrt(trapezoid(np.square(error(x)), x) / (high - low)) if low < high else largest
+    relative = error(x) / (largest or 1.0)
+    rms = largest * (math.sqrt(trapezoid(np.square(relative), x) / (high - low)) if low < high else 1.0)
     return RationalFit(a, b, form, interval, largest, rms)
 
 
@@ -591,7 +729,7 @@ def make_table() -> Iterator[dict[str, Any]]:
         for order in ((5, 4), (7, 6)):
             for form in FORMS:
                 f, interval = _as_function(name), table.DEFAULT_INTERVAL
-                made = _measured(f, *_minimax(f, interval, *order, form, guarded=True), form, interval)
+                made = _minimax(f, interval, *order, form, guarded=True)
                 yield {
                     "name": name,
                     "form": form,

@@ -9,12 +9,16 @@ differs from the others. With `seeds: N`, for all or for one of them, a run is m
 goes on where it was.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
 from .config import RESUMABLE, Config, make_config, merge, read_yaml, to_dict
-from .loop import Summary, holds_run, resolve, resume, train
+from .loop import Summary, TrainingError, holds_run, resolve, resume, train
 from .metrics import read_metrics
 from .model import check_model
 from .progress import make_console
@@ -83,6 +87,10 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
     for name, other in against.items():
         if not isinstance(other, str) or other not in runs or other == name:
             raise GrkanValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
+    if output_of := [name for name, settings in runs.items() if "output" in settings]:
+        raise GrkanValueError(
+            f"output is not a setting of a run, each has a folder in {output}; got it for {output_of[0]}"
+        )
     # All configurations are checked before the first run starts.
     configs = {}
     for name, settings in runs.items():
@@ -140,17 +148,36 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
     # Forking a process whose threads are at work is not safe.
     context = multiprocessing.get_context("spawn")
     console = make_console()
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
-        waiting = {pool.submit(_train_or_resume, config): folder for folder, config in configs.items()}
         try:
+            with _ignoring_interrupts():  # which the processes that it starts inherit
+                waiting = {pool.submit(_train_or_resume, config): folder for folder, config in configs.items()}
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     folder, summary = waiting.pop(future), future.result()
                     left = f"{len(waiting)} of {len(configs)} to do"
                     console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
                     yield folder, summary
-        finally:
+        except BrokenProcessPool as error:
+            raise TrainingError("the process of a run was killed; the same command goes on") from error
+        finally:  # after an error, too, nobody waits for the other runs: each can go on from its last state
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; the one that started the others ends them."""
+    if threading.current_thread() is not threading.main_thread():  # no other may change handlers
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _start_worker(threads: int) -> None:

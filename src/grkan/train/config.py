@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +119,9 @@ class Config:
         0.0, "applied to the rational coefficients, which it pulls towards F = 0", _NOT_NEGATIVE
     )
     clip_grad: float | None = _setting(
-        None, "the largest norm of the gradient of all parameters; by default no limit", _POSITIVE
+        None,
+        "the largest norm of the gradients of coefficients and of those of all else; by default no limit",
+        _POSITIVE,
     )
     ema_decay: float | None = _setting(
         None, "keep a moving average of the weights with this decay, test and save it; by default none", _BELOW_ONE
@@ -142,7 +146,7 @@ class Config:
         None,
         "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default "
         "what suits the data",
-        _NOT_NEGATIVE,
+        Interval(0, 100),
     )
     auto_augment: str | None = _setting(None, "timm's string, as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT")
     random_erasing: float = _setting(0.0, "the probability of random erasing", _PROBABILITY)
@@ -227,6 +231,9 @@ def _parse_yaml(text: str) -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is set twice", node.start_mark)
             return super().construct_mapping(node, deep)
 
+    # YAML 1.1, which PyYAML reads, takes 1e-5 for a string: its numbers with an exponent have a point and a sign.
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -376,7 +383,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """The value in the type of its setting. YAML reads 1e-3 as a string, and 1 where 1.0 is meant."""
+    """The value in the type of its setting, where YAML has read 1 for 1.0."""
     if value is None and isinstance(kind, types.UnionType):
         return None
     kind = _plain(kind)
@@ -403,6 +410,8 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         raise GrkanValueError(f"{name} must be less than 2^63; got {value!r}")
     if kind is float and not math.isfinite(value):
         raise GrkanValueError(f"{name} must be a finite number; got {value!r}")
+    if kind is float and 0 < abs(value) < sys.float_info.min:  # NumPy makes NaN of such an alpha of mixup
+        raise GrkanValueError(f"{name} must be 0 or at least {sys.float_info.min:.2g} in size; got {value!r}")
     if kind is str and (not value or "\0" in value):
         raise GrkanValueError(f"{name} must be a text that is not empty and has no null character; got {value!r}")
     if kind is dict:

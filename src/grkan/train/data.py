@@ -48,6 +48,8 @@ _FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L")
+"""What Pillow makes gray and RGB."""
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for files that are no images, or damaged ones."""
 
@@ -87,6 +89,8 @@ def open_image(path: str | Path) -> Image.Image:
     """
     with Image.open(path) as image:
         image.load()
+        if image.mode not in _MODES:
+            raise GrkanValueError(f"pixels of the kind {image.mode} are not supported")
         return image
 
 
@@ -110,10 +114,10 @@ def find_source(data: str) -> Source:
     Raises:
         ValueError: neither a known name nor a folder.
     """
-    name, _, folder = data.partition(":")
+    name, colon, folder = data.partition(":")
     if data == "digits":
         return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=(0.3053, 0.3761))
-    if name == "fashion-mnist":
+    if name == "fashion-mnist" and bool(colon) == bool(folder):
         return Source(
             lambda split: _load_fashion_mnist(Path(folder) if folder else None, split),
             shift=2,
@@ -122,7 +126,7 @@ def find_source(data: str) -> Source:
             workers=0,
             normalisation=(0.2860, 0.3530),
         )
-    if not Path(data).is_dir():
+    if not os.path.isdir(data):
         raise GrkanValueError(
             f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
         )
@@ -253,6 +257,9 @@ def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image]
 def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
     """The same with augmentation, after the configuration."""
     arguments = {key: preprocessing[key] for key in ("input_size", "mean", "std", "interpolation")}
+    convert, size = _Convert(preprocessing), preprocessing["input_size"][-2:]
+    if config.shift is not None and config.shift > max(size):
+        raise GrkanValueError(f"shift must be at most the size of the model's images, {max(size)}; got {config.shift}")
     try:
         first, second, last = create_transform(
             **arguments,
@@ -266,16 +273,25 @@ def training_transform(preprocessing: Preprocessing, config: Config) -> Callable
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise GrkanValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({error})") from None
+        raise _not_understood(config, error) from error
     for augment in second.transforms:
         for op in chain(getattr(augment, "ops", ()), *getattr(augment, "policy", ())):
             if op.aug_fn is auto_augment.posterize:
                 op.aug_fn = _posterize
+    try:
+        with seeded("trial"):
+            second(convert(Image.new("L", (size[1], size[0]))))  # more operations than there are would show in the run
+    except ValueError as error:
+        raise _not_understood(config, error) from error
     if config.shift is not None:
-        size = preprocessing["input_size"][-2:]
         first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
         first = T.Compose(first)
-    return T.Compose([_Convert(preprocessing), first, second, last])
+    return T.Compose([convert, first, second, last])
+
+
+def _not_understood(config: Config, error: Exception) -> GrkanValueError:
+    reason = str(error) or type(error).__name__
+    return GrkanValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({reason})")
 
 
 def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:

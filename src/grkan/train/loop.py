@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from .data import (
 from .evaluate import Score, first_images, score
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
-from .optimisation import choose_trainable, make_loss, make_optimizer, make_schedule
+from .optimisation import choose_trainable, clipped_together, make_loss, make_optimizer, make_schedule
 from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
 
@@ -142,13 +143,18 @@ def _run(config: Config, resumed: bool) -> Summary:
 
 def _make_accelerator(config: Config) -> Accelerator:
     """The device, the precision and the processes, which `torchrun` or `accelerate launch` has started."""
-    accelerator = Accelerator(
-        # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        step_scheduler_with_optimizer=False,
-    )
+    if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
+        AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
+    try:
+        accelerator = Accelerator(
+            # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # about the precision, or the variables of torchrun and accelerate launch
+        raise GrkanRuntimeError(f"Accelerate cannot start with precision {config.precision!r}: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:
         raise GrkanRuntimeError(
@@ -325,8 +331,8 @@ class _Run:
         loss_sum, correct = self._over_processes(sums)
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss is {loss_sum}", count + 1)
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        for parameters in clipped_together(self.model) if config.clip_grad is not None else ():
+            accelerator.clip_grad_norm_(parameters, config.clip_grad)
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema is not None:
@@ -471,6 +477,8 @@ class _Run:
         board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
         stack.callback(board.close)
         return board
+
+    # What it leaves
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         if not self.main:

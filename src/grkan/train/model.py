@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -21,13 +22,16 @@ from ..models.kat import twin_of
 from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
 from .config import Config, nearest
-from .data import find_source
+from .data import evaluation_transform, find_source
 from .randomness import derive_seed
 
 _DEFAULT_MODEL = "kat_micro_patch2_8"
 
 _NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
 """Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
+
+_NOT_THE_ARGUMENTS = (ImportError, torch.AcceleratorError, torch.OutOfMemoryError)
+"""What a model may raise whatever it was made with."""
 
 
 def check_model_name(name: str) -> None:
@@ -112,6 +116,7 @@ def make_model(
         if model.num_classes != classes:
             model.reset_classifier(classes)  # type: ignore[operator]
         preprocessing = _fit_preprocessing(config, model, normalisation, metadata["preprocessing"])
+        _example(preprocessing, path)
     else:
         model = _create_model(config, classes)
         preprocessing = preprocessing or _fit_preprocessing(config, model, normalisation, None)
@@ -142,15 +147,20 @@ def _blaming_model_args(config: Config) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # an error follows
             yield
-    except (ImportError, MemoryError, torch.AcceleratorError, torch.OutOfMemoryError):
+    except _NOT_THE_ARGUMENTS:
         raise
     except Exception as error:
         if not given and not isinstance(error, GrkanError):
             raise
-        reason = str(error).partition("\n")[0]
-        if " " not in reason:  # no sentence
-            reason = f"{type(error).__name__} {reason}".rstrip()
-        raise GrkanValueError(f"model_args do not fit {config.model}: {reason} (given: {given or 'none'})") from error
+        raise GrkanValueError(
+            f"model_args do not fit {config.model}: {_reason(error)} (given: {given or 'none'})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of a library in a line."""
+    reason = str(error).partition("\n")[0]
+    return reason if " " in reason else f"{type(error).__name__} {reason}".rstrip()  # a sentence, or else a name
 
 
 def _fit_preprocessing(
@@ -208,8 +218,9 @@ def load_trained(path: str | Path) -> TrainedModel:
     classes, preprocessing = metadata["classes"], metadata["preprocessing"]
     if not classes or not preprocessing:
         raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
-    device = _device()
-    return TrainedModel(load_model(path).to(device), classes, preprocessing, device)
+    device, model = _device(), load_model(path)
+    _check_preprocessing(model, preprocessing, len(classes), path)
+    return TrainedModel(model.to(device), classes, preprocessing, device)
 
 
 def load_weights(path: str | Path) -> nn.Module:
@@ -240,6 +251,8 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
         if name not in (None, metadata["model"]):
             raise GrkanValueError(f"{path} holds a {metadata['model']}, not a {name}; leave out --model")
         model, classes, preprocessing = load_model(path), metadata["classes"], metadata["preprocessing"]
+        if preprocessing:
+            _check_preprocessing(model, preprocessing, None, path)
     else:
         model, classes, preprocessing = _load_checkpoint_of_timm(name, checkpoint), None, None
     if classes is None and data is not None:
@@ -264,8 +277,8 @@ def describe(model: str) -> dict[str, dict[str, int]]:
     if Path(model).exists():
         path = model_file(model)
         built, metadata = load_model(path), read_metadata(path)
-        size = (metadata["preprocessing"] or resolve_data_config({}, model=built))["input_size"]
-        return {str(path): count_operations(built, tuple(size))}
+        known = {**resolve_data_config({}, model=built), **(metadata["preprocessing"] or {})}
+        return {str(path): count_operations(built, tuple(known["input_size"]))}
     check_model_name(model)
     names = [model]
     if model in timm.list_models("kat_*", module="kat"):
@@ -275,6 +288,28 @@ def describe(model: str) -> dict[str, dict[str, int]]:
         built = timm.create_model(name)
         counts[name] = count_operations(built, resolve_data_config({}, model=built)["input_size"])
     return counts
+
+
+def _check_preprocessing(model: nn.Module, preprocessing: Preprocessing, classes: int | None, path: Path) -> None:
+    """Let the model see an image, so that a file that says something else of its inputs or its outputs is named."""
+    x = _example(preprocessing, path)[None]
+    try:
+        with torch.inference_mode():
+            output = model(x)
+    except _NOT_THE_ARGUMENTS:
+        raise
+    except Exception as error:
+        raise GrkanValueError(f"{path} does not hold the preprocessing of its model: {_reason(error)}") from error
+    if classes is not None and tuple(output.shape) != (1, classes):
+        raise GrkanValueError(f"{path} has {classes} classes, but outputs of shape {tuple(output.shape)} for an image")
+
+
+def _example(preprocessing: Preprocessing, path: Path) -> Tensor:
+    """An input [C, H, W]; ValueError if the preprocessing, which `path` holds, does not give one."""
+    try:
+        return evaluation_transform(preprocessing)(Image.new("L", (8, 8)))
+    except Exception as error:  # timm, torchvision and Pillow each have their own
+        raise GrkanValueError(f"{path} holds preprocessing that cannot be used: {_reason(error)}") from error
 
 
 def _device() -> torch.device:

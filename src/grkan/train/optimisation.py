@@ -40,6 +40,19 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
+def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters whose gradients share a norm to clip: the rational coefficients do not count among the others.
+
+    A few hundred coefficients have a third of the squared norm of a KAT at its start, so clipped together they would
+    shrink the steps of all weights: 0.30 +- 0.21 points on Fashion-MNIST, docs/log.md.
+    """
+    coefficients = no_weight_decay(model)
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in model.named_parameters():
+        parts[name in coefficients].append(parameter)
+    return [part for part in parts if part]
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> CosineLRScheduler:
     """Linear warm-up, then a half-cosine: a pure function of the step, so that nothing of it has to be saved.
 

@@ -13,11 +13,17 @@ from rich.table import Table
 _WIDTH_WITHOUT_TERMINAL = 200
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the caller hear of it; rich would end the process."""
+        raise
+
+
 def make_console(stderr: bool = False) -> Console:
     """A console that never breaks the lines of a file or a pipe."""
-    console = Console(stderr=stderr, highlight=False)
+    console = _Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+        console = _Console(stderr=stderr, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
     return console
 
 
