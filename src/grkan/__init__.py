@@ -88,10 +88,14 @@ def _integration(name: str) -> Any:
     return importlib.import_module(f"grkan.integrations.{name}")
 
 
+def _tell_timm(models: Any) -> None:
+    importlib.import_module("grkan.models.kat")
+    _integration("timm").know_conversions(models)
+
+
 # Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
 # Accelerate their functions, as soon as either is imported, by whomever.
-when_imported("timm.models", lambda _: importlib.import_module("grkan.models.kat"))
-when_imported("timm.models", lambda module: _integration("timm").know_conversions(module))
+when_imported("timm.models", _tell_timm)
 # DTensors know no operator without a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
@@ -99,4 +103,5 @@ when_imported("transformers.modeling_utils", lambda module: _integration("transf
 when_imported(
     "transformers.distributed.tensor_parallel", lambda module: _integration("transformers").know_styles(module)
 )
+when_imported("transformers.trainer", lambda module: _integration("transformers").know_trainers(module))
 when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))

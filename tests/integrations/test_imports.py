@@ -13,7 +13,7 @@ from importlib.util import spec_from_file_location, spec_from_loader
 import pytest
 
 from grkan.integrations import imports
-from grkan.integrations.imports import when_imported
+from grkan.integrations.imports import put_around, when_imported
 
 MODELS = """
 import sys
@@ -306,3 +306,22 @@ def test_a_module_that_another_thread_is_importing_is_waited_for(write_zoo, call
     when_imported("zoo.models", lambda module: calls.append(hasattr(module, "make")))
     assert calls == [True]
     thread.join()
+
+
+def test_a_wrapper_is_put_around_a_function_once():
+    class Owner:
+        def method(self, x):
+            """Its own."""
+            return x
+
+        @classmethod
+        def of_the_class(cls, x):
+            return cls, x
+
+    function = Owner.method
+    for _ in range(2):
+        put_around(Owner, "method", lambda method: lambda self, x: method(self, x) + 1)
+        put_around(Owner, "of_the_class", lambda method: lambda cls, x: (*method(cls, x), "more"))
+    assert Owner().method(1) == 2
+    assert Owner.of_the_class(1) == (Owner, 1, "more")
+    assert (Owner.method.__doc__, Owner.method.__wrapped__) == ("Its own.", function)

@@ -333,6 +333,20 @@ def test_a_trainer_resumes_to_the_bit(tmp_path):
     )
 
 
+@pytest.mark.parametrize("optimiser", ["adamw_torch", "adafactor", "sgd"])
+def test_a_trainer_decays_no_coefficients(tmp_path, optimiser):
+    pytest.importorskip("accelerate", reason="Trainer stands on it")
+    model = bert("BertForSequenceClassification")
+    convert(model)
+    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to=[], weight_decay=0.1, optim=optimiser)
+    made = transformers.Trainer(model, arguments).create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    assert len(decay) == len([*model.parameters()])
+    assert len(coefficients(model)) == 8
+    assert {decay[id(p)] for p in coefficients(model).values()} == {0.0}
+    assert decay[id(model.classifier.weight)] == decay[id(model.bert.encoder.layer[0].output.dense.weight)] == 0.1
+
+
 def python(code):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     return subprocess.run(

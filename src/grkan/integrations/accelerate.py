@@ -1,18 +1,21 @@
 """Accelerate puts a checkpoint into a model tensor by tensor, and knows parameters and buffers alone."""
 
-import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from ..nn import GroupRational
+from .imports import put_around
 
 
-def know_extra_state(modeling: Any) -> None:
+def know_extra_state(modeling: ModuleType) -> None:
     """Let `load_checkpoint_and_dispatch` read what the coefficients in a checkpoint mean, in place of an error."""
-    place = modeling.set_module_tensor_to_device
+    put_around(modeling, "set_module_tensor_to_device", _placing)
 
-    @functools.wraps(place)
+
+def _placing(place: Callable[..., Any]) -> Callable[..., Any]:
     def set_module_tensor_to_device(
         module: nn.Module, tensor_name: str, device: Any, value: Any = None, *args: Any, **kwargs: Any
     ) -> None:
@@ -22,4 +25,4 @@ def know_extra_state(modeling: Any) -> None:
         elif value is not None:
             part.set_extra_state(value)
 
-    modeling.set_module_tensor_to_device = set_module_tensor_to_device
+    return set_module_tensor_to_device

@@ -4,6 +4,7 @@ A finder in front of all others waits for the modules. It lets the other finders
 calls the actions after that, and is gone when nothing waits any more. A module that was loaded keeps no trace of it.
 """
 
+import functools
 import importlib
 import sys
 import threading
@@ -30,6 +31,16 @@ def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
             sys.meta_path.insert(0, _finder)
     if sys.modules.get(name) is not None:  # looked at last, so that no import in another thread falls in between
         _act(importlib.import_module(name))  # waits for the other thread
+
+
+def put_around(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function of a module, or a method of a class, by wrapper(function); once, whoever is imported again."""
+    found = vars(owner)[name]
+    function = found.__func__ if isinstance(found, classmethod) else found
+    if not hasattr(function, "_put_around_by_grkan"):
+        new: Any = functools.wraps(function)(wrapper(function))
+        new._put_around_by_grkan = True
+        setattr(owner, name, classmethod(new) if isinstance(found, classmethod) else new)
 
 
 class _Finder(MetaPathFinder):

@@ -4,29 +4,30 @@ config.json names the architecture `grkan_converted`, which timm has as soon as 
 Its argument is the conversion. Every other model of ours is in timm's registry itself.
 """
 
-import functools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from timm.models import create_model, load_pretrained, register_model
 from torch import nn
 
 from ..convert.recipe import apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanValueError
+from .imports import put_around
 
 _NAME = "grkan_converted"
 
 
 def know_conversions(models: ModuleType) -> None:
     """Let `save_for_hf` and `push_to_hf_hub` write what was converted, and `create_model` read it."""
-    hub: Any = sys.modules[f"{models.__name__}._hub"]
-    save = hub.save_config_for_hf
+    put_around(sys.modules[f"{models.__name__}._hub"], "save_config_for_hf", _saving)
 
-    @functools.wraps(save)
+
+def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         save(model, config_path, *args, **kwargs)
         path = Path(config_path)
@@ -37,10 +38,10 @@ def know_conversions(models: ModuleType) -> None:
             arguments["grkan"] = {"architecture": config["architecture"], "conversion": recipe.to_dict()}
             path.write_text(json.dumps({**config, "architecture": _NAME, "model_args": arguments}, indent=2), "utf-8")
 
-    hub.save_config_for_hf = save_config_for_hf
-    sys.modules[f"{models.__name__}._registry"].register_model(grkan_converted)
+    return save_config_for_hf
 
 
+@register_model
 def grkan_converted(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
@@ -57,8 +58,6 @@ def grkan_converted(
     Raises:
         ValueError: grkan is none; or the recipe is none, or does not fit the model.
     """
-    from timm.models import create_model, load_pretrained
-
     if grkan is None:
         raise GrkanValueError(
             f"{_NAME} is the architecture of models that were saved by timm.models.save_for_hf, and made from there by "

@@ -1,18 +1,18 @@
-"""transformers saves a converted model, and makes it again, like any other.
+"""transformers saves a converted model, makes it again, and trains it, like any other.
 
 `save_pretrained` writes the recipe of the conversion to config.json, and a model that is made from such a config is
 converted before its weights are loaded. So `from_pretrained` and `from_config` of every class give the converted model
-as soon as grkan is imported. A quantiser of transformers' registry could do that, too; but a model that counts as
-quantised refuses `half()` and another quantiser, `from_config` passes it over, and a transformers that does not know
-the method loads the weights that it knows and says so in a warning.
+as soon as grkan is imported. Without grkan `from_pretrained` fails, because `_REFUSED` is in config.json.
 
-Without grkan `from_pretrained` of such a folder fails, because `_REFUSED` is in its config.json.
+A quantiser of transformers' registry could convert, too. But a model that counts as quantised refuses `half()` and
+another quantiser, `from_config` passes the conversion over, and a transformers that does not know the method loads what
+it knows of the weights, with a warning.
 """
 
 import copy
-import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,8 @@ from torch import nn
 
 from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanValueError
-from ..nn import GroupRational, RationalLinear
+from ..nn import GroupRational, RationalLinear, no_weight_decay
+from .imports import put_around
 
 _FIELD = "grkan"
 
@@ -34,14 +35,30 @@ _CUT_STYLES = ("colwise", "packed_colwise")
 """transformers' names for linear layers whose output is cut along the channels."""
 
 
-def know_configs(configuration_utils: ModuleType) -> None:
+def know_configs(configuration_utils: Any) -> None:
     """Let configs be read that were written by `save_pretrained` of a converted model."""
-    base = configuration_utils.PretrainedConfig
-    read = base._dict_from_json_file.__func__
+    put_around(configuration_utils.PretrainedConfig, "_dict_from_json_file", _reading)
 
-    @functools.wraps(read)
+
+def know_models(modeling_utils: Any) -> None:
+    """Let models be saved with their conversion, and be converted when they are made from a config that says so."""
+    model = modeling_utils.PreTrainedModel
+    put_around(model, "save_pretrained", _saving)
+    put_around(model, "post_init", _making)
+    put_around(model, "_initialize_weights", _initialising)
+    put_around(model, "from_pretrained", _loading)
+    if _record not in RECORDERS:
+        RECORDERS.append(_record)
+
+
+def know_trainers(trainer: Any) -> None:
+    """Let Trainer decay no rational coefficients: it goes by the names of biases and norms."""
+    put_around(trainer.Trainer, "get_decay_parameter_names", _decaying)
+
+
+def _reading(read: Callable[..., Any]) -> Callable[..., Any]:
     def _dict_from_json_file(cls: type, json_file: Any) -> dict[str, Any]:
-        fields = read(cls, json_file)
+        fields: dict[str, Any] = read(cls, json_file)
         if (recipe := fields.get(_FIELD)) is not None:
             quantised = fields.pop("quantization_config", {}).get("quantization_config")
             if quantised is not None:
@@ -51,57 +68,57 @@ def know_configs(configuration_utils: ModuleType) -> None:
                     part[_FIELD] = recipe
         return fields
 
-    base._dict_from_json_file = classmethod(_dict_from_json_file)
+    return _dict_from_json_file
 
 
-def know_models(modeling_utils: ModuleType) -> None:
-    """Let models be saved with their conversion, and be converted when they are made from a config that says so."""
-    base = modeling_utils.PreTrainedModel
-    post_init, initialize, save, load = (
-        base.post_init,
-        base._initialize_weights,
-        base.save_pretrained,
-        base.from_pretrained.__func__,
-    )
+def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _written(self):
+            return save(self, *args, **kwargs)
 
-    @functools.wraps(post_init)
+    return save_pretrained
+
+
+def _making(post_init: Callable[..., Any]) -> Callable[..., Any]:
     def post_init_(self: Any) -> None:
         post_init(self)
         if recipe := getattr(self.config, _FIELD, None):
             _convert(self, check_recipe(recipe))
 
-    @functools.wraps(initialize)
+    return post_init_
+
+
+def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # What a checkpoint lacks is memory that nobody has written to until here.
-        if isinstance(module, GroupRational) and not all(
-            getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)
-        ):
+        loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
+        if isinstance(module, GroupRational) and not all(loaded):
             module.reset_parameters()
         initialize(self, module, *args, **kwargs)
 
-    @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _written(self):
-            return save(self, *args, **kwargs)
+    return _initialize_weights
 
-    @functools.wraps(load)
+
+def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if getattr(model.config, _FIELD, None) and recipe_of(model) is None:
+        if (recipe := getattr(model.config, _FIELD, None)) and recipe_of(model) is None:
             raise GrkanValueError(
                 f"{cls.__name__} has none of the modules that grkan has converted in the model that was saved, as "
-                f"{model.config.grkan['layers'][0]['name']}; load that model, and take the part of it"
+                f"{recipe['layers'][0]['name']}; load that model, and take the part of it"
             )
         return loaded
 
-    base.post_init = post_init_
-    base._initialize_weights = _initialize_weights
-    base.save_pretrained = save_pretrained
-    base.from_pretrained = classmethod(from_pretrained)
+    return from_pretrained
 
-    config_class = modeling_utils.PreTrainedConfig
-    RECORDERS.append(functools.partial(_record, config_class))
+
+def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
+    def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
+        coefficients = no_weight_decay(model)
+        return [name for name in get_names(self, model) if name not in coefficients]
+
+    return get_decay_parameter_names
 
 
 def _convert(model: Any, recipe: Recipe) -> None:
@@ -187,14 +204,14 @@ def _set(config: Any, stack: ExitStack, name: str, value: Any) -> None:
 def _configs(config: Any) -> Iterator[Any]:
     yield config
     for part in vars(config).values():
-        if isinstance(part, type(config).__mro__[-2]):
+        if _is_config(part):
             yield from _configs(part)
 
 
-def _record(config_class: type, model: Any, recipe: Mapping[str, Any], undo: ExitStack) -> None:
+def _record(model: Any, recipe: Mapping[str, Any], undo: ExitStack) -> None:
     """Give a model that was converted a config of its own, which says so: other models may have been made from it."""
     config = getattr(model, "config", None)
-    if not isinstance(config, config_class):
+    if not _is_config(config):
         return
     _extend_plan(model, check_recipe(recipe).layers)
     copies: dict[int, Any] = {}
@@ -202,6 +219,10 @@ def _record(config_class: type, model: Any, recipe: Mapping[str, Any], undo: Exi
     setattr(new, _FIELD, recipe)
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, config_class) and id(value) in copies:
+            if _is_config(value) and id(value) in copies:
                 undo.callback(vars(module).__setitem__, name, value)
                 vars(module)[name] = copies[id(value)]
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, sys.modules["transformers.configuration_utils"].PretrainedConfig)
