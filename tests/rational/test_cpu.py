@@ -1,5 +1,6 @@
 """The C++ kernel: what the grid of `test_op.py` and the exact arithmetic of `test_reference.py` do not ask."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -165,6 +166,93 @@ def test_sums_of_five_million_terms(dtype, form):
         assert ((db[:, j] - wanted[1][:, j]).abs() <= 1e-6 * bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 1, 1024), (1, 1, 40_000), (1365, 1, 24), (400, 8, 96)], ids=str)
+def test_sums_of_equal_terms(shape, dtype):
+    """Their rounding errors all have one sign. With F = a_0 the terms of da_0 are the gradients themselves."""
+    x = torch.zeros(shape, dtype=dtype)
+    groups, count = shape[1], shape[0] * shape[2]
+    a, b = torch.ones(groups, 6), torch.zeros(groups, 4)
+    for value in torch.linspace(1, 2, 61).tolist():
+        grad = torch.full_like(x, value)
+        _, da, _ = cpu.backward(grad, x, a, b, "abs_of_sum", shape[2], False)[:3]
+        exact = count * grad.view(-1)[0].double()
+        assert ((da[:, 0] - exact).abs() <= 1e-6 * exact).all()
+
+
+ZERO_OR_NOT = [list(pattern) for pattern in itertools.product([0.0, 0.5], repeat=4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tiny", [0.0, 1e-25, 1e-35])
+def test_zeros_beside_any_number(tiny, form, dtype):
+    """An x that the vectors leave must not take those at 0 with it, whichever coefficients of A are 0 or nearly so."""
+    x = torch.tensor([0.0, -0.0, 1.0, -0.5, 0.0, 3.0, 0.0, 1.0] * 4, dtype=dtype)
+    grad = torch.linspace(1, 3, 32).to(dtype)
+    a = torch.tensor([[0.5, 0.9, -0.4, 0.3, 0.2, 0.05]])
+    for zero_or_not in ZERO_OR_NOT:
+        b = torch.tensor([[value or tiny * (-1) ** j for j, value in enumerate(zero_or_not)]])
+        dx, da, db = rational_backward(*(t.double() for t in (grad[:, None, None], x[:, None, None], a, b)), form)
+        for other in (1e-40, 1e-9, -1e-20, 3e4, -1e6, 1e30, torch.inf, torch.nan):
+            beside = torch.tensor([other, 0.0, other], dtype=dtype)
+            everything, gradients = torch.cat([x, beside]), torch.cat([grad, torch.tensor([0.0, 1.0, 0.0]).to(dtype)])
+            _, got_dx, got_da, got_db = run(everything[None, None], gradients[None, None], a, b, form)
+            tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+            torch.testing.assert_close(got_dx[0, 0, :-3], dx[:, 0, 0].to(dtype), **tolerance)
+            torch.testing.assert_close(got_dx[0, 0, -2], got_dx[0, 0, 0] / grad[0], **tolerance)
+            if not torch.tensor(other, dtype=dtype).isnan():
+                expected_da = da + torch.tensor([1.0, 0, 0, 0, 0, 0])
+                torch.testing.assert_close(got_da.double(), expected_da, rtol=2e-5, atol=2e-5)
+                torch.testing.assert_close(got_db.double(), db, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [(5, 4), (7, 6), (3, 4), (5, 0)], ids=str)
+def test_small_gradients_of_large_x(order, form, dtype):
+    """g / Q may be no number of float32 where dx, da and db are."""
+    a, b = torch.linspace(0.2, 0.9, order[0] + 1)[None], torch.linspace(0.9, 0.2, order[1])[None]
+    for size, g in itertools.product((1.0, 30.0, 300.0, 5e3, 5e4, 5e5), (1e-12, 1e-20, 1e-25, 1e-30, 1e-37)):
+        x, grad = (torch.tensor([[[value]]]).to(dtype) for value in (size, g))
+        wanted = rational_backward(*(t.double() for t in (grad, x, a, b)), form)
+        for actual, exact in zip(run(x, grad, a, b, form)[1:], wanted, strict=True):
+            rtol = 2**-7 if actual.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(actual.double() / g, exact / g, rtol=rtol, atol=1e-38 / g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_that_overflow_are_infinite(form, dtype):
+    """Not NaN: neither by inf - inf of the lanes nor by 0 inf. What overflows float32 on the way alone is a number."""
+    x = torch.tensor([-2.0, 2.0, 1.0, 0.0] * 64, dtype=dtype).view(1, 1, -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    a, b = torch.tensor([[1.0, 0.0, 0.0]], dtype=wide), torch.tensor([[0.5, 0.25]], dtype=wide)
+    large = torch.finfo(wide).max / 4
+    grad = torch.zeros_like(x)
+    grad[x == 1], grad[0, 0, 0] = large, -large
+    _, da, db = run(x, grad, a, b, form)[1:]
+    assert da.tolist() == [[torch.inf] * 3]
+    assert db.tolist() == [[-torch.inf] * 2]
+    if dtype != torch.float64:
+        grad = (torch.linspace(-1, 1.5, x.numel()) * 2e36).to(dtype).view_as(x)
+        exact = [t.double() for t in (grad, x, a, b)]
+        for actual, expected in zip(run(x, grad, a, b, form)[2:], rational_backward(*exact, form)[1:], strict=True):
+            torch.testing.assert_close(actual.double() / 1e38, expected / 1e38, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(37, 4, 16), (37, 3, 7), (37, 8, 24), (3, 1, 1000)], ids=str)
+def test_the_same_bits_at_any_address(size, dtype):
+    x, grad, a, b = inputs(size, dtype=dtype)
+    expected = run(x, grad, a, b, "abs_of_sum")
+    for offset in range(1, 17):
+        moved = [torch.empty(t.numel() + 64, dtype=dtype)[k : k + t.numel()].view_as(t).copy_(t)
+                 for t, k in ((x, offset), (grad, 3 * offset % 17))]
+        for actual, wanted in zip(run(*moved, a, b, "abs_of_sum"), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("order", [(5, 4), (7, 6), (2, 3)], ids=str)
@@ -184,6 +272,12 @@ def test_mistakes_in_calling_the_operator_do_not_reach_memory():
         ((x, a.half(), b, False, 8), "float32 or float64"),
         ((x, a[:2], b, False, 8), "same number of rows"),
         ((x, a[:, :0], b, False, 8), "numerator must have a column"),
+        ((x, a[:0], b[:0], False, 8), "must have a row"),
+        ((x, a[:0], b, False, 8), "must have a row"),
+        ((x, a[:1], b[:0], False, 8), "must have a row"),
+        ((x, a, b, False, 2**62), "multiple of groups"),
+        ((x, a, b, False, 2**63 - 1), "multiple of groups"),
+        ((x, a, b, False, -8), "multiple of groups"),
         ((x, a, b[0], False, 8), "2-D"),
         ((x, a, b.T.contiguous().T, False, 8), "contiguous"),
         ((x, a, b, False, 5), "multiple of groups"),
