@@ -273,11 +273,18 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
   return fits;
 }
 
-// Rows that are worked on together, so that the coefficients and sums of a short run are fetched once for all of them.
+// Rows that are worked on together, so that the coefficients of a short run are fetched once for all of them. Not many,
+// for memory is fastest row after row.
+GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
+
+// The same where sums stay in registers meanwhile: as many as a few kilobytes hold, but a quarter of what may be summed
+// at least, or there would be too many such sums to add up in S.
 template <class T>
-GRKAN_INLINE int64_t rows_together(const Run& run) {
-  const int64_t units = run.units + (run.tail > 0), most = kVectorsTogether / vectors<T>;
-  return units >= most ? 1 : most / units;
+GRKAN_INLINE int64_t rows_summed_together(const Run& run, int64_t row_size) {
+  const int64_t of_row = (run.units + (run.tail > 0)) * vectors<T>, near = 8192 / (row_size * int64_t(sizeof(T)));
+  const int64_t most = kVectorsTogether / of_row, least = (kVectorsTogether / 4 + of_row - 1) / of_row;
+  const int64_t rows = near < least ? least : near, bounded = rows < most ? rows : most;
+  return bounded < 1 ? 1 : bounded;
 }
 
 template <class T, bool Absolute, class O>
@@ -294,7 +301,7 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
     }
     store(to, z);
   };
-  const int64_t size = plan.row_size, together = rows_together<T>(plan.runs[tile.first_run]);
+  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
@@ -353,7 +360,7 @@ static bool backward_order(
     store(dx, g);
     if constexpr (Output) store(y, f);
   };
-  const int64_t size = plan.row_size, together = rows_together<T>(plan.runs[tile.first_run]);
+  const int64_t size = plan.row_size, together = rows_summed_together<T>(plan.runs[tile.first_run], size);
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {

@@ -37,8 +37,8 @@ SUM_BLOCK = 1024
 SAFE_BITS = tl.constexpr(96)
 """|x|^m and |x|^n may reach 2^96 in float32, so that 2^31 remain for the coefficients."""
 
-SMALL_B = tl.constexpr(2.0**-64)
-"""A smaller |b_1| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
+SMALL_B1, SMALL_B2 = tl.constexpr(2.0**-100), tl.constexpr(2.0**-23)
+"""Smaller |b_1| and |b_2| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
 
 
 # Where things are. An offset counts vectors from the start of x, so every address is a multiple of a vector's size.
@@ -48,16 +48,18 @@ SMALL_B = tl.constexpr(2.0**-64)
 def _first(chunk, tiles, group, groups, units, LANES: tl.constexpr, LONG: tl.constexpr):
     """The offset of each lane's first vector, and the vector's number within its row of the group."""
     if LONG:
-        chunk, groups = chunk.to(tl.int64), groups.to(tl.int64)
+        chunk, group = chunk.to(tl.int64), group.to(tl.int64)
+        groups, units = groups.to(tl.int64), units.to(tl.int64)
     number = chunk * tiles * LANES + tl.arange(0, LANES)
     row = number // units
     column = number - row * units
-    return row * (groups * units) + group * units + column, column.to(tl.int32)
+    return row * (groups * units) + group * units + column, column
 
 
 @triton.jit
 def _next(offset, column, groups, units, LANES: tl.constexpr):
     """The same for the vector LANES further on; a division at each step would cost more than these few additions."""
+    groups, units = groups.to(offset.dtype), units.to(offset.dtype)
     rows = LANES // units
     columns = LANES - rows * units
     column += columns
@@ -70,7 +72,7 @@ def _next(offset, column, groups, units, LANES: tl.constexpr):
 def _end(rows, groups, units, LONG: tl.constexpr):
     """What the offset of every vector of x is less than, and that of every vector behind the last row is not."""
     if LONG:
-        rows = rows.to(tl.int64)
+        rows, groups, units = rows.to(tl.int64), groups.to(tl.int64), units.to(tl.int64)
     return rows * groups * units
 
 
@@ -250,11 +252,14 @@ def _exceeds(largest, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _sign_is_open(b, N: tl.constexpr):
-    """Whether other coefficients than b_1 decide the sign of A(x) near 0; form abs_of_sum."""
-    others = False
-    for j in tl.static_range(1, N):
+    """Whether A(x), which has a sign for every normal x, may have none in float32 near 0; form abs_of_sum, N > 1.
+
+    The product b_2 x does not underflow for a normal x where |b_2| is at least 2^-23, and b_1 counts where it is above.
+    """
+    others = b[1] != 0
+    for j in tl.static_range(2, N):
         others = others | (b[j] != 0)
-    return (tl.abs(b[0]) < SMALL_B) & (others | (b[0] != 0))
+    return (tl.abs(b[0]) < SMALL_B1) & (tl.abs(b[1]) < SMALL_B2) & others
 
 
 @triton.jit
@@ -343,7 +348,7 @@ def backward_kernel(
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
         offset, column = _next(offset, column, groups, units, LANES)
     careful = _exceeds(largest, M, N)
-    if N > 0 and not ABSOLUTE and DTYPE == tl.float32:
+    if N > 1 and not ABSOLUTE and DTYPE == tl.float32:
         careful = careful | _sign_is_open(b, N)
     stride = groups * chunks
     sums_ptr += group * chunks + chunk
@@ -423,7 +428,7 @@ def sum_kernel(
     rows = tl.where(i <= M, a_rows, b_rows)
     if row < rows:
         count = groups // rows * chunks  # a shared row takes the chunks of all groups
-        sums_ptr += (i * groups * chunks).to(tl.int64) + row * count
+        sums_ptr += i.to(tl.int64) * groups * chunks + row.to(tl.int64) * count
         total = tl.zeros([BLOCK], tl.float64)
         for start in tl.range(0, count, BLOCK):
             at = start + tl.arange(0, BLOCK)
