@@ -273,9 +273,7 @@ class TestRefused:
 
     def test_a_recipe_that_is_wrong(self, path):
         self.rewrite(path, conversion={"version": 1, "layers": [3]})
-        with pytest.raises(
-            ValueError, match="holds a converted model, of which the layer 0 of recipe must be"
-        ):
+        with pytest.raises(ValueError, match="holds a converted model, of which the layer 0 of recipe must be"):
             load_model(path)
 
     def test_a_file_cannot_name_another_file(self, path, tmp_path):

@@ -49,13 +49,13 @@ def randomise(layer):
 def fused(monkeypatch):
     """How often the fused operation ran."""
     calls = []
-    original = module_with_the_fused_path.rational_linear
+    original = module_with_the_fused_path.rational_linear_of_vectors
 
     def spy(x, *args, **kwargs):
         calls.append(x.shape)
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(module_with_the_fused_path, "rational_linear", spy)
+    monkeypatch.setattr(module_with_the_fused_path, "rational_linear_of_vectors", spy)
     return calls
 
 

@@ -37,13 +37,13 @@ KINDS = [lambda: RationalLinear(16, 8), lambda: RationalLinear(16, 8, bias=False
 def fused(monkeypatch):
     """How often the fused operation ran."""
     calls = []
-    original = module_under_test.rational_linear
+    original = module_under_test.rational_linear_of_vectors
 
     def spy(x, *args, **kwargs):
         calls.append(x.shape)
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(module_under_test, "rational_linear", spy)
+    monkeypatch.setattr(module_under_test, "rational_linear_of_vectors", spy)
     return calls
 
 
@@ -245,6 +245,18 @@ def test_meta_and_dtype():
     assert layer.act.numerator.dtype == torch.float32
     layer.to_empty(device="cpu").reset_parameters()
     assert layer(torch.randn(2, 16, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript():
+    layer, x = randomised(RationalLinear(16, 8)), torch.randn(3, 16)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(layer), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    torch.testing.assert_close(loaded(x), layer(x))
+    actual = torch.autograd.grad(loaded(x).square().sum(), list(loaded.parameters()))
+    torch.testing.assert_close(actual, torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
 
 
 def test_another_width_is_refused():
