@@ -1,6 +1,7 @@
 """Every registered KAT, in the manner of timm's own tests; and what is KAT's own: its start and its arguments."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -469,14 +470,47 @@ def test_deepcopy_and_state_dict():
     assert torch.equal(other(x), model(x))
 
 
-def test_onnx(tmp_path):
+@pytest.mark.parametrize("node", ["blocks.1.mlp", "blocks.1.mlp.act1", "blocks.1.mlp.fc2"])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_feature_extraction(library, node):
+    """A tracer sees the parts of a GRKAN, which are one operation otherwise."""
+    torch.manual_seed(0)
+    model = timm.create_model("kat_micro_patch2_8").eval()
+    if library == "timm":
+        extractor = timm.models.create_feature_extractor(model, [node])
+    else:
+        extractor = pytest.importorskip("torchvision.models.feature_extraction").create_feature_extractor(model, [node])
+    x, seen = images(model, 3), []
+    found = extractor(x)
+    found = found[node] if isinstance(found, dict) else found[0]
+    model.get_submodule(node).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(x)
+    torch.testing.assert_close(found, seen[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("name", [name for name in KATS if "micro" in name])
+def test_torchscript(name, how):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x, y = images(model, 2), images(model, 3)
+    program = torch.jit.script(model) if how == "script" else torch.jit.trace(model, (x,))
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(y), model(y))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_onnx(tmp_path, backend):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     model = timm.create_model("kat_micro_patch2_8").eval()
     x = images(model, 3)
     path = tmp_path / "kat.onnx"
-    with set_backend("reference"), torch.no_grad():
+    with set_backend(backend), torch.no_grad():
         torch.onnx.export(model, (x,), str(path), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

@@ -247,6 +247,18 @@ def test_meta_and_dtype():
     assert layer(torch.randn(2, 16, dtype=torch.bfloat16)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript():
+    layer, x = randomised(RationalLinear(16, 8)), torch.randn(3, 16)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(layer), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    torch.testing.assert_close(loaded(x), layer(x))
+    actual = torch.autograd.grad(loaded(x).square().sum(), list(loaded.parameters()))
+    torch.testing.assert_close(actual, torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+
+
 def test_another_width_is_refused():
     layer = RationalLinear(16, 8)
     with pytest.raises(ValueError, match="x must have 16 channels"):

@@ -390,6 +390,16 @@ class TestWidth:
         assert module.to("meta")(x.to("meta")).shape == x.shape
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("order", [(5, 4), (3, 0)])
+@pytest.mark.parametrize("share_numerator", [True, False])
+def test_torchscript(order, share_numerator):
+    init = (torch.randn(order[0] + 1), torch.randn(order[1]))
+    module = GroupRational(4, init, order, share_numerator=share_numerator, channel_dim=1)
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors(layout):
     module = GroupRational(2, "gelu")

@@ -1,14 +1,19 @@
 """The door: one grid that every backend passes, and everything that PyTorch can do with a function."""
 
+import contextlib
+import io
 import itertools
 import subprocess
 import sys
+import threading
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grkan
@@ -203,7 +208,7 @@ def test_range_and_limits_through_the_door(backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", [(5, 4), (0, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("order", [(5, 4), (0, 0), (2, 3), (4, 1)], ids=str)
 def test_gradcheck_and_gradgradcheck(backend, form, order):
     torch.manual_seed(5)
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
@@ -584,6 +589,358 @@ def test_b_learns_from_the_identity_start(backend):
         assert (b.grad != 0).all()
 
 
+# Coefficients as vectors, as the layers keep them.
+
+
+@pytest.mark.parametrize("share", ["none", "numerator", "denominator"])
+@pytest.mark.parametrize("order", [(5, 4), (3, 0)], ids=str)
+def test_vectors_of_coefficients(backend, order, share):
+    """The same values, first and second derivatives as with matrices."""
+    torch.manual_seed(14)
+    matrices = coefficients(4, order, share, dtype=torch.float64)
+    vectors = tuple(t.detach().flatten().requires_grad_() for t in matrices)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+
+    def results(a, b, of_vectors):
+        f, g = (
+            (op.group_rational_of_vectors, op.rational_linear_of_vectors)
+            if of_vectors
+            else (grkan.group_rational, grkan.rational_linear)
+        )
+        y = f(x, a, b, order, "abs_of_sum") if of_vectors else f(x, a, b)
+        z = g(x, a, b, weight, None, order, "abs_of_sum") if of_vectors else g(x, a, b, weight)
+        inputs = (x, a, b, weight)
+        options = {"allow_unused": True, "materialize_grads": True}
+        plain = torch.autograd.grad(y.sum() + z.square().sum(), inputs, retain_graph=True, **options)
+        again = torch.autograd.grad(y.sum() + z.square().sum(), inputs, create_graph=True, **options)
+        second = torch.autograd.grad(sum(t.square().sum() for t in again), inputs, **options)
+        return [t.flatten() for t in (y, z, *plain, *second)]
+
+    torch.testing.assert_close(results(*vectors, True), results(*matrices, False), rtol=1e-9, atol=1e-9)
+
+
+def test_vectors_of_coefficients_in_a_graph(backend):
+    torch.compiler.reset()
+    torch.manual_seed(15)
+    a, b = (t.detach().flatten().requires_grad_() for t in coefficients(4, (5, 4)))
+    x = torch.randn(3, 8)
+
+    def f(x):
+        return op.group_rational_of_vectors(x, a, b, (5, 4), "abs_of_sum", -1, 2)
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+    torch.testing.assert_close(vmap(f)(x), f(x))
+    torch.testing.assert_close(torch.autograd.grad(f(x).sum(), (a, b))[0].shape, a.shape)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "group_width", "message"),
+    [
+        (
+            torch.ones(23),
+            torch.ones(16),
+            None,
+            r"numerator must be a vector of rows of 6 coefficients; got shape \(23,\)",
+        ),
+        (torch.ones(4, 6), torch.ones(16), None, r"numerator must be a vector .*; got shape \(4, 6\)"),
+        (torch.ones(24), torch.ones(15), None, r"denominator must be a vector of rows of 4 coefficients"),
+        (torch.ones(24), torch.ones(16), 4, r"x must have 16 channels in dimension -1, .*; got shape \(3, 8\)"),
+        (torch.ones(12), torch.ones(8), 2, "x must have 4 channels"),
+    ],
+)
+def test_bad_vectors(a, b, group_width, message):
+    with pytest.raises(ValueError, match=message):
+        op.group_rational_of_vectors(X, a, b, (5, 4), "abs_of_sum", -1, group_width)
+
+
+# Tracers and exporters.
+
+
+class Two(torch.nn.Module):
+    """Both functions; channels first for the one, last for the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(c.detach()) for c in coefficients(4, (5, 4)))
+        self.weight = torch.nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        y = grkan.group_rational(x, self.a, self.b, channel_dim=1)
+        return grkan.rational_linear(y.movedim(1, -1), self.a, self.b, self.weight, form="sum_of_abs")
+
+
+def images_in_other_formats():
+    yield torch.randn(3, 8, 5, 7)
+    yield torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last)
+    yield torch.randn(2, 4, 5, 8).permute(0, 3, 1, 2)
+    yield torch.randn(0, 8, 2, 2)
+
+
+def test_fx_sees_one_operation_for_each_function():
+    model = Two()
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [grkan.group_rational, grkan.rational_linear]
+    for x in images_in_other_formats():
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_torch_function_is_heard():
+    class Heard(torch.Tensor):
+        calls: ClassVar = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.calls.append((function, kwargs))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    weight = torch.randn(5, 8)
+    for place in range(3):
+        tensors = [X, A, B]
+        tensors[place] = tensors[place].as_subclass(Heard)
+        y = grkan.group_rational(*tensors, form="sum_of_abs", channel_dim=1)
+        assert Heard.calls[0] == (grkan.group_rational, {"form": "sum_of_abs", "channel_dim": 1})
+        assert type(y) is Heard
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), grkan.group_rational(X, A, B, form="sum_of_abs"))
+        Heard.calls.clear()
+        assert type(grkan.rational_linear(*tensors, weight)) is Heard
+        assert Heard.calls[0][0] is grkan.rational_linear
+        Heard.calls.clear()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("traced_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_jit_trace(backend, traced_format, grad_mode):
+    """Right for another batch, size and memory format; no size that Python compared is warned of."""
+    torch.manual_seed(16)
+    model = Two()
+    with torch.set_grad_enabled(grad_mode), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, (torch.randn(2, 8, 3, 4).to(memory_format=traced_format),))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for x in images_in_other_formats():
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+    actual = torch.autograd.grad(loaded(x := torch.randn(1, 8, 2, 2)).square().sum(), list(loaded.parameters()))
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    assert ("grkan::group_rational" in str(loaded.inlined_graph)) == (backend != "reference")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_plain_operations_is_right_for_other_values():
+    a, b = (c.detach() for c in coefficients(4, (5, 4)))
+    with grkan.set_backend("reference"):
+        traced = torch.jit.trace(lambda x: grkan.group_rational(x, a, b), (X,))
+    torch.testing.assert_close(traced(1e12 * X), grkan.group_rational(1e12 * X, a, b))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx(tmp_path, dynamo):
+    """With the default backend, which the exporter does not know."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(17)
+    model, path = Two().eval(), tmp_path / "two.onnx"
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    options = {"dynamic_shapes": (sizes,)} if dynamo else {"input_names": ["x"], "dynamic_axes": {"x": sizes}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.randn(2, 8, 3, 4),), str(path), dynamo=dynamo, verbose=False, **options)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 8, 5, 7)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_decompositions(strict):
+    """An exported program keeps the operators, with symbols for sizes, too, and decomposes where it is told to."""
+    torch.compiler.reset()
+    model, x = Two(), torch.randn(2, 8, 3, 4)
+    sizes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict)
+    ours = {torch.ops.grkan.group_rational.default, torch.ops.grkan.rational_linear.default}
+    assert {node.target for node in program.graph.nodes} & ours
+    table = torch.export.default_decompositions()
+    table.update(torch._decomp.get_decompositions(ours))
+    plain = program.run_decompositions(table)
+    called = [node.target for node in plain.graph.nodes if node.op == "call_function"]
+    assert {target.namespace for target in called if isinstance(target, torch._ops.OpOverload)} == {"aten"}
+    x = torch.randn(5, 8, 3, 4)
+    torch.testing.assert_close(plain.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_operators_count_dimensions_from_the_end_too():
+    x, (a, b) = torch.randn(2, 8, 3, requires_grad=True), coefficients(4, (5, 4))
+    y, z = (torch.ops.grkan.group_rational(x, a, b, "abs_of_sum", dim) for dim in (1, -2))
+    torch.testing.assert_close(z, y)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), (x, a, b)), torch.autograd.grad(y.sum(), (x, a, b)))
+
+
+# Other kinds of tensors.
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(backend, layout):
+    torch.manual_seed(18)
+    parts = [torch.randn(length, 8) for length in (3, 1, 4)]
+    inputs = linear_inputs(dtype=torch.float32)[1:]
+    nested = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+    y, z = grkan.group_rational(nested, *inputs[:2]), grkan.rational_linear(nested, *inputs)
+    if layout is torch.jagged:
+        assert (y + nested).shape == nested.shape  # a residual connection: the lengths are known to be the same
+    loss = sum(t.square().sum() for t in (*y.unbind(), *z.unbind()))
+    dx, *rest = torch.autograd.grad(loss, (nested, *inputs))
+    parts = [part.requires_grad_() for part in parts]
+    wanted = [(grkan.group_rational(x, *inputs[:2]), grkan.rational_linear(x, *inputs)) for x in parts]
+    loss = sum(t.square().sum() for pair in wanted for t in pair)
+    torch.testing.assert_close(list(y.unbind()), [pair[0] for pair in wanted])
+    gradients = torch.autograd.grad(loss, (*parts, *inputs))
+    torch.testing.assert_close((*dx.unbind(), *rest), gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_jagged_tensors_of_other_kinds():
+    """With holes, and with the channels in front; not across parts of different lengths."""
+    holes = torch.nested.narrow(
+        torch.randn(2, 9, 8), 1, torch.tensor([0, 2]), torch.tensor([3, 4]), layout=torch.jagged
+    )
+    y = grkan.group_rational(holes, A, B)
+    assert y.shape == holes.shape
+    torch.testing.assert_close(y.unbind()[1], grkan.group_rational(holes.unbind()[1], A, B))
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(4, 8)], layout=torch.jagged)
+    y = grkan.group_rational(nested.transpose(1, 2), A, B, channel_dim=1)
+    torch.testing.assert_close(y.transpose(1, 2).unbind()[1], grkan.group_rational(nested.unbind()[1], A, B))
+    for channel_dim in (0, 1, 3):
+        with pytest.raises(ValueError, match="channel_dim must be a dimension of the parts"):
+            grkan.group_rational(nested, A, B, channel_dim=channel_dim)
+
+
+def test_zero_tensors(backend):
+    """A gradient that PyTorch knows to be zero has no memory."""
+    inputs = [t.requires_grad_() for t in linear_inputs(dtype=torch.float32)]
+    x, a, b = inputs[:3]
+    for y, of in ((grkan.group_rational(x, a, b), (x, a, b)), (grkan.rational_linear(*inputs), inputs)):
+        for gradient in torch.autograd.grad(y, of, torch._efficientzerotensor(y.shape)):
+            assert not gradient.any()
+    zero = torch._efficientzerotensor((3, 8))
+    torch.testing.assert_close(grkan.group_rational(zero, a, b), grkan.group_rational(torch.zeros(3, 8), a, b))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (0, 0)], ids=str)
+def test_a_weight_without_rows_or_columns(backend, shape):
+    a, b = coefficients(4, (5, 4))
+    inputs = [torch.randn(3, shape[1], requires_grad=True), a, b, torch.randn(shape, requires_grad=True)]
+    y = grkan.rational_linear(*inputs)
+    assert y.shape == (3, shape[0])
+    gradients = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    assert [t.shape for t in gradients] == [t.shape for t in inputs]
+    assert not any(t.any() for t in gradients)
+
+
+def test_saved_tensors_that_come_back_otherwise():
+    """Hooks may hand back x with other strides."""
+    inputs = [t.requires_grad_() for t in linear_inputs(dtype=torch.float32)]
+
+    def losses():
+        return grkan.group_rational(*inputs[:3]).square().sum() + grkan.rational_linear(*inputs).square().sum()
+
+    wanted = torch.autograd.grad(losses(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.contiguous(), lambda t: t.mT):
+        loss = losses()
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+# Autocast.
+
+
+class CountCasts(TorchDispatchMode):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def linear_in_half(inputs, wanted=False):
+    """What `rational_linear` is to be under autocast: F in half precision, then PyTorch's linear layer."""
+    x, a, b, weight, bias = inputs
+    f = grkan.group_rational(x.bfloat16(), a, b)
+    return torch.nn.functional.linear(f, weight, bias)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_autocast_casts_a_weight_once(backend, grad_mode):
+    """As for `F.linear`, with whose casts it shares: seen here by the memory of the copy that the graph keeps."""
+    inputs = linear_inputs(dtype=torch.float32)
+    copies = set()
+    with torch.set_grad_enabled(grad_mode), torch.autocast("cpu", torch.bfloat16):
+        with CountCasts(inputs[3].shape) as counter:
+            grkan.rational_linear(*inputs)
+            linear_in_half(inputs)
+        assert counter.count == 1
+
+        def keep(t):
+            if t.dtype == torch.bfloat16 and t.numel() == inputs[3].numel():
+                copies.add(t.data_ptr())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            kept = [grkan.rational_linear(*inputs) for _ in range(3)] + [linear_in_half(inputs)]
+    assert len(copies) == grad_mode
+    for y in kept[:-1]:
+        torch.testing.assert_close(y, kept[-1], rtol=0, atol=0)
+
+
+def test_gradients_under_autocast(backend):
+    """First and second ones, of several calls in one block; what is kept is x and the weight in half precision."""
+    inputs = linear_inputs(dtype=torch.float32)
+    stored = []
+
+    def gradients(f):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(inputs) + f(inputs)
+        first = torch.autograd.grad(y.float().square().sum(), inputs, retain_graph=True)
+        again = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(t.float().square().sum() for t in again), inputs, allow_unused=True)
+        return [*first, *second]
+
+    def fused(inputs):
+        return grkan.rational_linear(*inputs)
+
+    actual, wanted = gradients(fused), gradients(linear_in_half)
+    for g, w in zip(actual, wanted, strict=True):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g / w.abs().max(), w / w.abs().max(), rtol=0, atol=0.03)
+    if backend != "reference":
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t),
+        ):
+            fused(inputs)
+        assert sorted(t.shape for t in stored) == sorted(t.shape for t in inputs[:4])
+
+
+def test_autocast_within_autocast(backend):
+    inputs = linear_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grkan.rational_linear(*inputs)
+        with torch.autocast("cpu", enabled=False):
+            assert grkan.rational_linear(*inputs).dtype == torch.float32
+        if backend != "reference":  # F.linear cannot
+            with torch.autocast("cpu", torch.float16):
+                z = grkan.rational_linear(*inputs)
+            assert z.dtype == torch.float16
+            torch.testing.assert_close(y.float(), z.float(), rtol=0.05, atol=0.05)
+
+
 # Errors.
 
 X, A, B = torch.randn(3, 8), torch.randn(4, 6), torch.randn(4, 4)
@@ -609,6 +966,7 @@ X, A, B = torch.randn(3, 8), torch.randn(4, 6), torch.randn(4, 4)
         ((X[:, :7], A, B), ValueError, r"divisible by the number of groups, 4 .*; got 7 channels in dimension -1"),
         ((X, A.to("meta"), B), ValueError, "numerator must be on the device of x, cpu; got meta"),
         ((X.to("meta"), A.to("meta"), B), ValueError, "denominator must be on the device of x, meta; got cpu"),
+        ((X.to_sparse(), A, B), TypeError, "x must be dense, as x.to_dense\\(\\) is; got layout sparse_coo"),
     ],
 )
 def test_bad_tensors(arguments, error, message):
@@ -666,6 +1024,128 @@ def test_set_backend():
     with pytest.raises(ValueError, match="backend must be 'auto' or 'reference' or 'native'; got 'fast'"):
         grkan.set_backend("fast")
     assert op._backend() == "auto"
+
+
+def in_another_thread(f):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(f()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_block_is_of_its_thread_and_a_call_of_the_process():
+    with grkan.set_backend("reference"):
+        assert in_another_thread(op._backend) == "auto"
+    try:
+        grkan.set_backend("reference")
+        assert in_another_thread(op._backend) == "reference"
+        with grkan.set_backend("auto"):
+            assert (op._backend(), in_another_thread(op._backend)) == ("auto", "reference")
+    finally:
+        grkan.set_backend("auto")
+    held = grkan.set_backend("reference")
+    assert op._backend() == "reference"
+    with held:
+        assert (op._backend(), in_another_thread(op._backend)) == ("reference", "auto")
+    assert op._backend() == "auto"
+
+
+def test_overlapping_blocks_leave_nothing_behind():
+    """Entered and left in turn, by two threads, and made before either is entered."""
+    steps = [threading.Event() for _ in range(4)]
+    seen = []
+
+    def other():
+        block = grkan.set_backend("reference")
+        steps[0].set()
+        steps[1].wait(10)
+        with block:
+            seen.append(op._backend())
+            steps[2].set()
+            steps[3].wait(10)
+        seen.append(op._backend())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    steps[0].wait(10)
+    with contextlib.ExitStack() as stack:
+        mine = grkan.set_backend("native" if op.KERNELS else "auto")
+        stack.enter_context(mine)
+        steps[1].set()
+        steps[2].wait(10)
+        assert op._backend() == mine.name
+    steps[3].set()
+    thread.join()
+    assert seen == ["reference", "auto"]
+    assert op._backend() == "auto"
+
+
+def test_many_calls_of_set_backend_are_not_kept():
+    for _ in range(100):
+        grkan.set_backend("auto")
+    assert len(op._calls) < 20
+
+
+def test_a_compiled_function_follows_the_backend_of_its_thread():
+    torch.compiler.reset()
+    a, b = (c.detach() for c in coefficients(4, (5, 4)))
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=record)
+    def f(x):
+        return grkan.group_rational(x, a, b)
+
+    f(X)
+    assert "grkan.group_rational.default" in graphs[0] or "grkan.group_rational" in graphs[0]
+    with grkan.set_backend("reference"):
+        in_another_thread(lambda: f(X))
+        assert len(graphs) == 1
+        f(X)
+        assert len(graphs) == 2
+    f(X)
+    assert len(graphs) == 2
+
+
+def test_the_backward_uses_what_the_forward_used(monkeypatch):
+    """Whatever the backend is by then."""
+    calls = []
+    kernel = op.Kernel(op.REFERENCE.forward, lambda *args: calls.append(1) or op.REFERENCE.backward(*args))
+    monkeypatch.setitem(op.KERNELS, "cpu", kernel)
+    x, a, b = X.clone().requires_grad_(), *coefficients(4, (5, 4))
+    y, z = grkan.group_rational(x, a, b), grkan.rational_linear(x, a, b, torch.randn(5, 8))
+    with grkan.set_backend("reference"):
+        (y.sum() + z.sum()).backward()
+    assert len(calls) == 2
+
+
+def test_a_call_like_an_earlier_one_is_checked_all_the_same():
+    """Earlier calls are remembered by all that was checked."""
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    grkan.group_rational(X, A, B, channel_dim=1)
+    grkan.rational_linear(X, A, B, weight, bias)
+    for arguments, error in (
+        ((X.to_sparse(), A, B), TypeError),
+        ((X.to_mkldnn(), A, B), TypeError),
+        ((X, A.long(), B), TypeError),
+        ((X, A, B.to("meta")), ValueError),
+        ((X.to("meta"), A, B), ValueError),
+        ((X, A, B, weight.double()), TypeError),
+        ((X, A, B, weight, bias.double()), TypeError),
+        ((X, A, B, weight, bias.to("meta")), ValueError),
+        ((X, A, B, weight, torch.randn(1)), ValueError),
+    ):
+        with pytest.raises(error):
+            (grkan.group_rational if len(arguments) == 3 else grkan.rational_linear)(*arguments)
+    for channel_dim in (True, 1.0):
+        with pytest.raises(TypeError, match="channel_dim must be an int"):
+            grkan.group_rational(X, A, B, channel_dim=channel_dim)
+    with pytest.raises(TypeError, match="form must be"):
+        grkan.group_rational(X, A, B, form=["abs_of_sum"])
 
 
 def test_native_backend_fails_loudly_without_a_kernel(monkeypatch):

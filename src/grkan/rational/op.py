@@ -85,7 +85,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_calls: list["set_backend"] = []  # of set_backend outside of `with`: the last holds for the process
+_backend_of_process = "auto"
+_calls: list["set_backend"] = []  # of set_backend outside of `with`, the last of which holds for the process
 _CALLS_KEPT = 16
 
 
@@ -196,10 +197,12 @@ class set_backend:
         # Until `__enter__`, this cannot be told from a call. Each takes back itself, in whatever order threads come.
         _calls.append(self)
         del _calls[1:-_CALLS_KEPT]
+        _settle()
 
     def __enter__(self) -> "set_backend":
         if self in _calls:
             _calls.remove(self)
+            _settle()
         self._outer, _thread.backend = _thread.backend, self.name
         return self
 
@@ -207,11 +210,19 @@ class set_backend:
         _thread.backend = self._outer
 
 
+def _settle() -> None:
+    """Without a lock, which torch.compile could not trace: whoever writes what is no longer so writes once more."""
+    global _backend_of_process
+    while _backend_of_process != _calls[-1].name:
+        _backend_of_process = _calls[-1].name
+
+
 set_backend("auto")  # is never taken back
 
 
 def _backend() -> str:
-    return _thread.backend or _calls[-1].name
+    # Not from the list: a compiled graph would be guarded by its length.
+    return _thread.backend or _backend_of_process
 
 
 def _check_backend(device_type: str) -> None:
@@ -325,8 +336,6 @@ def _call(
         raise GrkanTypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(dtype)}")
     if layout is not torch.strided:
         raise GrkanTypeError(f"x must be dense, as x.to_dense() is; got layout {str(layout).removeprefix('torch.')}")
-    if not shape:
-        raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
     shapes = None
     if order is not None:
         shapes = _rows("numerator", a_shape, order[0] + 1), _rows("denominator", b_shape, order[1])
@@ -346,18 +355,20 @@ def _call(
             f"numerator and denominator must have the same number of rows, or one of them a single row; "
             f"got {of_a[0]} and {of_b[0]}"
         )
+    if group_width is not None and shape[channel_dim:][:1] != (groups * group_width,):
+        raise GrkanValueError(
+            f"x must have {groups * group_width} channels in dimension {channel_dim}, those that this function was "
+            f"made for; got shape {tuple(shape)}. If that is this rank's part of the channels, as in tensor "
+            "parallelism, the plan needs grkan.GroupParallel() for this function"
+        )
+    if not shape:
+        raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
     if not -len(shape) <= channel_dim < len(shape):
         raise GrkanValueError(
             f"channel_dim must lie in [{-len(shape)}, {len(shape) - 1}] for x of shape {tuple(shape)}; "
             f"got {channel_dim}"
         )
     channels = shape[channel_dim]
-    if group_width is not None and channels != groups * group_width:
-        raise GrkanValueError(
-            f"x must have {groups * group_width} channels in dimension {channel_dim}, those that this function was "
-            f"made for; got shape {tuple(shape)}. If that is this rank's part of the channels, as in tensor "
-            "parallelism, the plan needs grkan.GroupParallel() for this function"
-        )
     if channels % groups:
         raise GrkanValueError(
             f"the channels of x must be divisible by the number of groups, {groups} (rows of the coefficients); "

@@ -96,7 +96,8 @@ def rational_backward(
         terms_a = [term * w[i] for i, term in enumerate(terms_a)]
         terms_b = [term * w[j] for j, term in enumerate(terms_b, 1)]
         _, at_infinity, grows = _limits(z, a, b)
-        dx = torch.where(infinite, torch.where(grows, at_infinity * g, 0.0), u / size * slope)
+        at_infinity = torch.where(grows, at_infinity * torch.where(infinite, g, 0.0), 0.0)  # two masks, as above
+        dx = torch.where(infinite, at_infinity, u / size * slope)
     if form == "sum_of_abs":
         terms_b = [term * _sign(coefficient) for term, coefficient in zip(terms_b, b, strict=True)]
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
