@@ -131,7 +131,7 @@ def test_coefficients_alone_can_be_trained(tiny, tmp_path, finished):
 def test_everything_but_coefficients_can_be_trained(tiny, tmp_path, finished):
     folder = _run(tmp_path, "run", tiny, init=str(finished[0]), trainable="weights", lr=0.01)
     before, after = load_file(finished[0] / "best.safetensors"), load_file(folder / "last.safetensors")
-    kept = {key for key in before if torch.equal(before[key], after[key])}
+    kept = {key for key in before if torch.equal(before[key], after[key]) and not key.endswith("_extra_state")}
     assert kept == no_weight_decay(load_model(folder / "last.safetensors"))
 
 
@@ -146,7 +146,7 @@ def test_weight_decay_reaches_coefficients_only_if_asked_for(tiny, tmp_path):
     settings = {"epochs": 1, "batch_size": 1024, "warmup_epochs": 0, "lr": 0.01, "weight_decay": 0.1}
     plain = load_file(_run(tmp_path, "plain", tiny, **settings) / "last.safetensors")
     decayed = load_file(_run(tmp_path, "decayed", tiny, **settings, coefficient_weight_decay=0.5) / "last.safetensors")
-    coefficients = [key for key in plain if ".act" in key]
+    coefficients = [key for key in plain if key.endswith(("numerator", "denominator"))]
     assert len(coefficients) == 4
     initial = GroupRational(4, "swish")
     torch.testing.assert_close(

@@ -37,8 +37,8 @@ SUM_BLOCK = 1024
 SAFE_BITS = tl.constexpr(96)
 """|x|^m and |x|^n may reach 2^96 in float32, so that 2^31 remain for the coefficients."""
 
-SMALL_B1, SMALL_B2 = tl.constexpr(2.0**-100), tl.constexpr(2.0**-23)
-"""Smaller |b_1| and |b_2| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
+SMALL_B = tl.constexpr(2.0**-64)
+"""A smaller |b_1| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
 
 
 # Where things are. An offset counts vectors from the start of x, so every address is a multiple of a vector's size.
@@ -252,14 +252,11 @@ def _exceeds(largest, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _sign_is_open(b, N: tl.constexpr):
-    """Whether A(x), which has a sign for every normal x, may have none in float32 near 0; form abs_of_sum, N > 1.
-
-    The product b_2 x does not underflow for a normal x where |b_2| is at least 2^-23, and b_1 counts where it is above.
-    """
-    others = b[1] != 0
-    for j in tl.static_range(2, N):
+    """Whether other coefficients than b_1 decide the sign of A(x) near 0; form abs_of_sum."""
+    others = False
+    for j in tl.static_range(1, N):
         others = others | (b[j] != 0)
-    return (tl.abs(b[0]) < SMALL_B1) & (tl.abs(b[1]) < SMALL_B2) & others
+    return (tl.abs(b[0]) < SMALL_B) & (others | (b[0] != 0))
 
 
 @triton.jit
@@ -348,7 +345,7 @@ def backward_kernel(
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
         offset, column = _next(offset, column, groups, units, LANES)
     careful = _exceeds(largest, M, N)
-    if N > 1 and not ABSOLUTE and DTYPE == tl.float32:
+    if N > 0 and not ABSOLUTE and DTYPE == tl.float32:
         careful = careful | _sign_is_open(b, N)
     stride = groups * chunks
     sums_ptr += group * chunks + chunk
