@@ -140,3 +140,5 @@ def test_mistakes():
     layer.act.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"without hooks.* act has some"):
         grkan.plain(layer)
+    with pytest.raises(ValueError, match=r"without hooks.* it has some"):
+        grkan.plain(layer.act)

@@ -37,7 +37,8 @@ def plain(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(check_module("model", model)).eval().requires_grad_(False)
     replaced: dict[nn.Module, nn.Module] = {}  # a shared function stays shared
     if isinstance(copied, GroupRational):
-        return PlainRational(copied)
+        _check_plain("it", copied)
+        return PlainRational(copied).eval()
     for name, module in list(copied.named_modules()):
         for slot, child in module._modules.items():
             if isinstance(child, GroupRational):
