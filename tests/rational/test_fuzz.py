@@ -3,7 +3,8 @@
 `python tests/rational/test_fuzz.py --hours 1` goes on for longer, with other seeds, and prints the seed of whatever is
 wrong; `--seed` runs one. In a test GRKAN_FUZZ_CASES says how many cases there are.
 
-The promise, for arithmetic with unit roundoff u (2^-24; for float64 x 2^-53) and smallest normal number t:
+The promise, for arithmetic with unit roundoff u (2^-24; for float64 x 2^-53), where t is twice the smallest normal
+number:
 
     |F - exact|     <= k u (S + t),              S = the sum of the absolute terms of P over Q
     |dx - exact|    <= k u (|g| + t) (S' + t),   S' the same for F'
@@ -201,7 +202,7 @@ def wrong(case: Case, backend: str) -> list[str]:
 def _wrong(case: Case, found: dict[str, Tensor]) -> list[str]:
     x, grad = long(case.x), long(case.grad)
     info = torch.finfo(torch.float64 if case.x.dtype == torch.float64 else torch.float32)
-    unit, tiny = Long(info.eps) / 2, Long(info.tiny)
+    unit, tiny = Long(info.eps) / 2, 2 * Long(info.tiny)
     m, n = case.numerator.shape[1] - 1, case.denominator.shape[1]
     k = (m + n + 8) * unit
     c = _terms(case)
