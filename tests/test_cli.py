@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +116,36 @@ def test_plot_writes_a_picture(run, tmp_path, data, capsys):
     assert main(["plot", str(run), *data, "--output", str(path)]) == 0
     assert Image.open(path).width > 500
     assert capsys.readouterr().out == f"{path}\n"
+
+
+def _report(path):
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(content[1])
+
+
+def test_plot_writes_a_page_of_a_run(run, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run), "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    report = _report(path)
+    assert report["title"].endswith(" on digits")
+    assert all(sum(function["counts"]) > 0 for function in report["functions"])
+    assert sum(map(sum, report["confusion"])) == 355
+    top1 = 100 * sum(row[i] for i, row in enumerate(report["confusion"])) / 355
+    assert top1 == pytest.approx(report["epochs"][-1]["top1"])
+
+
+def test_a_page_says_what_it_lacks(run, tmp_path):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run / "best.safetensors"), "--output", str(path)]) == 0
+    report = _report(path)
+    assert "give --data" in report["notes"][0]
+    assert (report["epochs"], report["confusion"]) == ([], None)
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text("model: kat_micro_patch2_8\ndata: /nowhere\n")
+    assert main(["plot", str(moved), "--output", str(path)]) == 0
+    assert "/nowhere" in _report(path)["notes"][0]
 
 
 def test_info_shows_the_twin(capsys):

@@ -1,0 +1,82 @@
+"""The site: `make docs` writes it to build/docs. Pages are Markdown (MyST); the API comes from the docstrings."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import grkan
+from grkan.train.config import Config
+
+HERE = Path(__file__).parent
+
+project = "grkan"
+author = "The grkan developers"
+copyright = author
+version = release = grkan.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = ["_generated"]
+myst_heading_anchors = 3
+
+default_role = "code"  # docstrings put code into single backticks, as Markdown does
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # they are in the signatures
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Shape", "notes_style"), ("Returns, raises", "returns_style")]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "grkan"
+html_static_path = ["_static"]
+templates_path = ["_templates"]
+html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
+html_sidebars = {"**": ["pages.html"]}
+html_theme_options = {
+    "navbar_center": [],
+    "show_toc_level": 2,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+    "navigation_with_keys": True,
+}
+
+
+def write_settings() -> None:
+    """The table of all settings of a training run, from where they are declared."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Config):
+        default = field.default if field.default is not dataclasses.MISSING else "{}"
+        meaning = re.sub(r"[|<>]", r"\\\g<0>", field.metadata["meaning"])
+        within = field.metadata["within"]
+        rows.append(
+            f"| `{field.name}` | {'' if default is None else f'`{default}`'} | {meaning}"
+            f"{'' if within is None else f'; {within}'} |"
+        )
+    folder = HERE / "_generated"
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def list_guides(app: Any, page: str, source: list[str]) -> None:
+    """Put the pages that index.md does not name among its guides, so that none is forgotten."""
+    if page == "index":
+        listed = {"index", *source[0].split()}
+        more = "".join(f"{name}\n" for name in sorted(app.env.found_docs) if name not in listed)
+        source[0] = source[0].replace("in_other_hands\n", f"in_other_hands\n{more}")
+
+
+def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Let |x| and x* in a docstring be what they say, and no markup of reStructuredText."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(`+[^`]*`+)", line)
+        lines[i] = "".join(p if p.startswith("`") else re.sub(r"(?<!\\)([*|])", r"\\\1", p) for p in parts)
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this."""
+    write_settings()
+    app.connect("source-read", list_guides)
+    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon adds markup of its own
