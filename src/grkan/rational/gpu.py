@@ -27,9 +27,10 @@ from ..errors import GrkanRuntimeError
 VECTOR_BYTES = 16
 """What one instruction reads or writes at most."""
 
-SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 16384, 4096
-"""Scalars of a chunk: x is cut into 4096, about what a GPU works on at once, if they are not too short or too long.
-The sums of a short one are below 2 % of what it reads and writes for order (7, 6)."""
+SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 4096, 4096
+"""Scalars of a chunk: x is cut into 4096 chunks, about what a GPU works on at once, unless they get too short or too
+long. The sums of a short one are below 2 % of what it reads and writes for order (7, 6). In a long one a lane adds at
+most 32 sums, one of each vector, so float32 keeps them to 1e-6 even where every term is rounded to the same side."""
 
 SUM_BLOCK = 1024
 """Sums that the second kernel adds side by side."""
@@ -175,11 +176,10 @@ def _value(x, a, b, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr):
 def _gradient(g, x, a, b, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr):
     """dx, F(x), and sums with the terms of da and db added; b stands for |b| in the form sum_of_abs.
 
-    With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = u (P' + v A'). Products in this order underflow no
-    sooner than their results; g F / Q would.
+    With r = 1 / Q and v = -s F: da_i += g (r x^i), db_j += g v (r x^j), dx = g (r (P' + v A')). Products in this order
+    underflow no sooner than their results; g / Q would. Empty sums start with these terms.
     """
     value, slope = _horner(a, x, M + 1)
-    u, v, odd = g, x, x
     if N > 0:
         t = tl.abs(x) if ABSOLUTE else x
         last, of_last = _horner(b, t, N)
@@ -187,32 +187,48 @@ def _gradient(g, x, a, b, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.c
         inner = tl.fma(last, t, 0.0)
         of_inner = tl.fma(of_last, t, last)
         inverse = _inverse(1.0 + tl.abs(inner))
-        u = g * inverse
         value *= inverse
         if ABSOLUTE:
             v = -value
             sign = _sign_bit(x + 0.0)
             odd = _flip(v, sign)  # for the odd powers of |x|, of which the sums below have those of x
             slope = tl.fma(odd, of_inner, slope)
+            odd_gv = g * odd
         else:
             v = _flip(-value, _sign_bit(inner))
-            odd = v
             slope = tl.fma(v, of_inner, slope)
-    elif M == 0:
-        value += 0.0 * x
-    term = u
-    added = (sums[0] + term,)
+            odd_gv = g * v
+        gv = _flip(odd_gv, sign) if ABSOLUTE else odd_gv
+        slope *= inverse
+        term = inverse
+        added = (_plus(term, g, sums, 0),)
+    else:
+        gv, odd_gv = g, g
+        if M == 0:
+            value += 0.0 * x
+        term = x * 0.0 + 1.0
+        added = (g + sums[0],) if len(sums) > 0 else (g,)
     for i in tl.static_range(1, M + 1):
         term *= x
-        added = added + (sums[i] + term,)
-    term = u
+        added = added + (_plus(term, g, sums, i),)
+    if N > 0:
+        term = inverse
     for j in tl.static_range(1, N + 1):
         term *= x  # the same products again, which are computed once
         if j % 2 == 1:
-            added = added + (tl.fma(term, odd, sums[M + j]),)
+            added = added + (_plus(term, odd_gv, sums, M + j),)
         else:
-            added = added + (tl.fma(term, v, sums[M + j]),)
-    return u * slope, value, added
+            added = added + (_plus(term, gv, sums, M + j),)
+    return g * slope, value, added
+
+
+@triton.jit
+def _plus(x, y, sums, AT: tl.constexpr):
+    """The product x y, added to one of the sums if there are any."""
+    if len(sums) > 0:
+        return tl.fma(x, y, sums[AT])
+    else:
+        return x * y
 
 
 @triton.jit
@@ -220,6 +236,14 @@ def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
     values = ()
     for _ in tl.static_range(COUNT):
         values = values + (tl.zeros([LANES], DTYPE),)
+    return values
+
+
+@triton.jit
+def _add(first, second, COUNT: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (first[i] + second[i],)
     return values
 
 
@@ -335,11 +359,12 @@ def backward_kernel(
         inside = at < end * VECTOR
         xs = _split(tl.load(x_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
         gs = _split(tl.load(grad_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
-        dxs, ys = (), ()
+        dxs, ys, terms = (), (), ()
         for k in tl.static_range(VECTOR):
             largest = _larger(largest, xs[k])
-            dx, y, sums = _gradient(gs[k], xs[k], a, b, sums, M, N, ABSOLUTE)
+            dx, y, terms = _gradient(gs[k], xs[k], a, b, terms, M, N, ABSOLUTE)
             dxs, ys = dxs + (dx,), ys + (y,)
+        sums = _add(sums, terms, M + 1 + N)
         tl.store(dx_ptr + at, _join(dxs, LANES, VECTOR, 0).to(STORED), inside)
         if OUTPUT:
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
@@ -356,7 +381,7 @@ def backward_kernel(
         )  # fmt: skip
     else:
         for i in tl.static_range(M + 1 + N):
-            tl.store(sums_ptr + i * stride, tl.sum(sums[i], 0).to(tl.float64))
+            tl.store(sums_ptr + i * stride, tl.sum(sums[i].to(tl.float64), 0))
 
 
 @triton.jit
