@@ -13,6 +13,7 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -36,6 +37,7 @@ from .data import (
     TrainingSampler,
     UnreadableImages,
     absolute,
+    describe,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -121,8 +123,8 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: there is no such data set or model to start from, or `model` is another than that one.
     """
-    source = find_source(config.data)
-    chosen = {"data": absolute(config.data), **resolve_model(config)}
+    source = find_source(config.data, config.val_split, config.seed)
+    chosen = {"data": absolute(config.data), **resolve_model(config, source.model)}
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
@@ -181,12 +183,14 @@ class _Run:
             )
         state_path = self.folder / "state" / "state.pt"
         state = load_state(state_path) if resumed and state_path.exists() else None
-        source = find_source(config.data)
+        source = find_source(config.data, config.val_split, config.seed)
         self.training, self.test = self._load_data(source)
+        self.found = () if source.kind is None else (describe(self.training), describe(self.test), self._kind(source))
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        self.model, self.preprocessing = make_model(config, len(self.training.classes), source.normalisation, known)
+        normalisation = source.normalisation and partial(source.normalisation, self.training)
+        self.model, self.preprocessing = make_model(config, len(self.training.classes), normalisation, known)
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
         choose_trainable(self.model, config)
@@ -219,6 +223,12 @@ class _Run:
                 f"{self.config.data}; lower --batch-size"
             )
         return training, test
+
+    def _kind(self, source: Source) -> str:
+        """What the settings of the augmentation go by."""
+        names = ("shift", "hflip", "color_jitter")
+        used = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
+        return f"{source.kind}: {used}; the options of these names change it"
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -268,6 +278,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self.board = self._tensorboard(stack, done)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
+            for line in self.found:
+                self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
             elif done:
