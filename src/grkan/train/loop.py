@@ -13,7 +13,6 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -185,15 +184,17 @@ class _Run:
         state = load_state(state_path) if resumed and state_path.exists() else None
         source = find_source(config.data, config.val_split, config.seed)
         self.training, self.test = self._load_data(source)
-        self.found = () if source.kind is None else (describe(self.training), describe(self.test), self._kind(source))
+        self.notes = [] if source.kind is None else [describe(self.training), describe(self.test), self._kind(source)]
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        normalisation = source.normalisation and partial(source.normalisation, self.training)
-        self.model, self.preprocessing = make_model(config, len(self.training.classes), normalisation, known)
+        start = make_model(config, self.training, source.normalisation, known)
+        self.model, self.preprocessing = start.model, start.preprocessing
+        self.new_head = start.new_head if state is None else state["new_head"]
+        self.notes += start.notes
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
-        choose_trainable(self.model, config)
+        choose_trainable(self.model, config, self.new_head)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
@@ -278,7 +279,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self.board = self._tensorboard(stack, done)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
-            for line in self.found:
+            for line in self.notes:
                 self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
@@ -524,6 +525,7 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
             "conversion": getattr(self.model, "grkan_conversion", None),
+            "new_head": self.new_head,
             "best": self.best,
             "last": self.last,
             "running": vars(self.running),
