@@ -15,7 +15,7 @@ import numpy as np
 from grkan.inspection import interval_of, rationals, record_inputs
 from grkan.nn import GroupRational
 from grkan.train.data import UnreadableImages
-from grkan.train.evaluate import first_images, test_loader
+from grkan.train.evaluate import data_for, first_images, loader_for
 from grkan.train.model import load_trained
 
 WIDTH, HEIGHT = 830, 378
@@ -117,7 +117,7 @@ def _arrow(start: float, end: float, y: float) -> str:
 def main(run: str, block: str, data: str, output: str) -> None:
     """Draw the functions of the GR-KAN `block` of a trained model, where test images of `data` have their inputs."""
     trained = load_trained(run)
-    images = first_images(test_loader(trained, data, batch_size=256, workers=0), UnreadableImages())
+    images = first_images(loader_for(trained, data_for(trained, data), batch_size=256, workers=0), UnreadableImages())
     assert images is not None
     inputs = record_inputs(trained.model, [images.to(trained.device)])
     found = rationals(trained.model)

@@ -387,7 +387,7 @@ def _report(options: argparse.Namespace) -> None:
     from .inspection import count_confusions, rationals, record_inputs
     from .report import make_report
     from .train.data import UnreadableImages
-    from .train.evaluate import first_images, test_loader
+    from .train.evaluate import data_for, first_images, loader_for
     from .train.metrics import read_metrics
     from .train.model import load_trained, load_weights
     from .train.progress import evaluation_bar
@@ -410,7 +410,7 @@ def _report(options: argparse.Namespace) -> None:
     else:
         try:
             trained = load_trained(options.model)
-            loader = test_loader(trained, data, batch_size=256, workers=None)
+            loader = loader_for(trained, data_for(trained, data), batch_size=256, workers=0)
         except GrkanValueError as error:
             if options.data is not None:
                 raise
