@@ -249,9 +249,13 @@ def test_several_files_take_their_places_together(tmp_path, umask):
 
 
 def test_of_several_files_none_is_left_if_their_writer_fails(tmp_path):
-    with pytest.raises(KeyError), replacing_files(tmp_path / "model.onnx") as file:
-        file.write_bytes(b"new")
-        raise KeyError
+    def fail():
+        with replacing_files(tmp_path / "model.onnx") as file:
+            file.write_bytes(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,9 +264,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, exists):
     path = tmp_path / "folder"
     if exists:
         path.mkdir()
-    with pytest.raises(KeyError), new_folder(path) as folder:
-        (folder / "file").write_text("half")
-        raise KeyError
+
+    def fail():
+        with new_folder(path) as folder:
+            (folder / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == [path] * exists
     with new_folder(path) as folder:
         (folder / "file").write_text("whole")
