@@ -475,6 +475,19 @@ def test_export(run, tmp_path, capsys, monkeypatch, onnxruntime):
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
 
 
+def test_export_of_a_run_for_timm(run, tmp_path, capsys):
+    assert main(["export", str(run), "--format=timm", f"--output={tmp_path / 'kat'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'kat'}\n"
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    card = (tmp_path / "kat" / "README.md").read_text()
+    assert f"| {line['top1']:.2f} % | {line['loss']:.4f} |" in card
+    settings = (tmp_path / "kat" / "train.yaml").read_text()
+    assert "epochs: 1\n" in settings
+    assert str(run) not in settings + card
+    line = _fails(capsys, ["export", run, "--format=timm", "--output", tmp_path / "kat"])
+    assert "is there already; a new or an empty folder is wanted" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

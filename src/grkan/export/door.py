@@ -46,7 +46,7 @@ def export(
         format: "onnx", for ONNX Runtime and others: a node `grkan::GroupRational` for every function, which is in the
             same file as a function of standard operators, and which `grkan.onnx_library()` runs faster;
             "openvino"; "pt2", a program of `torch.export`; "aoti", compiled by AOTInductor for this processor;
-            "executorch", for XNNPACK; "timm", a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+            "executorch", with XNNPACK, for the sizes of the example alone; "timm", a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
         example: what the model is called with: a Tensor, a tuple of arguments, or a mapping of keyword arguments. None:
             images of the size that a model of timm's registry is made for, or a transformers model's `dummy_inputs`.
         dynamic: whether the batch may have any size, and so a text's length, and an image's height and width where the
@@ -80,7 +80,10 @@ def export(
     if format == "timm":
         write(model, path)
     else:
-        write(make_job(model, example, dynamic), path, **(options if format == "onnx" else {}))
+        # ExecuTorch plans its memory ahead, and a phone has one image at a time.
+        fixed = format == "executorch"
+        job = make_job(model, example, dynamic and not fixed, batch=1 if fixed else 2)
+        write(job, path, **(options if format == "onnx" else {}))
     return path
 
 

@@ -1,8 +1,11 @@
 """What is to be exported: a model, what it is called with, which sizes may change, and what it has to compute."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +22,7 @@ from ..rational.arguments import check_module
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far an output may be from PyTorch's, relative to the largest number in it, by the dtype of the model."""
 
-_BATCH, _LENGTH = "batch", "length"
+BATCH, _LENGTH = "batch", "length"
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ class Job:
         return worst
 
 
-def make_job(model: Any, example: Any, dynamic: bool) -> Job:
-    """Raises TypeError and ValueError as `grkan.export` does."""
+def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2) -> Job:
+    """Raises TypeError and ValueError as `grkan.export` does; batch: of images, where no example is given."""
     original = unwrap(check_module("model", model))
     if any(t.is_meta for t in original.state_dict().values()):
         raise GrkanValueError("model must hold data; it is on the meta device")
@@ -120,15 +123,15 @@ def make_job(model: Any, example: Any, dynamic: bool) -> Job:
     dtype = _dtype(copied)
     if dtype not in TOLERANCE:
         raise GrkanTypeError(f"model must be of a floating dtype; got {dtype}")
-    given = _default_example(copied, metadata, dtype) if example is None else _as_call(example)
+    given = _default_example(copied, metadata, dtype, batch) if example is None else _as_call(example)
     given = given.map(lambda t: t.detach().cpu())
     if not given.tensors():
         raise GrkanValueError(f"example must hold a tensor; got {example!r}")
     varying = [_sizes(copied, t) if dynamic else {} for t in given.tensors()]
     calls = [given]
     if any(varying):
-        calls += [_resized(given, varying, {_BATCH: 3, _LENGTH: 7}, _patch(copied))]
-    job_example = _resized(given, varying, {_BATCH: 2, _LENGTH: 5}, _patch(copied)) if any(varying) else given
+        calls += [_resized(given, varying, {BATCH: 3, _LENGTH: 7}, _patch(copied))]
+    job_example = _resized(given, varying, {BATCH: 2, _LENGTH: 5}, _patch(copied)) if any(varying) else given
     expected = [outputs(_run(copied, call)) for call in calls]
     return Job(copied, job_example, varying, calls, expected, metadata, dtype)
 
@@ -174,6 +177,26 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def cause(error: BaseException) -> str:
+    """What the errors of PyTorch's exporters, which are pages long, were raised for."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep from the user what exporters say about their own work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     """That of the weights; coefficients are float32 in any model."""
     coefficients = {id(p) for m in model.modules() if isinstance(m, GroupRational) for p in m.parameters()}
@@ -185,11 +208,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
 # Examples.
 
 
-def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype) -> Call:
+def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, batch: int) -> Call:
     generator = torch.Generator().manual_seed(0)
 
     def images(*size: int) -> Tensor:
-        return torch.randn(2, *size, generator=generator).to(dtype)
+        return torch.randn(batch, *size, generator=generator).to(dtype)
 
     preprocessing = metadata["preprocessing"]
     if preprocessing and "input_size" in preprocessing:
@@ -216,7 +239,7 @@ def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype) ->
 
 def _sizes(model: Any, t: Tensor) -> dict[int, str]:
     """The dimensions of an input that may change: batch, length of a text, height and width where the model allows."""
-    names = {0: _BATCH} if t.dim() else {}
+    names = {0: BATCH} if t.dim() else {}
     if t.dim() == 2 and not t.is_floating_point():
         names[1] = _LENGTH
     if t.dim() == 4 and t.is_floating_point() and getattr(model, "dynamic_img_size", False):

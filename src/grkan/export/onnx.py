@@ -4,14 +4,11 @@ The meaning is a function of standard operators, which a runtime puts in the pla
 way to compute it, as ONNX Runtime does with `grkan.onnx_library()`.
 """
 
-import contextlib
 import copy
 import json
-import logging
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from .._version import __version__
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..writing import replacing_files
-from .job import Call, Job, one_line
+from .job import Call, Job, cause, quietly
 from .plain import plain, replace_functions
 
 DOMAIN, NODE, VERSION = "grkan", "GroupRational", 1
@@ -99,7 +96,7 @@ class _Node(nn.Module):
 def _trace(model: nn.Module, job: Job) -> ir.Model:
     args, kwargs = job.example.args, dict(job.example.kwargs)
     try:
-        with _silence(), torch.no_grad():
+        with quietly(), torch.no_grad():
             program: Any = torch.onnx.export(
                 model,
                 args,
@@ -114,7 +111,7 @@ def _trace(model: nn.Module, job: Job) -> ir.Model:
         raise
     except Exception as error:  # of torch.export, of the exporter, or of the model
         raise GrkanValueError(
-            f"model cannot be traced by torch.onnx.export: {_cause(error)}; dynamic=False asks for less"
+            f"model cannot be traced by torch.onnx.export: {cause(error)}; dynamic=False asks for less"
         ) from error
     model_: ir.Model = program.model
     _transpose_keys_at_once(model_)
@@ -140,26 +137,6 @@ def _transpose_keys_at_once(model: ir.Model) -> None:
         return op.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
 
     onnxscript.rewriter.rewrite(model, [onnxscript.rewriter.pattern.RewriteRule(nine, one, known_rank)])
-
-
-def _cause(error: BaseException) -> str:
-    """What the exporter's errors, which are pages long, were raised for."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter's notes about its own passes from the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
@@ -310,7 +287,7 @@ def _quantise(source: Path, file: Path) -> None:
     """Matrix products with weights in 8 bits, a scale for each column; the other factor is quantised as it comes."""
     from onnxruntime.quantization import quantize_dynamic
 
-    with _silence():
+    with quietly():
         quantize_dynamic(
             source,
             file,
