@@ -46,7 +46,8 @@ def export(
         format: "onnx", for ONNX Runtime and others: a node `grkan::GroupRational` for every function, which is in the
             same file as a function of standard operators, and which `grkan.onnx_library()` runs faster;
             "openvino"; "pt2", a program of `torch.export`; "aoti", compiled by AOTInductor for this processor;
-            "executorch", with XNNPACK, for the sizes of the example alone; "timm", a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+            "executorch", with XNNPACK, for the sizes of the example alone;
+            "timm", a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub.
         example: what the model is called with: a Tensor, a tuple of arguments, or a mapping of keyword arguments. None:
             images of the size that a model of timm's registry is made for, or a transformers model's `dummy_inputs`.
         dynamic: whether the batch may have any size, and so a text's length, and an image's height and width where the
