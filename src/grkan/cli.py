@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=_name, metavar="FILE", help="save a picture of target, fit and error")
 
     sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
-    sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
+    sub.add_argument(
+        "suite", choices=("ops", "layers", "models", "deploy", "kernels"), metavar="ops|layers|models|deploy|kernels"
+    )
     sub.add_argument("--rounds", type=_positive, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="cpu (default), or cuda, a GPU")
