@@ -170,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--plot", type=_name, metavar="FILE", help="save a picture of the worst fits")
 
+    sub = command(
+        "export", _export, "write a model for programs that have no grkan: ONNX, OpenVINO, PyTorch's packages"
+    )
+    sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
+    sub.add_argument("--output", type=_name, required=True, metavar="FILE", help="the file; for timm a folder")
+    sub.add_argument("--format", default="onnx", help="onnx (default), openvino, pt2, aoti, executorch or timm")
+    sub.add_argument(
+        "--with-library", action="store_true", help="for onnx: put grkan's kernel for ONNX Runtime beside the file"
+    )
+    sub.add_argument("--int8", action="store_true", help="for onnx: weights in 8 bits")
+
     sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one, or make a page")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument(
@@ -195,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=_name, metavar="FILE", help="save a picture of target, fit and error")
 
     sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
-    sub.add_argument("suite", choices=("ops", "layers", "models", "kernels"), metavar="ops|layers|models|kernels")
+    sub.add_argument(
+        "suite", choices=("ops", "layers", "models", "deploy", "kernels"), metavar="ops|layers|models|deploy|kernels"
+    )
     sub.add_argument("--rounds", type=_positive, metavar="N", help="turns of each rival (15)")
     sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="cpu (default), or cuda, a GPU")
@@ -353,6 +366,28 @@ def _convert(options: argparse.Namespace) -> None:
             save_figure(figure, path)
         print(options.plot)
     print(options.output)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import FORMATS, export
+    from .rational.arguments import check_choice
+    from .train.model import load_weights
+    from .writing import write_bytes
+
+    check_choice("--format", options.format, FORMATS)
+    library = None
+    if options.with_library:
+        if options.format != "onnx":
+            raise GrkanValueError(f"--with-library is for --format onnx, not {options.format}")
+        from . import onnx_library
+
+        library = Path(onnx_library())
+    written = [export(load_weights(options.model), options.output, format=options.format, int8=options.int8)]
+    if library is not None:
+        written.append(written[0].with_name(library.name))
+        write_bytes(written[1], library.read_bytes())
+    for path in written:
+        print(path)
 
 
 def _plot(options: argparse.Namespace) -> None:

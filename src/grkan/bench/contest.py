@@ -34,7 +34,7 @@ class Rival:
     """
 
     call: Callable[[], object]
-    facts: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
     traffic: int = 0
 
 
@@ -88,7 +88,7 @@ class Result:
     job: Mapping[str, Any]
     baseline: str
     measurements: Mapping[str, Measurement]
-    facts: Mapping[str, Mapping[str, int]]
+    facts: Mapping[str, Mapping[str, float]]
     traffic: Mapping[str, int]
 
     def ratio(self, rival: str) -> Ratio:
