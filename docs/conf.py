@@ -1,14 +1,9 @@
 """The site: `make docs` writes it to build/docs. Pages are Markdown (MyST); the API comes from the docstrings."""
 
-import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import grkan
-from grkan.train.config import Config
-
-HERE = Path(__file__).parent
 
 project = "grkan"
 author = "The grkan developers"
@@ -16,7 +11,6 @@ copyright = author
 version = release = grkan.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
-exclude_patterns = ["_generated"]
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings put code into single backticks, as Markdown does
@@ -44,22 +38,6 @@ html_theme_options = {
 }
 
 
-def write_settings() -> None:
-    """The table of all settings of a training run, from where they are declared."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        default = field.default if field.default is not dataclasses.MISSING else "{}"
-        meaning = re.sub(r"[|<>]", r"\\\g<0>", field.metadata["meaning"])
-        within = field.metadata["within"]
-        rows.append(
-            f"| `{field.name}` | {'' if default is None else f'`{default}`'} | {meaning}"
-            f"{'' if within is None else f'; {within}'} |"
-        )
-    folder = HERE / "_generated"
-    folder.mkdir(exist_ok=True)
-    (folder / "settings.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
 def list_guides(app: Any, page: str, source: list[str]) -> None:
     """Put the pages that index.md does not name among its guides, so that none is forgotten."""
     if page == "index":
@@ -77,6 +55,5 @@ def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
 def setup(app: Any) -> None:
     """Sphinx calls this."""
-    write_settings()
     app.connect("source-read", list_guides)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon adds markup of its own

@@ -438,7 +438,7 @@ def _report(options: argparse.Namespace) -> None:
         found["metrics"] = read_metrics(run / "metrics.jsonl")
     if (run / "config.yaml").is_file():
         config = read_yaml(run / "config.yaml")
-        title = f"{title}: {config.get('model')} on {config.get('data')}"
+        title = f"{title}: {config.get('model')} on {Path(str(config.get('data'))).name}"
         data = data or config.get("data")
     if data is None:
         found["notes"] = ["The inputs of the functions are not known: give --data to see their histograms."]
