@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor
 
 import grkan
 
@@ -55,3 +56,17 @@ def test_what_cannot_be_traced(tmp_path):
         grkan.export(Untraceable(), tmp_path / "m.pt2", format="pt2", example=torch.ones(2, 3))
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(ValueError, match=r"model cannot be compiled by AOTInductor: RuntimeError: no compiler$"):
+        grkan.export(kat(), tmp_path / "m.pt2", format="aoti")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail(*_, **__):
+    try:
+        raise RuntimeError("no compiler\nand more")
+    except RuntimeError as error:
+        raise AssertionError("pages and pages") from error

@@ -17,9 +17,9 @@ from .packages import trace
 
 def write_executorch(job: Job, path: Path) -> None:
     """Write a program for `executorch.runtime`, or its C++ and mobile ones."""
-    with quietly():
-        lowered = to_edge_transform_and_lower(trace(job), partitioner=[XnnpackPartitioner()])
-        program = lowered.to_executorch()
+    traced = trace(job)
+    with quietly("lowered by ExecuTorch"):
+        program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()
     with replacing(path) as file:
         file.write_bytes(program.buffer)
         method = Runtime.get().load_program(file).load_method("forward")

@@ -24,6 +24,9 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torc
 
 BATCH, _LENGTH = "batch", "length"
 
+FIXED = "; dynamic=False asks for less"
+"""Advice for a model that cannot be traced."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -177,24 +180,34 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def cause(error: BaseException) -> str:
-    """What the errors of PyTorch's exporters, which are pages long, were raised for."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error)
-
-
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep from the user what exporters say about their own work."""
+def quietly(what: str, advice: str = "") -> Iterator[None]:
+    """For the work of an exporter: keep from the user what it says about it, and say in a line why it failed.
+
+    Exporters have no type for a model that they cannot take: whatever they raise is about it.
+
+    Raises:
+        ValueError: the block failed.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise GrkanValueError(f"model cannot be {what}: {one_line(_cause(error))}{advice}") from error
     finally:
         logging.disable(before)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error was raised for: the exporters' own are pages long."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

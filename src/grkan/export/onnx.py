@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import GrkanTypeError, GrkanValueError
+from ..errors import GrkanTypeError
 from ..nn import GroupRational
 from ..writing import replacing_files
-from .job import Call, Job, cause, quietly
+from .job import FIXED, Call, Job, quietly
 from .plain import plain, replace_functions
 
 DOMAIN, NODE, VERSION = "grkan", "GroupRational", 1
@@ -69,7 +69,9 @@ def to_onnx(job: Job, inline: bool) -> ir.Model:
             functions[name] = act
             return _Node(name, act)
 
-        traced = replace_functions(copy.deepcopy(job.model), node)
+        # The modules are others, and the tensors the same.
+        shared: dict[int, Any] = {id(t): t for t in (*job.model.parameters(), *job.model.buffers())}
+        traced = replace_functions(copy.deepcopy(job.model, shared), node)
     model = _trace(traced, job)
     if functions:
         _complete(model, functions)
@@ -94,25 +96,17 @@ class _Node(nn.Module):
 
 
 def _trace(model: nn.Module, job: Job) -> ir.Model:
-    args, kwargs = job.example.args, dict(job.example.kwargs)
-    try:
-        with quietly(), torch.no_grad():
-            program: Any = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                dynamic_shapes=job.dynamic_shapes(lambda name: name),
-                output_names=list(job.expected[0]),
-            )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of torch.export, of the exporter, or of the model
-        raise GrkanValueError(
-            f"model cannot be traced by torch.onnx.export: {cause(error)}; dynamic=False asks for less"
-        ) from error
+    with quietly("traced by torch.onnx.export", FIXED):
+        program: Any = torch.onnx.export(
+            model,
+            job.example.args,
+            kwargs=dict(job.example.kwargs),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=job.dynamic_shapes(lambda name: name),
+            output_names=list(job.expected[0]),
+        )
     model_: ir.Model = program.model
     _transpose_keys_at_once(model_)
     return model_
@@ -287,7 +281,7 @@ def _quantise(source: Path, file: Path) -> None:
     """Matrix products with weights in 8 bits, a scale for each column; the other factor is quantised as it comes."""
     from onnxruntime.quantization import quantize_dynamic
 
-    with quietly():
+    with quietly("quantised by ONNX Runtime"):
         quantize_dynamic(
             source,
             file,

@@ -8,7 +8,7 @@ from typing import Any
 import openvino
 
 from ..writing import replacing_files
-from .job import Call, Job
+from .job import Call, Job, quietly
 from .onnx import feeds, save, to_onnx
 
 
@@ -18,7 +18,8 @@ def write_openvino(job: Job, path: Path) -> None:
     with replacing_files(path) as file:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             save(onnx_model, Path(folder, "model.onnx"))
-            model = openvino.convert_model(Path(folder, "model.onnx"))
+            with quietly("converted by OpenVINO"):
+                model = openvino.convert_model(Path(folder, "model.onnx"))
             for name, value in onnx_model.metadata_props.items():
                 model.set_rt_info(value, ["grkan", name])
             openvino.save_model(model, file, compress_to_fp16=False)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from ..errors import GrkanValueError
 from ..writing import replacing
-from .job import BATCH, Job, cause, outputs, quietly
+from .job import BATCH, FIXED, Job, outputs, quietly
 from .plain import plain
 
 
@@ -27,13 +26,13 @@ def write_aoti(job: Job, path: Path) -> None:
     """A package for `torch._inductor.aoti_load_package`, or AOTIModelPackageLoader in C++: compiled for this processor.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it failed.
+        ValueError: `torch.export` cannot trace it, AOTInductor not compile it, or there is no C++ compiler.
     """
     import torch._inductor
 
     program = trace(job)
     with replacing(path) as file:
-        with quietly():
+        with quietly("compiled by AOTInductor"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(file))
         _check("the package of AOTInductor", job, torch._inductor.aoti_load_package(str(file)))
 
@@ -46,17 +45,8 @@ def trace(job: Job) -> ExportedProgram:
     """
     # A batch of one is as good as any; of the other sizes PyTorch finds out the bounds.
     shapes = job.dynamic_shapes(lambda name: Dim(BATCH, min=1) if name == BATCH else Dim.DYNAMIC)
-    try:
-        with quietly(), torch.no_grad():
-            return torch.export.export(
-                plain(job.model), job.example.args, dict(job.example.kwargs), dynamic_shapes=shapes
-            )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of torch.export, or of the model
-        raise GrkanValueError(
-            f"model cannot be traced by torch.export: {cause(error)}; dynamic=False asks for less"
-        ) from error
+    with quietly("traced by torch.export", FIXED):
+        return torch.export.export(plain(job.model), job.example.args, dict(job.example.kwargs), dynamic_shapes=shapes)
 
 
 def _check(what: str, job: Job, model: Any) -> None:
