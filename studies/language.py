@@ -341,12 +341,14 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(settings.vocabulary, WIDTH)
         self.positions = nn.Embedding(settings.context, WIDTH)
         for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
+            nn.init.normal_(embedding.weight, std=WIDTH**-0.5)
         self.blocks = nn.ModuleList([Block(row.mlp()) for _ in range(LAYERS)])
         self.norm = nn.RMSNorm(WIDTH)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        # Of the variance that every block adds. (With 0.02 as in GPT-2 GELU is at 3.011 bits per byte instead of 2.884
+        # after 300,000 tokens.)
+        x = (self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]) * WIDTH**0.5
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.tokens.weight)
