@@ -143,7 +143,7 @@ def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path):
 
 
 def test_ctrl_c_is_for_the_process_that_started_the_others():
-    with module._ignoring_interrupts():
+    with module._handling(signal.SIGINT, signal.SIG_IGN):
         os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

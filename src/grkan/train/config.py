@@ -60,7 +60,8 @@ def _setting(
         meaning: for the help of the command line and the documentation.
         within: what a number must lie in.
         metavar: what the help calls a value; None: after the type.
-        resumable: a resumed run may change it, for it does not change the weights that the run ends with.
+        resumable: a resumed run may change it, for it does not change the weights that the run ends with, but for
+            rounding and for what dropout draws.
     """
     about = {"meaning": meaning, "within": within, "metavar": metavar, "resumable": resumable}
     if isinstance(default, dict):
@@ -78,7 +79,10 @@ class Config:
     """
 
     data: str = _setting(
-        "digits", "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+        "digits",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, wds:FOLDER "
+        "with train/*.tar and val/*.tar as WebDataset lays them out, or hfds:NAME, a data set of Hugging Face's hub or "
+        "its folder",
     )
     model: str | None = _setting(
         None, "a name of timm's registry; by default that of --init, else kat_micro_patch2_8", metavar="NAME"
@@ -102,8 +106,12 @@ class Config:
     batch_size: int = _setting(
         128, "images per optimiser step, over all processes and accumulated micro-batches together", _AT_LEAST_ONE
     )
-    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE)
+    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE, resumable=True)
     precision: Literal["no", "fp16", "bf16"] = _setting("no", "Accelerate's mixed precision")
+
+    shard: bool = _setting(
+        False, "cut weights, gradients and optimiser state into a part for each process (FSDP); not with fp16"
+    )
 
     lr: float = _setting(1e-3, "the highest learning rate", _NOT_NEGATIVE)
     min_lr: float = _setting(0.0, "the learning rate at the end", _NOT_NEGATIVE)
@@ -188,6 +196,8 @@ class Config:
             self.warmup_epochs = self.epochs / 10
         if self.warmup_epochs >= self.epochs:
             raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
+        if self.shard and self.precision == "fp16":
+            raise GrkanValueError("shard goes with precision no or bf16; got fp16")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from .config import Config, nearest
+from .files import ImageFile, Paths
+from .hub import load_hub
+from .interruption import shield_loading_process
 from .randomness import derive_seed, seeded
+from .shards import check_local, load_shards
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "test", "testing")
+_SPLITS = {"train": TRAIN_SPLITS, "test": TEST_SPLITS}
+_PREFIXES = ("fashion-mnist", "wds", "hfds")
+"""Of a colon and a folder."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files."""
 
@@ -58,12 +66,17 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class ImageData:
     """Labelled images.
 
-    `images` are files, or an array [N, H, W] of uint8 gray values; `labels` are indices of `classes`.
+    `images` are files on a disk or in memory, or an array [N, H, W] of uint8 gray values; `labels` are indices of
+    `classes`.
     """
 
-    images: Sequence[Path] | np.ndarray
+    images: Sequence[Path | ImageFile] | np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, list) and all(isinstance(image, Path) for image in self.images):
+            self.images = Paths.of(self.images)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,17 +84,17 @@ class ImageData:
     def name(self, index: int) -> str:
         """What to call an image in a message."""
         image = self.images[index]
+        if isinstance(image, ImageFile):
+            return image.name
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def open(self, index: int) -> Image.Image:
         """The image as it is stored, with its pixels read."""
         image = self.images[index]
-        if isinstance(image, Path):
-            return open_image(image)
-        return Image.fromarray(image)
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | ImageFile) -> Image.Image:
     """An image file with its pixels read.
 
     Raises:
@@ -108,8 +121,12 @@ class Source:
     """Mean and standard deviation of the gray values, in [0, 1]; None leaves the model's."""
 
 
-def find_source(data: str) -> Source:
+def find_source(data: str, cache: Path | None = None) -> Source:
     """What `--data` means. Nothing is read before its `load` is called.
+
+    Args:
+        data: see `Config.data`.
+        cache: a folder for what has to be made once, if it cannot be written beside the data; None: it is not kept.
 
     Raises:
         ValueError: neither a known name nor a folder.
@@ -126,12 +143,21 @@ def find_source(data: str) -> Source:
             workers=0,
             normalisation=(0.2860, 0.3530),
         )
-    if not os.path.isdir(data):
+    load: Callable[[str], ImageData]
+    if name == "wds" and folder:
+        check_local(folder)
+        load = partial(_load_shards, Path(folder), cache)
+    elif name == "hfds" and folder:
+        load = partial(_load_hub, folder)
+    elif os.path.isdir(data):
+        load = partial(_load_folder, Path(data))
+    else:
         raise GrkanValueError(
-            f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
+            "--data must be digits, fashion-mnist, fashion-mnist:FOLDER, a folder of images, wds:FOLDER or hfds:NAME; "
+            f"got {data!r}"
         )
     return Source(
-        lambda split: _load_folder(Path(data), split),
+        load,
         shift=None,
         hflip=0.5,
         color_jitter=0.4,
@@ -143,9 +169,9 @@ def find_source(data: str) -> Source:
 def absolute(data: str) -> str:
     """`--data` for a process in any working directory."""
     name, _, folder = data.partition(":")
-    if data == "digits" or (name == "fashion-mnist" and not folder):
+    if data == "digits" or (name == "fashion-mnist" and not folder) or (name == "hfds" and not os.path.isdir(folder)):
         return data
-    return f"{name}:{os.path.abspath(folder)}" if name == "fashion-mnist" else os.path.abspath(data)
+    return f"{name}:{os.path.abspath(folder)}" if name in _PREFIXES else os.path.abspath(data)
 
 
 def _load_digits(split: str) -> ImageData:
@@ -227,7 +253,19 @@ def _load_folder(root: Path, split: str) -> ImageData:
     except FileNotFoundError as error:
         raise GrkanValueError(f"{folder}: {error}".replace("\n", " ")) from None
     labels = np.array([label for _, label in samples], dtype=np.int64)
-    return ImageData([Path(path) for path, _ in samples], labels, tuple(classes))
+    return ImageData(Paths(folder, (os.path.relpath(path, folder) for path, _ in samples)), labels, tuple(classes))
+
+
+def _load_shards(root: Path, cache: Path | None, split: str) -> ImageData:
+    return ImageData(*load_shards(root, _SPLITS[split], _is_image, cache))
+
+
+def _load_hub(name: str, split: str) -> ImageData:
+    return ImageData(*load_hub(name, _SPLITS[split]))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
@@ -321,6 +359,11 @@ class Batch:
         """For the DataLoader, which does not know this class."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
+    def to(self, device: torch.device) -> "Batch":
+        """On a device; of pinned memory, nobody waits for the copy."""
+        images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
+        return Batch(images, labels, self.unreadable)
+
 
 class _Samples(Dataset):
     """(epoch, index) -> the transformed image or None, its label, and the image's {name: reason} if it is unreadable.
@@ -380,15 +423,29 @@ class TrainingSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = torch.randperm(self.size, generator=generator)
         width = self.batch_size // self.parts
         for step in range(self.first_step, self.size // self.batch_size):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
             # first, last, second, last but one, ...
             pairs = [batch[i // 2] if i % 2 == 0 else batch[-1 - i // 2] for i in range(self.batch_size)]
             for part in self.mine:
                 own = pairs[part * width : (part + 1) * width]
                 yield [(self.epoch, index) for index in own[0::2] + own[1::2][::-1]]
+
+
+class _InOrder:
+    """Batches of (0, index) pairs."""
+
+    def __init__(self, indices: range, batch_size: int) -> None:
+        self.indices, self.batch_size = indices, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
 def training_loader(
@@ -402,6 +459,7 @@ def training_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_collate,
+        worker_init_fn=shield_loading_process,
         pin_memory=pin_memory,
     )
 
@@ -415,14 +473,30 @@ def evaluation_loader(
     processes: int = 1,
 ) -> DataLoader:
     """All images in their order, unreadable ones left out; of several processes each gets every n-th."""
-    own = [(0, index) for index in range(process, len(data), processes)]
     return DataLoader(
         _Samples(data, transform, None),
-        batch_sampler=[own[i : i + batch_size] for i in range(0, len(own), batch_size)],
+        batch_sampler=_InOrder(range(process, len(data), processes), batch_size),
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_collate,
+        worker_init_fn=shield_loading_process,
     )
+
+
+def batches_on(device: torch.device, loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader on a device: a GPU copies the next one while it computes with the one before."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield batch.to(device)
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in loader:
+        with torch.cuda.stream(copying):
+            batch = batch.to(device)
+        computing.wait_stream(copying)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(computing)  # or its memory would be free for the next copy too early
+        yield batch
 
 
 def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
