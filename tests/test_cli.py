@@ -132,6 +132,34 @@ def test_fit_prints_coefficients_and_draws(tmp_path, capsys):
     assert Image.open(tmp_path / "fit.png").width > 500
 
 
+def test_a_folder_of_classes_is_split_told_and_found_again(tmp_path, capsys):
+    folder = tmp_path / "images"
+    for i, name in enumerate(["dark"] * 20 + ["bright"] * 20):
+        path = folder / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 100 + i + 60 * (name == "bright"), np.uint8)).save(path)
+    (folder / ".ipynb_checkpoints").mkdir()
+    line = _fails(capsys, ["train", *TINY, f"--data={folder}", "--output", tmp_path / "none"])
+    assert "--val-split 0.1" in line
+    arguments = [*TINY, "--epochs=1", "--batch-size=8", "--workers=0", f"--output={tmp_path / 'run'}", "--seed=3"]
+    assert main(["train", *arguments, f"--data={folder}", "--val-split=0.25"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    told = out.splitlines()[:3]
+    assert told[0] == f"{folder}: 30 images of 2 classes; passed over: 1 hidden"
+    assert told[1] == f"0.25 of each class of {folder}, by seed 3: 10 images of 2 classes"
+    assert told[2].startswith("small images, of about 8 x 8 pixels: shift 1, hflip 0.0, color_jitter 0.0")
+    for given, images in (([], 10), (["--split=train"], 30), (["--val-split=0.5"], 20), (["--split=dark"], None)):
+        arguments = ["eval", str(tmp_path / "run"), f"--data={folder}", "--workers=0", *given]
+        if images is None:
+            assert "must hold a folder for each class; it has none" in _fails(capsys, arguments)
+        else:
+            assert main(arguments) == 0
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == images
+    line = _fails(capsys, ["eval", tmp_path / "run", f"--data={folder}", "--val-split=2"])
+    assert line == "grkan: val_split must be in (0, 1); got 2.0"
+
+
 def test_resume_of_a_finished_run(run, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert "is finished: 1 epochs" in capsys.readouterr().out

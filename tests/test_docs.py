@@ -1,9 +1,14 @@
-"""The lines of docs/in_other_hands.md run; those of several processes do in `two_processes.py`."""
+"""The lines of the pages in docs/ run; those of in_other_hands.md for several processes do in `two_processes.py`."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from grkan import cli
+from grkan.train.config import make_config, read_yaml
 
 PAGE = (Path(__file__).parent.parent / "docs" / "in_other_hands.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
@@ -26,3 +31,18 @@ def test_lines_run(section, tmp_path, monkeypatch):
     assert own
     for number, block in enumerate(first + own):
         exec(compile(block, f"{section}, block {number}", "exec"), namespace)
+
+
+CLUSTER = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", re.findall(r"```bash\n(.*?)```", CLUSTER, re.DOTALL))
+def test_scripts_of_the_cluster_page_are_right(script):
+    """As far as that can be seen without a cluster: the shell reads them, and grkan takes its options."""
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=10)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    (command,) = re.findall(r"-m grkan (.*?)(?: &)?$", script.replace("\\\n", " "), re.MULTILINE)
+    options = cli._parser().parse_args(shlex.split(command))
+    assert options.auto_resume
+    for path in re.findall(r"configs/\w+\.yaml", script):
+        make_config(read_yaml(Path(__file__).parent.parent / path), *options.settings)

@@ -144,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", type=_name, required=True, help="as for train; a folder may hold the classes' folders itself"
     )
+    sub.add_argument("--split", type=_name, metavar="NAME", help="train, val or another (what runs are tested on)")
+    sub.add_argument("--val-split", type=float, metavar="X", help="as for train (the run's, on the run's data)")
+    sub.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of --val-split (%(default)s)")
     sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
     sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
@@ -262,13 +265,18 @@ def _set_way_on(options: argparse.Namespace, folder: str) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import math
 
-    from .train.data import UnreadableImages
-    from .train.evaluate import score, test_loader
+    from .train.data import UnreadableImages, describe, find_source
+    from .train.evaluate import data_for, loader_for, score
     from .train.model import load_trained
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
-    loader = test_loader(trained, options.data, options.batch_size, options.workers)
+    given = make_config({"data": options.data, "val_split": options.val_split, "seed": options.seed})  # checks them
+    images = data_for(trained, given.data, options.split, given.val_split, given.seed)
+    workers = find_source(options.data).workers if options.workers is None else options.workers
+    loader = loader_for(trained, images, options.batch_size, workers)
+    if images.where is not None:
+        print(describe(images))
     unreadable = UnreadableImages()
     with evaluation_bar(len(loader)) as advance:
         result = score(trained.model, loader, trained.device, unreadable, advance)
@@ -356,7 +364,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from .plot import plot_functions, record_inputs, save_figure
     from .train.data import UnreadableImages
-    from .train.evaluate import first_images, test_loader
+    from .train.evaluate import data_for, first_images, loader_for
     from .train.model import load_trained, load_weights
     from .writing import replacing
 
@@ -365,7 +373,8 @@ def _plot(options: argparse.Namespace) -> None:
     if options.data is not None:
         trained = load_trained(options.model)
         model = trained.model
-        images = first_images(test_loader(trained, options.data, batch_size=256, workers=0), UnreadableImages())
+        loader = loader_for(trained, data_for(trained, options.data), batch_size=256, workers=0)
+        images = first_images(loader, UnreadableImages())
         if images is not None:
             inputs = record_inputs(model, [images.to(trained.device)])
     else:

@@ -89,10 +89,10 @@ def test_the_index_of_shards_that_are_read_only_is_the_runs(shard_folder, tmp_pa
         write(path, content)
 
     monkeypatch.setattr(shards, "write_bytes", read_only)
-    find_source(f"wds:{shard_folder}", tmp_path / "run" / "state").load("train")
+    find_source(f"wds:{shard_folder}", keep=tmp_path / "run" / "state").load("train")
     assert (tmp_path / "run" / "state" / "grkan-index-train.npz").exists()
     monkeypatch.setattr(shards, "_make_index", None)
-    assert len(find_source(f"wds:{shard_folder}", tmp_path / "run" / "state").load("train")) == 12
+    assert len(find_source(f"wds:{shard_folder}", keep=tmp_path / "run" / "state").load("train")) == 12
 
 
 def _append(name, content):

@@ -80,12 +80,20 @@ class Config:
 
     data: str = _setting(
         "digits",
-        "digits, fashion-mnist, fashion-mnist:FOLDER, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, wds:FOLDER "
-        "with train/*.tar and val/*.tar as WebDataset lays them out, or hfds:NAME, a data set of Hugging Face's hub or "
-        "its folder",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (with "
+        "val_split also one with CLASS/IMAGE); wds:FOLDER with train/*.tar and val/*.tar as WebDataset lays them out; "
+        "hfds:NAME, a data set of Hugging Face's hub or its folder",
+    )
+    val_split: float | None = _setting(
+        None,
+        "the part of each class's training images that is kept for the test, where a folder has no val; which ones, "
+        "the seed decides",
+        Interval(0, 1, open_low=True, open_high=True),
     )
     model: str | None = _setting(
-        None, "a name of timm's registry; by default that of --init, else kat_micro_patch2_8", metavar="NAME"
+        None,
+        "a name of timm's registry; by default that of --init, else a KAT for images of the data's size",
+        metavar="NAME",
     )
     model_args: dict[str, Any] = _setting(
         {}, "arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; null: the model's default"
@@ -141,19 +149,21 @@ class Config:
     shift: int | None = _setting(
         None,
         "pad by so many pixels and crop, in place of the random resized crop; 0: the image stays where it is; by "
-        "default what suits the data",
+        "default a twelfth of the images' size up to 64 pixels, and the random resized crop beyond",
         _NOT_NEGATIVE,
     )
     crop_scale: tuple[float, float] = _setting(
         (0.08, 1.0), "the area of a random resized crop, as parts of the image's", Interval(0, 1, open_low=True)
     )
     hflip: float | None = _setting(
-        None, "the probability of a horizontal flip; by default what suits the data", _PROBABILITY
+        None,
+        "the probability of a horizontal flip; by default 0 for digits and images up to 64 pixels, else 0.5",
+        _PROBABILITY,
     )
     color_jitter: float | None = _setting(
         None,
-        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default "
-        "what suits the data",
+        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default 0 "
+        "up to 64 pixels, else 0.4",
         Interval(0, 100),
     )
     auto_augment: str | None = _setting(None, "timm's string, as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT")
@@ -161,7 +171,8 @@ class Config:
 
     workers: int | None = _setting(
         None,
-        "processes that load images; 0 loads them in the training process; by default what suits the data",
+        "processes that load images; 0 loads them in the training process; by default one for each processor, up to 8, "
+        "for files, and 0 for arrays",
         _NOT_NEGATIVE,
         resumable=True,
     )

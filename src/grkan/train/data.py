@@ -1,19 +1,22 @@
 """Images and labels: where they come from, how they become tensors, and in which order a run sees them.
 
-A data set is a list of images with a class each, whatever it was read from. Which image is where in which batch is a
-function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so neither the number of
-processes, nor that of the loading workers, nor an interruption changes anything.
+A data set is a list of images with a class each, whatever it was read from; `images.py` opens a file. Which image is
+where in which batch is a function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so
+neither the number of processes, nor that of the loading workers, nor an interruption changes anything.
 """
 
+import contextlib
 import gzip
 import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,16 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from .config import Config, nearest
-from .files import ImageFile, Paths
+from .files import Chosen, ImageFile, Paths
 from .hub import load_hub
+from .images import UnreadableImageError, image_size, is_image_name, open_image
 from .interruption import shield_loading_process
 from .randomness import derive_seed, seeded
-from .shards import check_local, load_shards
+from .shards import check_local, first_files, load_shards
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "test", "testing")
@@ -56,10 +59,17 @@ _FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L")
-"""What Pillow makes gray and RGB."""
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files that are no images, or damaged ones."""
+_SMALL = 64
+"""The longer side, in pixels, up to which the crops, flips and jitter of photographs do more harm than good."""
+_MODELS = ((8, "kat_micro_patch2_8"), (28, "kat_micro_patch4_28"), (_SMALL, "kat_micro_patch4_32"))
+"""What small images up to a size are learned with, unless another model is asked for."""
+_LOOKED_AT = 16
+"""Images of a folder whose sizes say what kind it is of."""
+_MEASURED = 60_000
+"""Images at most whose gray values are averaged: all of Fashion-MNIST."""
+_AGAIN = "folders met a second time, through a link"
+_LONGEST = 16
+"""Sides, as a multiple of the shorter one; a test looks at the middle of the image alone."""
 
 
 @dataclass
@@ -73,6 +83,10 @@ class ImageData:
     images: Sequence[Path | ImageFile] | np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    where: str | None = None
+    """What to call the whole in a report; None: there is nothing to report."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """How many entries of a folder were left out, by the reason."""
 
     def __post_init__(self) -> None:
         if isinstance(self.images, list) and all(isinstance(image, Path) for image in self.images):
@@ -89,22 +103,14 @@ class ImageData:
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def open(self, index: int) -> Image.Image:
-        """The image as it is stored, with its pixels read."""
+        """The image in mode L or RGB."""
         image = self.images[index]
         return Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
 
-
-def open_image(path: str | Path | ImageFile) -> Image.Image:
-    """An image file with its pixels read.
-
-    Raises:
-        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: the file is no image, or a damaged one.
-    """
-    with Image.open(path) as image:
-        image.load()
-        if image.mode not in _MODES:
-            raise GrkanValueError(f"pixels of the kind {image.mode} are not supported")
-        return image
+    def choose(self, indices: np.ndarray) -> "ImageData":
+        """Some of the images, in the order of the indices."""
+        images = self.images[indices] if isinstance(self.images, np.ndarray) else Chosen(self.images, indices)
+        return replace(self, images=images, labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -117,52 +123,129 @@ class Source:
     hflip: float
     color_jitter: float
     workers: int
-    normalisation: tuple[float, float] | None
-    """Mean and standard deviation of the gray values, in [0, 1]; None leaves the model's."""
+    normalisation: Callable[[ImageData], tuple[float, float]] | None
+    """From the training images, mean and standard deviation of the gray values, in [0, 1]; None: the model's do."""
+    model: str = "kat_micro_patch2_8"
+    kind: str | None = None
+    """What was seen of the images that these defaults were chosen for."""
+    load_split: Callable[[str], ImageData] | None = None
+    """From any name of a split that the data set may have; None: there are only train and test."""
 
 
-def find_source(data: str, cache: Path | None = None) -> Source:
-    """What `--data` means. Nothing is read before its `load` is called.
+def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: Path | None = None) -> Source:
+    """What `--data` means. Of files a few images are looked at; the rest is read when its `load` is called.
 
     Args:
-        data: see `Config.data`.
-        cache: a folder for what has to be made once, if it cannot be written beside the data; None: it is not kept.
+        data: as in `Config`.
+        val_split, seed: the part of each class that is kept for the test, and what decides which images; for a folder
+            that has no test images of their own.
+        keep: a folder for what has to be made once, if it cannot be written beside the data; None: it is not kept.
 
     Raises:
-        ValueError: neither a known name nor a folder.
+        ValueError: neither a known name nor a folder; or a data set that has test images is to be split.
     """
     name, colon, folder = data.partition(":")
+    fashion = name == "fashion-mnist" and bool(colon) == bool(folder)
+    if val_split is not None and (data == "digits" or fashion):
+        raise GrkanValueError(f"val_split is for a folder without test images; {data} has some")
     if data == "digits":
-        return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=(0.3053, 0.3761))
-    if name == "fashion-mnist" and bool(colon) == bool(folder):
+        return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=_digits_statistics)
+    if fashion:
         return Source(
             lambda split: _load_fashion_mnist(Path(folder) if folder else None, split),
             shift=2,
             hflip=0.5,
             color_jitter=0.0,
             workers=0,
-            normalisation=(0.2860, 0.3530),
+            normalisation=gray_statistics,
+            model="kat_micro_patch4_28",
         )
-    load: Callable[[str], ImageData]
-    if name == "wds" and folder:
-        check_local(folder)
-        load = partial(_load_shards, Path(folder), cache)
-    elif name == "hfds" and folder:
-        load = partial(_load_hub, folder)
-    elif os.path.isdir(data):
-        load = partial(_load_folder, Path(data))
-    else:
+    if name in ("wds", "hfds") and folder:
+        if val_split is not None:
+            raise GrkanValueError(f"val_split is for a folder of images; got {val_split:g} for {data}")
+        return _find_shards(folder, keep) if name == "wds" else _find_on_hub(folder)
+    if not os.path.isdir(data):
         raise GrkanValueError(
             "--data must be digits, fashion-mnist, fashion-mnist:FOLDER, a folder of images, wds:FOLDER or hfds:NAME; "
             f"got {data!r}"
+        )
+    return _find_folder(Path(data), val_split, seed)
+
+
+def _find_folder(root: Path, val_split: float | None, seed: int) -> Source:
+    read = cache(_read_classes)
+
+    def load(split: str) -> ImageData:
+        return _load_folder(root, split, val_split, seed, read)
+
+    def load_split(name: str) -> ImageData:
+        if name in ("train", *TEST_SPLITS) and val_split is not None:
+            return load("train" if name == "train" else "test")
+        if not (root / name).is_dir() or name.startswith("."):
+            splits = [entry.name for entry in _listed(root) if _kind(entry) == "folder"]
+            raise GrkanValueError(f"{root} has no folder {name!r}; {nearest(name, splits)}")
+        return read(root / name)
+
+    folder = next((root / name for name in TRAIN_SPLITS if (root / name).is_dir()), root)
+    return _suiting(_first_images(folder), load, load_split)
+
+
+def _find_shards(folder: str, keep: Path | None) -> Source:
+    check_local(folder)
+    root = Path(folder)
+
+    def load_split(*names: str) -> ImageData:
+        shards, labels, classes = load_shards(root, names, is_image_name, keep)
+        return ImageData(shards, labels, classes, str(shards.folder))
+
+    first = first_files(root, TRAIN_SPLITS, is_image_name, _LOOKED_AT)
+    return _suiting(first, lambda split: load_split(*_SPLITS[split]), load_split)
+
+
+def _find_on_hub(name: str) -> Source:
+    read = cache(load_hub)
+
+    def load_split(*names: str) -> ImageData:
+        images, labels, classes = read(name, names)
+        return ImageData(images, labels, classes, f"{name}, {images.split}")
+
+    def first() -> Iterator[Path | ImageFile]:
+        images, _, _ = read(name, TRAIN_SPLITS)
+        yield from (images[i] for i in range(0, len(images), max(1, len(images) // _LOOKED_AT)))
+
+    return _suiting(first(), lambda split: load_split(*_SPLITS[split]), load_split)
+
+
+def _suiting(
+    first: Iterable[Path | ImageFile], load: Callable[[str], ImageData], load_split: Callable[[str], ImageData]
+) -> Source:
+    """A source of image files, with defaults after the size of a few of them."""
+    size = _typical_size(first)
+    side = None if size is None else max(size)
+    workers = min(8, os.cpu_count() or 1)
+    about = "" if size is None else f", of about {size[0]} x {size[1]} pixels"
+    if side is not None and side <= _SMALL:
+        return Source(
+            load,
+            shift=max(1, round(side / 12)),
+            hflip=0.0,
+            color_jitter=0.0,
+            workers=workers,
+            normalisation=gray_statistics,
+            model=next(name for limit, name in _MODELS if side <= limit),
+            kind=f"small images{about}",
+            load_split=load_split,
         )
     return Source(
         load,
         shift=None,
         hflip=0.5,
         color_jitter=0.4,
-        workers=min(8, os.cpu_count() or 1),
+        workers=workers,
         normalisation=None,
+        model="kat_tiny_patch16_224",
+        kind=f"photographs{about}",
+        load_split=load_split,
     )
 
 
@@ -237,35 +320,202 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
 
-def _load_folder(root: Path, split: str) -> ImageData:
-    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE; for the test, FOLDER may also hold the classes itself."""
-    names = TRAIN_SPLITS if split == "train" else TEST_SPLITS
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        if split == "train" or any((root / name).is_dir() for name in TRAIN_SPLITS):
-            raise GrkanValueError(
-                f"{root} must hold a folder {' or '.join(names)} with a folder for each class; it has none"
-            )
-        folder = root
+def _load_folder(
+    root: Path, split: str, val_split: float | None, seed: int, read: Callable[[Path], ImageData]
+) -> ImageData:
+    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE, or a part of either FOLDER/train or FOLDER/CLASS/IMAGE.
+
+    For the test, FOLDER may also hold the classes itself.
+    """
+    train, test = (
+        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_SPLITS, TEST_SPLITS)
+    )
+    if val_split is not None:
+        if test is not None:
+            raise GrkanValueError(f"val_split is for a folder without test images; {root} has {test.name}")
+        whole = _with_all_classes(read(train or root))
+        chosen = _stratified(whole, val_split, seed)
+        part = whole.choose(np.flatnonzero(chosen == (split == "test")))
+        if split != "test":
+            return part
+        return replace(part, where=f"{val_split:.3g} of each class of {whole.where}, by seed {seed}", passed_over={})
+    folder = train if split == "train" else test
+    if folder is None and split == "train":
+        raise GrkanValueError(
+            f"{root} must hold a folder {' or '.join(TRAIN_SPLITS)} with a folder for each class; it has none (where "
+            "it holds the classes' folders itself, grkan train takes --val-split 0.1)"
+        )
+    if folder is None and train is not None:
+        raise GrkanValueError(
+            f"{root} must hold a folder {' or '.join(TEST_SPLITS)} with a folder for each class; it has none (grkan "
+            f"train --val-split 0.1 tests on a part of {train.name})"
+        )
+    data = read(folder or root)
+    return _with_all_classes(data) if split == "train" else data
+
+
+def _with_all_classes(data: ImageData) -> ImageData:
+    """The data, unless there is a class to be learned that has no image."""
+    if empty := sorted({*range(len(data.classes))} - {*np.unique(data.labels).tolist()}):
+        raise GrkanValueError(
+            f"{data.where} has no image of {', '.join(data.classes[label] for label in empty[:5])}"
+            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}{_tell_passed_over(data)}"
+        )
+    return data
+
+
+def _stratified(data: ImageData, part: float, seed: int) -> np.ndarray:
+    """Which images are for the test: of each class with two or more at least one, and never all."""
+    chosen = np.zeros(len(data), dtype=bool)
+    for label, name in enumerate(data.classes):
+        own = np.flatnonzero(data.labels == label)
+        count = min(max(round(part * len(own)), 1), len(own) - 1)
+        order = np.random.default_rng(derive_seed("val_split", seed, name)).permutation(own)
+        chosen[order[:count]] = True
+    return chosen
+
+
+def _read_classes(folder: Path) -> ImageData:
+    """FOLDER/CLASS/.../IMAGE: the classes in the order of their names, and in each the images."""
+    passed_over: Counter[str] = Counter()
+    above = {_identity(parent) for parent in (folder, *folder.resolve().parents)}
+    classes, labels = [], array("q")
+    for entry in _listed(folder):
+        kind = _kind(entry)
+        if kind != "folder":
+            passed_over["beside the classes' folders" if kind == "file" else kind] += 1
+        elif _identity(folder / entry.name) in above:
+            passed_over[_AGAIN] += 1
+        else:
+            classes.append(entry.name)
+    if not classes:
+        raise GrkanValueError(f"{folder} must hold a folder for each class; it has none")
+
+    def found() -> Iterator[str]:
+        for label, name in enumerate(classes):
+            for path in _images_below(folder, name, set(above), passed_over):
+                labels.append(label)
+                yield path
+
+    files = Paths(folder, found())
+    data = ImageData(files, np.frombuffer(labels, dtype=np.int64), tuple(classes), str(folder), passed_over)
+    if not len(data):
+        raise GrkanValueError(f"{folder} has no images in its {len(classes)} classes' folders{_tell_passed_over(data)}")
+    return data
+
+
+def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
+    """The paths, relative to `root`, of the images in a folder and in those below it, each folder once."""
     try:
-        classes, index = find_classes(folder)
-        samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise GrkanValueError(f"{folder}: {error}".replace("\n", " ")) from None
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    return ImageData(Paths(folder, (os.path.relpath(path, folder) for path, _ in samples)), labels, tuple(classes))
+        identity, entries = _identity(root / folder), _listed(root / folder)
+    except OSError as error:
+        passed_over[f"folders that cannot be read ({error.strerror})"] += 1
+        return
+    if identity in seen:
+        passed_over[_AGAIN] += 1
+        return
+    seen.add(identity)
+    below = []
+    for entry in entries:
+        kind = _kind(entry)
+        if kind == "folder":
+            below.append(entry.name)
+        elif kind != "file":
+            passed_over[kind] += 1
+        elif not is_image_name(entry.name):
+            passed_over[
+                f"*{os.path.splitext(entry.name)[1].lower()}" if "." in entry.name else "without an ending"
+            ] += 1
+        else:
+            yield os.path.join(folder, entry.name)
+    for name in below:
+        yield from _images_below(root, os.path.join(folder, name), seen, passed_over)
 
 
-def _load_shards(root: Path, cache: Path | None, split: str) -> ImageData:
-    return ImageData(*load_shards(root, _SPLITS[split], _is_image, cache))
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Folder or file, whatever links lead to it; or else why it is passed over."""
+    if entry.name.startswith("."):
+        return "hidden"
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "links that lead nowhere" if entry.is_symlink() else "pipes or devices"
+    except OSError:  # a link to itself
+        return "links that lead nowhere"
 
 
-def _load_hub(name: str, split: str) -> ImageData:
-    return ImageData(*load_hub(name, _SPLITS[split]))
+def _identity(folder: Path) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, in the order of the names."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _first_images(folder: Path) -> Iterator[Path]:
+    """A few images of different classes."""
+    classes = [entry.name for entry in _listed(folder) if _kind(entry) == "folder"]
+    for name in classes[:: max(1, len(classes) // _LOOKED_AT)][:_LOOKED_AT]:
+        for path in islice(_images_below(folder, name, set(), Counter()), -(-_LOOKED_AT // len(classes))):
+            yield folder / path
+
+
+def _typical_size(files: Iterable[Path | ImageFile]) -> tuple[int, int] | None:
+    """Width and height of the median image by its longer side."""
+    sizes = []
+    for file in files:
+        with contextlib.suppress(UnreadableImageError):
+            sizes.append(image_size(file))
+    return sorted(sizes, key=max)[len(sizes) // 2] if sizes else None
+
+
+def describe(data: ImageData) -> str:
+    """What was found, in a line: how many images and classes, which classes have none, and what was passed over."""
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    lacking = [name for name, count in zip(data.classes, counts, strict=True) if not count]
+    line = f"{data.where}: {len(data):,} images of {len(data.classes) - len(lacking)} classes"
+    if lacking:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        line += f", none of {', '.join(map(repr, lacking[:5]))}{more}"
+    return line + _tell_passed_over(data)
+
+
+def _tell_passed_over(data: ImageData) -> str:
+    told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(data.passed_over.items()))
+    return f"; passed over: {told}" if told else ""
+
+
+def gray_statistics(data: ImageData) -> tuple[float, float]:
+    """Mean and standard deviation of the gray values, in [0, 1], to four digits: of all images, or of every n-th.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    counts = np.zeros(256, dtype=np.int64)
+    for index in range(0, len(data), -(-len(data) // _MEASURED) or 1):
+        with contextlib.suppress(UnreadableImageError):
+            counts += _histogram(data, index)
+    if not (total := counts.sum()):
+        raise GrkanValueError(f"none of the {len(data)} training images of {data.where} can be read")
+    values = np.arange(256) / 255
+    mean = float(counts @ values / total)
+    deviation = math.sqrt(float(counts @ (values - mean) ** 2 / total))
+    return round(mean, 4), round(deviation, 4) or 1.0  # images of one gray alone have none
+
+
+def _histogram(data: ImageData, index: int) -> np.ndarray:
+    if isinstance(data.images, np.ndarray):
+        return np.bincount(data.images[index].ravel(), minlength=256)
+    return np.array(data.open(index).convert("L").histogram())
+
+
+def _digits_statistics(_: ImageData) -> tuple[float, float]:
+    return 0.3053, 0.3761
 
 
 def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
@@ -289,7 +539,7 @@ def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image]
     Args:
         preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, as timm calls them.
     """
-    return T.Compose([_Convert(preprocessing), create_transform(**preprocessing)])
+    return T.Compose([_Convert(preprocessing), _shorten, create_transform(**preprocessing)])
 
 
 def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
@@ -325,6 +575,14 @@ def training_transform(preprocessing: Preprocessing, config: Config) -> Callable
         first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
         first = T.Compose(first)
     return T.Compose([convert, first, second, last])
+
+
+def _shorten(image: Image.Image) -> Image.Image:
+    """The middle of an image that is very long: resized whole, it could take all memory."""
+    limit = _LONGEST * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    return T.functional.center_crop(image, [min(image.height, limit), min(image.width, limit)])
 
 
 def _not_understood(config: Config, error: Exception) -> GrkanValueError:
@@ -382,9 +640,9 @@ class _Samples(Dataset):
             index = (first + step) % len(self.data)
             try:
                 image = self.data.open(index)
-            except UNREADABLE as error:
+            except UnreadableImageError as error:
                 if step == 0:
-                    unreadable[self.data.name(index)] = " ".join(str(error).split())
+                    unreadable[self.data.name(index)] = str(error)
                 continue
             label = int(self.data.labels[index])
             if self.seed is None:
@@ -507,9 +765,7 @@ def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> I
     """
     images = find_source(data).load("train")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-    picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
-    images = replace(images, images=picked, labels=images.labels[chosen])
-    loader = evaluation_loader(images, evaluation_transform(preprocessing), 32)
+    loader = evaluation_loader(images.choose(chosen), evaluation_transform(preprocessing), 32)
 
     def batches() -> Iterator[Tensor]:
         readable = False

@@ -53,6 +53,26 @@ class Paths(Sequence[Path]):
         return os.fsdecode(self._text[start : int(self._ends[index])].tobytes())
 
 
+class Chosen(Sequence[Any]):
+    """Some items of a sequence, without a copy.
+
+    Args:
+        items: the sequence.
+        indices: [n] integers.
+    """
+
+    def __init__(self, items: Sequence[Any], indices: np.ndarray) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Chosen(self.items, self.indices[index])
+        return self.items[int(self.indices[index])]
+
+
 class ImageFile(io.BytesIO):
     """An image file in memory.
 

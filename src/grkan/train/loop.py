@@ -18,6 +18,7 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -44,6 +45,7 @@ from .data import (
     UnreadableImages,
     absolute,
     batches_on,
+    describe,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -151,6 +153,14 @@ def check_same(config: Config) -> None:
             )
 
 
+def _is_finished(folder: Path) -> bool:
+    try:
+        epochs, lines = read_yaml(folder / "config.yaml").get("epochs"), read_metrics(folder / "metrics.jsonl")
+    except (OSError, GrkanValueError):
+        return False
+    return any(line.get("epoch") == epochs and "top1" in line for line in lines)
+
+
 def _more_epochs(folder: Path) -> str:
     """The end of a sentence about a run that is to have more of them."""
     return (
@@ -166,8 +176,8 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: there is no such data set or model to start from, or `model` is another than that one.
     """
-    source = find_source(config.data)
-    chosen = {"data": absolute(config.data), **resolve_model(config)}
+    source = find_source(config.data, config.val_split, config.seed)
+    chosen = {"data": absolute(config.data), **resolve_model(config, source.model)}
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
@@ -253,12 +263,14 @@ class _Run:
             self._check_free()
         state_path = self.folder / "state" / "state.pt"
         state = load_state(state_path) if resumed and state_path.exists() else None
-        source = find_source(config.data, self.folder / "state")
+        source = find_source(config.data, config.val_split, config.seed, self.folder / "state")
         self.training, self.test = self._load_data(source)
+        self.found = () if source.kind is None else (describe(self.training), describe(self.test), self._kind(source))
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        self.model, self.preprocessing = make_model(config, len(self.training.classes), source.normalisation, known)
+        normalisation = source.normalisation and partial(from_main, partial(source.normalisation, self.training))
+        self.model, self.preprocessing = make_model(config, len(self.training.classes), normalisation, known)
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
         choose_trainable(self.model, config)
@@ -293,6 +305,7 @@ class _Run:
         if holds_run(self.folder):
             raise GrkanValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
+                f"{_more_epochs(self.folder) if _is_finished(self.folder) else ''}"
             )
 
     def _load_data(self, source: Source) -> tuple[ImageData, ImageData]:
@@ -304,6 +317,12 @@ class _Run:
                 f"{self.config.data}; lower --batch-size"
             )
         return training, test
+
+    def _kind(self, source: Source) -> str:
+        """What the settings of the augmentation go by."""
+        names = ("shift", "hflip", "color_jitter")
+        used = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
+        return f"{source.kind}: {used}; the options of these names change it"
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -361,6 +380,8 @@ class _Run:
             self.board = self._tensorboard(stack, done)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
             self.notice = stack.enter_context(Notice())
+            for line in self.found:
+                self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
             elif done:
@@ -378,14 +399,13 @@ class _Run:
         while self.step < self.steps:
             with self._clock() as clock:
                 sums = self._optimise(batches)
-            self.step += 1
+                self.step += 1
+                told = sums.new_tensor([float(self.notice.given)])
+                self.pending.append(_Step(self._count(), self._lr(), Later(torch.cat([sums, told]))))
+                self._look_back(to=0 if self.step == self.steps else 1)
             self.running.seconds += clock.seconds
-            flag = sums.new_tensor([float(self.notice.given)])
-            self.pending.append(_Step(self._count(), self._lr(), Later(torch.cat([sums, flag]))))
-            self._look_back(to=1)
             if config.save_every and self._count() % config.save_every == 0 and self.step < self.steps:
                 self._save_state()
-        self._look_back()
         self._check_weights()
         with self._clock():
             result = self._evaluate()
@@ -473,6 +493,7 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         if self.config.shard:
+            self._evaluated().eval()
             with torch.no_grad():
                 self._see_nothing()  # what is allocated in a first forward in inference mode could not learn later
         with self.accelerator.autocast():

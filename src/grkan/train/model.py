@@ -4,8 +4,8 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from ..models.files import load_model, read_metadata
 from ..models.kat import twin_of
 from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
-from .config import Config, nearest
+from .config import Config, nearest, read_yaml
 from .data import evaluation_transform, find_source
 from .randomness import derive_seed
-
-_DEFAULT_MODEL = "kat_micro_patch2_8"
 
 _NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
 """Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
@@ -62,14 +60,18 @@ def model_file(path: str | Path) -> Path:
 # Models to be trained
 
 
-def resolve_model(config: Config) -> dict[str, Any]:
+def resolve_model(config: Config, default: str) -> dict[str, Any]:
     """The settings model, model_args and init, with what is known of the model to start from filled in.
+
+    Args:
+        config: what was asked for.
+        default: the model that suits the data.
 
     Raises:
         ValueError: there is no model to start from, or `model` is another than that one.
     """
     if config.init is None:
-        return {"model": config.model or _DEFAULT_MODEL}
+        return {"model": config.model or default}
     path = model_file(config.init)
     metadata = read_metadata(path)
     held = metadata["model"]
@@ -94,14 +96,17 @@ def check_model(config: Config) -> None:
 
 
 def make_model(
-    config: Config, classes: int, normalisation: tuple[float, float] | None, preprocessing: Preprocessing | None
+    config: Config,
+    classes: int,
+    normalisation: Callable[[], tuple[float, float]] | None,
+    preprocessing: Preprocessing | None,
 ) -> tuple[nn.Module, Preprocessing]:
     """The model at its start, and its preprocessing.
 
     Args:
         config: says which.
         classes: the outputs.
-        normalisation: of the data set's gray values, if it has one of its own.
+        normalisation: gives mean and standard deviation of the data set's gray values; None: the model's own will do.
         preprocessing: that of the state that a run is resumed from, whose weights will follow; None: a run begins.
 
     Raises:
@@ -164,7 +169,10 @@ def _reason(error: Exception) -> str:
 
 
 def _fit_preprocessing(
-    config: Config, model: nn.Module, normalisation: tuple[float, float] | None, known: Preprocessing | None
+    config: Config,
+    model: nn.Module,
+    normalisation: Callable[[], tuple[float, float]] | None,
+    known: Preprocessing | None,
 ) -> Preprocessing:
     """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
 
@@ -180,7 +188,7 @@ def _fit_preprocessing(
         raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
     mean, std, crop = found["mean"], found["std"], found["crop_pct"]
     if normalisation is not None and not known:
-        mean, std = ([value] for value in normalisation)
+        mean, std = ([value] for value in normalisation())
         crop = 1.0  # the object fills the image
     if len(mean) != channels:
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
@@ -205,6 +213,8 @@ class TrainedModel:
     """Empty if they are not known."""
     preprocessing: Preprocessing
     device: torch.device
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the run that it is from, if its file lies in the folder of one."""
 
 
 def load_trained(path: str | Path) -> TrainedModel:
@@ -220,7 +230,14 @@ def load_trained(path: str | Path) -> TrainedModel:
         raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
     device, model = _device(), load_model(path)
     _check_preprocessing(model, preprocessing, len(classes), path)
-    return TrainedModel(model.to(device), classes, preprocessing, device)
+    return TrainedModel(model.to(device), classes, preprocessing, device, _settings_of_run(path.parent))
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(folder / "config.yaml")
+    except (OSError, GrkanValueError):  # no run, or a file of that name that is something else's
+        return {}
 
 
 def load_weights(path: str | Path) -> nn.Module:

@@ -14,6 +14,7 @@ import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def check_local(folder: str) -> None:
         )
     if not os.path.isdir(folder):
         raise GrkanValueError(f"--data wds:{folder}: there is no such folder; it must hold train/*.tar and val/*.tar")
+
+
+def first_files(root: Path, splits: Sequence[str], is_image: Callable[[str], bool], count: int) -> Iterator[ImageFile]:
+    """The first images of a split, without an index; none where there is something wrong, which `load_shards` names."""
+    folder = next((root / name for name in splits if (root / name).is_dir()), root)
+    for path in sorted(folder.glob("*.tar"))[:1]:
+        with contextlib.suppress(GrkanValueError):
+            for member, tar in islice(((m, t) for m, t in _members(path) if is_image(m.name)), count):
+                if (file := tar.extractfile(member)) is not None:
+                    yield ImageFile(file.read(), member.name)
 
 
 def load_shards(
