@@ -29,6 +29,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _train_in_two(settings):
     arguments = [f"--set={key}={value}" for key, value in settings.items()]
     command = [*TORCHRUN, "-m", "grkan", "train", *arguments]
@@ -53,7 +59,9 @@ def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
 def test_sigterm_to_one_process_stops_all_at_one_step_and_torchrun_goes_on(tiny, tmp_path):
     settings = {**tiny, "epochs": 30, "batch_size": 48, "log_every": 1, "workers": 0, "output": tmp_path / "two"}
     arguments = [f"--set={key}={value}" for key, value in settings.items()]
-    command = [*TORCHRUN, "--max-restarts=2", "-m", "grkan", "train", "--auto-resume", *arguments]
+    # Not --standalone, with which torchrun has a new store for each attempt.
+    command = [*TORCHRUN[:-2], f"--master-port={_free_port()}", TORCHRUN[-1], "--max-restarts=2"]
+    command += ["-m", "grkan", "train", "--auto-resume", *arguments]
     metrics, told = tmp_path / "two" / "metrics.jsonl", []
     agent = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -83,10 +91,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_and_torchrun_goes_on(tiny,
 def test_nodes_without_a_shared_folder_are_refused_with_the_reason(tiny, tmp_path, resumed):
     settings = {**tiny, "workers": 0, "output": "run"}
     arguments = ["--resume", "run"] if resumed else [f"--set={key}={value}" for key, value in settings.items()]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = []
+    nodes, port = [], _free_port()
     for rank in range(2):
         (tmp_path / f"node{rank}").mkdir()
         place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -34,6 +34,8 @@ class State(TypedDict):
     preprocessing: Preprocessing
     conversion: dict[str, Any] | None
     """The recipe of `grkan.convert_`, if the run began with a converted model."""
+    new_head: bool
+    """Whether the run began with outputs that had learned nothing."""
     best: dict[str, Any]
     last: dict[str, Any]
     running: dict[str, Any]

@@ -101,12 +101,17 @@ class Config:
     output: str | None = _setting(None, "the run's folder; by default runs/MODEL-DATA", metavar="DIR")
     init: str | None = _setting(
         None,
-        "a model file or a run's folder whose weights are the start; the model's arguments are the file's, overridden "
-        "by model_args, and another number of classes gets a new head",
-        metavar="FILE",
+        "whose weights are the start: a run's folder, a model file, a released checkpoint, a file of timm's (with "
+        "model), or a model of timm's with its pretrained weights (a name, hf-hub:NAME or local-dir:FOLDER); the "
+        "model's arguments are those of the file, overridden by model_args, which may ask for another img_size, "
+        "patch_size or in_chans; outputs keep what they know by the names of their classes",
+        metavar="FILE|NAME",
     )
+    convert: bool = _setting(False, "make a KAT of the model that init names, as grkan convert does")
     trainable: Literal["all", "coefficients", "weights"] = _setting(
-        "all", "what learns: everything, the coefficients of the rational functions alone, or everything but them"
+        "all",
+        "what learns: everything, the coefficients of the rational functions alone, or everything but them; outputs "
+        "for new classes always learn",
     )
     seed: int = _setting(0, "decides all that is drawn at random", _NOT_NEGATIVE)
 

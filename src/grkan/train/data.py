@@ -758,25 +758,24 @@ def batches_on(device: torch.device, loader: DataLoader) -> Iterator[Batch]:
 
 
 def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
-    """Batches of at most `count` training images, taken at equal distances, preprocessed as for a test.
+    """`calibration_batches` of the training images of `--data`."""
+    return calibration_batches(replace(find_source(data).load("train"), where=data), preprocessing, count)
+
+
+def calibration_batches(images: ImageData, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
+    """Batches of at most `count` images, taken at equal distances, preprocessed as for a test.
 
     Raises:
-        ValueError: there is no such data set; or, from the batches, none of the images can be read.
+        ValueError: none of the images can be read.
     """
-    images = find_source(data).load("train")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-    loader = evaluation_loader(images.choose(chosen), evaluation_transform(preprocessing), 32)
-
-    def batches() -> Iterator[Tensor]:
-        readable = False
-        for batch in loader:
-            if len(batch.labels):
-                readable = True
-                yield batch.images
-        if not readable:
-            raise GrkanValueError(f"--data {data} has no readable image")
-
-    return batches()
+    readable = False
+    for batch in evaluation_loader(images.choose(chosen), evaluation_transform(preprocessing), 32):
+        if len(batch.labels):
+            readable = True
+            yield batch.images
+    if not readable:
+        raise GrkanValueError(f"--data {images.where} has no readable image")
 
 
 class UnreadableImages:

@@ -18,7 +18,6 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -101,12 +100,13 @@ def train(config: Config, auto_resume: bool = False) -> Summary:
     """
     config = resolve(config)
     folder = Path(config.output or "")
-    _connect()
-    resumed = auto_resume and from_main((folder / "config.yaml").is_file)
-    if resumed:
-        check_all_see(folder, (folder / "config.yaml").is_file())
-        check_same(config)
-    return _run(config, resumed)
+    with _naming_others():
+        _connect()
+        resumed = auto_resume and from_main((folder / "config.yaml").is_file)
+        if resumed:
+            check_all_see(folder, (folder / "config.yaml").is_file())
+            check_same(config)
+        return _run(config, resumed)
 
 
 def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summary:
@@ -127,13 +127,14 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summ
                 f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} and data can"
                 f"{_more_epochs(folder) if key == 'epochs' else ''}"
             )
-    _connect()
-    found = (folder / "config.yaml").is_file()
-    check_all_see(folder, found)
-    if not found:
-        raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
-    config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
-    return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
+    with _naming_others():
+        _connect()
+        found = (folder / "config.yaml").is_file()
+        check_all_see(folder, found)
+        if not found:
+            raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
+        config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
+        return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
 
 
 def holds_run(folder: Path) -> bool:
@@ -190,13 +191,19 @@ def _run(config: Config, resumed: bool) -> Summary:
     lock = RunLock(Path(config.output or ""))
     try:
         return _Run(config, resumed, lock).train()
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _naming_others() -> Iterator[None]:
+    """One error for what NCCL and gloo raise in a process that waits for one that is gone. That one has said why."""
+    try:
+        yield
     except RuntimeError as error:
-        # What NCCL and gloo raise in a process that waits for one that is gone. That one has said why.
         if isinstance(error, dist.DistError) or "gloo/" in str(error):
             raise TrainingError("another process of this run has failed") from error
         raise
-    finally:
-        lock.release()
 
 
 def _connect() -> None:
@@ -204,7 +211,7 @@ def _connect() -> None:
     connected = dist.is_initialized()
     try:
         # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
-        state = PartialState(cpu=_on_cpu())
+        state = PartialState(cpu=_on_cpu(), **_meeting_place())
     except ValueError as error:  # about the variables of torchrun and accelerate launch
         raise GrkanRuntimeError(f"Accelerate cannot start: {error}") from error
     started = int(os.environ.get("WORLD_SIZE", state.num_processes))
@@ -216,6 +223,18 @@ def _connect() -> None:
     if started > 1 and not connected:
         # The group outlives the run, for another run of this process, but not the interpreter, which may abort then.
         atexit.register(state.destroy_process_group)
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where processes that torchrun has started again meet, as arguments of `init_process_group`.
+
+    It keeps one store for all attempts, where they would find the addresses of those that are dead.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or dist.is_initialized():
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def _on_cpu() -> bool:
@@ -265,15 +284,19 @@ class _Run:
         state = load_state(state_path) if resumed and state_path.exists() else None
         source = find_source(config.data, config.val_split, config.seed, self.folder / "state")
         self.training, self.test = self._load_data(source)
-        self.found = () if source.kind is None else (describe(self.training), describe(self.test), self._kind(source))
+        self.notes = [] if source.kind is None else [describe(self.training), describe(self.test), self._kind(source)]
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        normalisation = source.normalisation and partial(from_main, partial(source.normalisation, self.training))
-        self.model, self.preprocessing = make_model(config, len(self.training.classes), normalisation, known)
+        measure = source.normalisation
+        normalisation = None if measure is None else lambda images: from_main(lambda: measure(images))
+        start = make_model(config, self.training, normalisation, known)
+        self.model, self.preprocessing = start.model, start.preprocessing
+        self.new_head = start.new_head if state is None else state["new_head"]
+        self.notes += start.notes
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
-        choose_trainable(self.model, config)
+        choose_trainable(self.model, config, self.new_head)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
@@ -380,7 +403,7 @@ class _Run:
             self.board = self._tensorboard(stack, done)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
             self.notice = stack.enter_context(Notice())
-            for line in self.found:
+            for line in self.notes:
                 self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
@@ -707,6 +730,7 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
             "conversion": getattr(self.model, "grkan_conversion", None),
+            "new_head": self.new_head,
             "best": self.best,
             "last": self.last,
             "running": vars(self.running),
