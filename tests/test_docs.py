@@ -1,11 +1,13 @@
-"""The lines of docs/in_other_hands.md run; those of several processes do in `two_processes.py`."""
+"""The lines of docs/in_other_hands.md (those of several processes: `two_processes.py`) and docs/own_images.md run."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parent.parent / "docs" / "in_other_hands.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "in_other_hands.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 IN_TWO_PROCESSES = ("FSDP2", "Tensor parallelism", "DDP")
 
@@ -26,3 +28,36 @@ def test_lines_run(section, tmp_path, monkeypatch):
     assert own
     for number, block in enumerate(first + own):
         exec(compile(block, f"{section}, block {number}", "exec"), namespace)
+
+
+COMMANDS = re.findall(
+    r"^grkan .*$",
+    "\n".join(re.findall(r"```sh\n(.*?)```", (DOCS / "own_images.md").read_text(encoding="utf-8"), re.DOTALL)).replace(
+        "\\\n", " "
+    ),
+    re.MULTILINE,
+)
+
+
+def test_commands_for_own_images_run(tmp_path, monkeypatch, capsys):
+    """On images of 8 x 8 pixels, one epoch each."""
+    pytest.importorskip("accelerate")
+    import numpy as np
+    from PIL import Image
+
+    from grkan.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    assert len(COMMANDS) == 6
+    for command in COMMANDS:
+        more = ["--epochs=1", "--workers=0"] if command.startswith("grkan train") else []
+        assert main([*shlex.split(command)[1:], *more]) == 0, command
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "photos: 24 images of 3 classes" in out
+    assert (tmp_path / "confusion.png").exists()

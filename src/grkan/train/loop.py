@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import ProjectConfiguration, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -47,9 +47,17 @@ from .data import (
 from .evaluate import Score, first_images, score
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
-from .optimisation import choose_trainable, clipped_together, make_loss, make_optimizer, make_schedule
+from .optimisation import (
+    choose_trainable,
+    clipped_together,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    prepare_model_,
+)
 from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
+from .trackers import Trackers, check_trackers
 
 
 class TrainingError(GrkanRuntimeError):
@@ -127,6 +135,8 @@ def resolve(config: Config) -> Config:
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
+    if config.precision is None:
+        chosen["precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.output is None:
         chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
@@ -144,6 +154,7 @@ def _run(config: Config, resumed: bool) -> Summary:
 
 def _make_accelerator(config: Config) -> Accelerator:
     """The device, the precision and the processes, which `torchrun` or `accelerate launch` has started."""
+    trackers = check_trackers(config.tracker)
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
     try:
@@ -153,6 +164,8 @@ def _make_accelerator(config: Config) -> Accelerator:
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             step_scheduler_with_optimizer=False,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(config.output, str(Path(config.output or "") / "trackers")),
         )
     except ValueError as error:  # about the precision, or the variables of torchrun and accelerate launch
         raise GrkanRuntimeError(f"Accelerate cannot start with precision {config.precision!r}: {error}") from error
@@ -195,6 +208,7 @@ class _Run:
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
         choose_trainable(self.model, config, self.new_head)
+        prepare_model_(self.model, config)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
@@ -246,7 +260,10 @@ class _Run:
             )
         rank = self.accelerator.process_index
         mine = range(rank * config.accumulate, (rank + 1) * config.accumulate)
-        self.sampler = TrainingSampler(len(self.training), config.batch_size, parts, mine, config.seed)
+        labels = self.training.labels if config.balance == "sampling" else None
+        self.sampler = TrainingSampler(
+            len(self.training), config.batch_size, parts, mine, config.seed, config.repeats, labels
+        )
         self.steps = len(self.training) // config.batch_size
         transform = training_transform(self.preprocessing, config)
         on_gpu = self.accelerator.device.type == "cuda"
@@ -266,8 +283,11 @@ class _Run:
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, self.steps)
-        self.criterion, self.mixup = make_loss(config, len(self.training.classes))
+        self.criterion, self.mixup = make_loss(config, len(self.training.classes), self.training.labels)
+        self.criterion.to(self.accelerator.device)
         self.prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        if config.compile:
+            self.prepared = torch.compile(self.prepared)
 
     # The run
 
@@ -277,7 +297,8 @@ class _Run:
         total = config.epochs * self.steps
         done = self.epoch * self.steps + self.step
         with contextlib.ExitStack() as stack:
-            self.board = self._tensorboard(stack, done)
+            self.trackers = Trackers(self.accelerator, config, self.folder, done)
+            stack.callback(self.trackers.close)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
             for line in self.notes:
                 self.reporter.line(line)
@@ -286,8 +307,18 @@ class _Run:
             elif done:
                 self.reporter.line(f"resuming at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}")
             while self.epoch < config.epochs:
+                if self._is_out_of_patience():
+                    self.reporter.line(f"stopped: no epoch after {self.best['epoch']} was better (patience)")
+                    break
                 self._train_epoch()
         return self._finish()
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether the last test was one too many without a better result."""
+        config, best = self.config, self.best["epoch"]
+        if config.patience is None or not best or self.epoch % config.evaluate_every:
+            return False
+        return self.epoch - best >= config.patience
 
     def _train_epoch(self) -> None:
         config = self.config
@@ -313,8 +344,10 @@ class _Run:
                 self._check_weights()
                 self._save_state()
         self._check_weights()
-        with self._clock():
-            result = self._evaluate()
+        result = None
+        if (self.epoch + 1) % config.evaluate_every == 0 or self.epoch + 1 == config.epochs:
+            with self._clock():
+                result = self._evaluate()
         self._end_epoch(result)
 
     def _optimise(self, batches: Any) -> float:
@@ -334,6 +367,8 @@ class _Run:
             if self.mixup is not None:
                 with seeded("mixup", config.seed, count):
                     images, targets = self.mixup(images, labels)
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             torch.manual_seed(derive_seed("dropout", config.seed, count, part))
             with accelerator.accumulate(self.prepared):
                 logits = self.prepared(images)
@@ -379,35 +414,37 @@ class _Run:
             "a lower --lr, a longer warmup_epochs or clip_grad may help"
         )
 
-    def _end_epoch(self, result: dict[str, Any]) -> None:
-        is_best = result["top1"] > self.best["top1"]
-        if is_best:
-            self.best = {"top1": result["top1"], "epoch": self.epoch + 1}
-        self.last = {"top1": result["top1"], "loss": result["loss"]}
-        count = (self.epoch + 1) * self.steps
+    def _end_epoch(self, result: dict[str, Any] | None) -> None:
+        """Save and tell what an epoch came to; `result` is None if it was not tested."""
+        config, number = self.config, self.epoch + 1
+        is_best = result is not None and result["top1"] > self.best["top1"]
+        if result is not None:
+            if is_best:
+                self.best = {"top1": result["top1"], "epoch": number}
+            self.last = {"top1": result["top1"], "loss": result["loss"]}
         self._share_unreadable()
         metrics = {
-            "epoch": self.epoch + 1,
-            "step": count,
+            "epoch": number,
+            "step": number * self.steps,
             "lr": self._lr(),
             **self.running.means(),
-            "top1": result["top1"],
-            "loss": result["loss"],
+            **({} if result is None else {"top1": result["top1"], "loss": result["loss"]}),
             "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
         if self.main:
-            for name in ["last.safetensors"] + ["best.safetensors"] * is_best:
+            kept = [f"epoch-{number}.safetensors"] * (config.keep_every > 0 and number % config.keep_every == 0)
+            for name in ["last.safetensors"] + ["best.safetensors"] * is_best + kept:
                 self._save_model(self.folder / name)
         self._write_metrics(metrics)
         train_top1 = f" {metrics['train_top1']:.2f} %" if "train_top1" in metrics else ""
+        test = "" if result is None else f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
         self.reporter.line(
-            f"epoch {self.epoch + 1}/{self.config.epochs}  train loss {metrics['train_loss']:.4f}{train_top1}  "
-            f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
+            f"epoch {number}/{config.epochs}  train loss {metrics['train_loss']:.4f}{train_top1}  {test}"
             f"{metrics['images_per_second']:.0f} images/s  {self.seconds:.0f} s"
         )
-        self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
+        self.epoch, self.step, self.running = number, 0, Running()
         self._save_state()
 
     def _finish(self) -> Summary:
@@ -480,16 +517,7 @@ class _Run:
         self.unreadable.names.update(gather_object(sorted(self.unreadable.names)))
 
     def _lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    def _tensorboard(self, stack: contextlib.ExitStack, done: int) -> Any:
-        if not (self.config.tensorboard and self.main):
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
-        stack.callback(board.close)
-        return board
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     # What it leaves
 
@@ -497,9 +525,8 @@ class _Run:
         if not self.main:
             return
         self.log.append(metrics)
-        if self.board is not None:
-            for key in metrics.keys() - {"epoch", "step"}:
-                self.board.add_scalar(key, metrics[key], metrics["step"])
+        values = {key: value for key, value in metrics.items() if key not in ("epoch", "step")}
+        self.trackers.log(values, metrics["step"])
 
     def _save_model(self, path: Path) -> None:
         save_model(
