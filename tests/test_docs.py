@@ -10,7 +10,8 @@ import pytest
 from grkan import cli
 from grkan.train.config import make_config, read_yaml
 
-PAGE = (Path(__file__).parent.parent / "docs" / "in_other_hands.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "in_other_hands.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 IN_TWO_PROCESSES = ("FSDP2", "Tensor parallelism", "DDP")
 
@@ -33,7 +34,7 @@ def test_lines_run(section, tmp_path, monkeypatch):
         exec(compile(block, f"{section}, block {number}", "exec"), namespace)
 
 
-CLUSTER = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+CLUSTER = (DOCS / "cluster.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", re.findall(r"```bash\n(.*?)```", CLUSTER, re.DOTALL))
@@ -46,3 +47,36 @@ def test_scripts_of_the_cluster_page_are_right(script):
     assert options.auto_resume
     for path in re.findall(r"configs/\w+\.yaml", script):
         make_config(read_yaml(Path(__file__).parent.parent / path), *options.settings)
+
+
+COMMANDS = re.findall(
+    r"^grkan .*$",
+    "\n".join(re.findall(r"```sh\n(.*?)```", (DOCS / "own_images.md").read_text(encoding="utf-8"), re.DOTALL)).replace(
+        "\\\n", " "
+    ),
+    re.MULTILINE,
+)
+
+
+def test_commands_for_own_images_run(tmp_path, monkeypatch, capsys):
+    """On images of 8 x 8 pixels, one epoch each."""
+    pytest.importorskip("accelerate")
+    import numpy as np
+    from PIL import Image
+
+    from grkan.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    assert len(COMMANDS) == 6
+    for command in COMMANDS:
+        more = ["--epochs=1", "--workers=0"] if command.startswith("grkan train") else []
+        assert main([*shlex.split(command)[1:], *more]) == 0, command
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "photos: 24 images of 3 classes" in out
+    assert (tmp_path / "confusion.png").exists()

@@ -359,7 +359,7 @@ def _with_all_classes(data: ImageData) -> ImageData:
     if empty := sorted({*range(len(data.classes))} - {*np.unique(data.labels).tolist()}):
         raise GrkanValueError(
             f"{data.where} has no image of {', '.join(data.classes[label] for label in empty[:5])}"
-            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}{_tell_passed_over(data)}"
+            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}{tell_passed_over(data.passed_over)}"
         )
     return data
 
@@ -400,8 +400,16 @@ def _read_classes(folder: Path) -> ImageData:
     files = Paths(folder, found())
     data = ImageData(files, np.frombuffer(labels, dtype=np.int64), tuple(classes), str(folder), passed_over)
     if not len(data):
-        raise GrkanValueError(f"{folder} has no images in its {len(classes)} classes' folders{_tell_passed_over(data)}")
+        raise GrkanValueError(
+            f"{folder} has no images in its {len(classes)} classes' folders{tell_passed_over(data.passed_over)}"
+        )
     return data
+
+
+def images_below(folder: str, passed_over: Counter[str]) -> Iterator[str]:
+    """The paths of the images in a folder and in those below it; what else there is is counted in `passed_over`."""
+    for path in _images_below(Path(folder), "", set(), passed_over):
+        yield os.path.join(folder, path)
 
 
 def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
@@ -482,11 +490,12 @@ def describe(data: ImageData) -> str:
     if lacking:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         line += f", none of {', '.join(map(repr, lacking[:5]))}{more}"
-    return line + _tell_passed_over(data)
+    return line + tell_passed_over(data.passed_over)
 
 
-def _tell_passed_over(data: ImageData) -> str:
-    told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(data.passed_over.items()))
+def tell_passed_over(passed_over: Mapping[str, int]) -> str:
+    """The end of a report, empty if nothing was passed over."""
+    told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(passed_over.items()))
     return f"; passed over: {told}" if told else ""
 
 
@@ -637,7 +646,7 @@ class _Samples(Dataset):
         epoch, first = key
         unreadable: dict[str, str] = {}
         for step in range(1 if self.seed is None else len(self.data)):
-            index = (first + step) % len(self.data)
+            copy, index = first // len(self.data), (first + step) % len(self.data)
             try:
                 image = self.data.open(index)
             except UnreadableImageError as error:
@@ -647,7 +656,7 @@ class _Samples(Dataset):
             label = int(self.data.labels[index])
             if self.seed is None:
                 return self.transform(image), label, unreadable
-            with seeded("augmentation", self.seed, epoch, index):
+            with seeded("augmentation", self.seed, epoch, index + copy * len(self.data)):
                 return self.transform(image), label, unreadable
         return None, 0, unreadable
 
@@ -665,10 +674,32 @@ class TrainingSampler:
     Every epoch has an order of its own. Each global batch of it is cut into equal parts, one for each process and
     micro-batch; what is left at the end is left out. Mixup pairs the i-th image of a batch with the i-th from its end,
     so a part gets images of the batch's two ends: whoever computes it, the pairs are the same.
+
+    An image that comes several times in an epoch is augmented anew each time: the k-th time its index is larger by k
+    times the number of images.
+
+    Args:
+        size: the number of images.
+        batch_size: of all processes together.
+        parts: of each batch.
+        mine: those of this process.
+        seed: of the order.
+        repeats: how often an image is in its batch.
+        labels: of the images, if every class is to have as many images of an epoch; None: all images are taken alike.
     """
 
-    def __init__(self, size: int, batch_size: int, parts: int, mine: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        parts: int,
+        mine: Sequence[int],
+        seed: int,
+        repeats: int = 1,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.size, self.batch_size, self.parts, self.mine, self.seed = size, batch_size, parts, mine, seed
+        self.repeats, self.labels = repeats, labels
         self.epoch = self.first_step = 0
 
     def start_at(self, epoch: int, step: int) -> None:
@@ -680,8 +711,7 @@ class TrainingSampler:
         return self.size // self.batch_size * len(self.mine)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
+        order = self._order(torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch)))
         width = self.batch_size // self.parts
         for step in range(self.first_step, self.size // self.batch_size):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
@@ -690,6 +720,34 @@ class TrainingSampler:
             for part in self.mine:
                 own = pairs[part * width : (part + 1) * width]
                 yield [(self.epoch, index) for index in own[0::2] + own[1::2][::-1]]
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        if self.labels is None:
+            order = torch.randperm(self.size, generator=generator)
+        else:
+            order = self._balanced(torch.from_numpy(self.labels), generator)
+        if self.repeats > 1:
+            # The copies of the k-th round of a class are not those of the next round.
+            image, times = order % self.size, order // self.size
+            copies = times[:, None] * self.repeats + torch.arange(self.repeats)
+            order = (image[:, None] + self.size * copies).flatten()[: self.size]
+        return order
+
+    def _balanced(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """As many of each class, give or take one: its images in an order of their own, again and again."""
+        classes = labels.unique()
+        more = torch.randperm(len(classes), generator=generator) < self.size % len(classes)
+        chosen = []
+        for label, one_more in zip(classes, more.tolist(), strict=True):
+            own = (labels == label).nonzero().flatten()
+            wanted = self.size // len(classes) + one_more
+            rounds = [
+                own[torch.randperm(len(own), generator=generator)] + self.size * time
+                for time in range(-(-wanted // len(own)))
+            ]
+            chosen += [torch.cat(rounds)[:wanted]] if rounds else []
+        order = torch.cat(chosen)
+        return order[torch.randperm(len(order), generator=generator)]
 
 
 class _InOrder:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -56,11 +56,20 @@ from .evaluate import Score, first_images, score
 from .interruption import Notice, TrainingStopped
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
-from .optimisation import choose_trainable, clipped_together, limit_gradients_, make_loss, make_optimizer, make_schedule
+from .optimisation import (
+    choose_trainable,
+    clipped_together,
+    limit_gradients_,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    prepare_model_,
+)
 from .processes import Later, TrainingError, check_all_see, check_shared, from_main
 from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
 from .sharding import gather_weights, load_parts, local, remove_other_parts, save_parts, shard_model_
+from .trackers import Trackers, check_trackers
 
 
 class Summary(TypedDict):
@@ -182,6 +191,8 @@ def resolve(config: Config) -> Config:
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
+    if config.precision is None:
+        chosen["precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.output is None:
         chosen["output"] = str(Path("runs") / f"{chosen['model']}-{Path(chosen['data'].replace(':', '-')).name}")
     return dataclasses.replace(config, **chosen)
@@ -243,6 +254,7 @@ def _on_cpu() -> bool:
 
 def _make_accelerator(config: Config) -> Accelerator:
     """The device, the precision and the processes."""
+    trackers = check_trackers(config.tracker)
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
     try:
@@ -251,6 +263,8 @@ def _make_accelerator(config: Config) -> Accelerator:
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             step_scheduler_with_optimizer=False,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(config.output, str(Path(config.output or "") / "trackers")),
         )
     except ValueError as error:
         raise GrkanRuntimeError(f"Accelerate cannot start with precision {config.precision!r}: {error}") from error
@@ -297,6 +311,7 @@ class _Run:
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
         choose_trainable(self.model, config, self.new_head)
+        prepare_model_(self.model, config)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
@@ -362,7 +377,10 @@ class _Run:
             )
         rank = self.accelerator.process_index
         mine = range(rank * config.accumulate, (rank + 1) * config.accumulate)
-        self.sampler = TrainingSampler(len(self.training), config.batch_size, parts, mine, config.seed)
+        labels = self.training.labels if config.balance == "sampling" else None
+        self.sampler = TrainingSampler(
+            len(self.training), config.batch_size, parts, mine, config.seed, config.repeats, labels
+        )
         self.steps = len(self.training) // config.batch_size
         transform = training_transform(self.preprocessing, config)
         on_gpu = self.accelerator.device.type == "cuda"
@@ -383,14 +401,17 @@ class _Run:
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
         if config.shard:
             for module in (self.model, *(() if self.ema is None else (self.ema.module,))):
-                shard_model_(module, self.accelerator.device, config.precision)
+                shard_model_(module, self.accelerator.device, self.accelerator.mixed_precision)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, self.steps)
-        self.criterion, self.mixup = make_loss(config, len(self.training.classes))
+        self.criterion, self.mixup = make_loss(config, len(self.training.classes), self.training.labels)
+        self.criterion.to(self.accelerator.device)
         self.clipped_together = clipped_together(self.model)
         # Accelerate's own sharding becomes DDP, without a word, where there is no GPU.
         self.prepared = self.model if config.shard else self.accelerator.prepare(self.model)
         self.stepper = self.accelerator.prepare(self.optimizer)
+        if config.compile:
+            self.prepared = torch.compile(self.prepared)
 
     # The run
 
@@ -400,7 +421,8 @@ class _Run:
         total = config.epochs * self.steps
         done = self._count()
         with contextlib.ExitStack() as stack:
-            self.board = self._tensorboard(stack, done)
+            self.trackers = Trackers(self.accelerator, config, self.folder, done)
+            stack.callback(self.trackers.close)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
             self.notice = stack.enter_context(Notice())
             for line in self.notes:
@@ -411,8 +433,18 @@ class _Run:
                 at = "its test" if self.step == self.steps else f"step {self.step + 1} of {self.steps}"
                 self.reporter.line(f"resuming at epoch {self.epoch + 1}, {at}")
             while self.epoch < config.epochs:
+                if self._is_out_of_patience():
+                    self.reporter.line(f"stopped: no epoch after {self.best['epoch']} was better (patience)")
+                    break
                 self._train_epoch()
         return self._finish()
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether the last test was one too many without a better result."""
+        config, best = self.config, self.best["epoch"]
+        if config.patience is None or not best or self.epoch % config.evaluate_every:
+            return False
+        return self.epoch - best >= config.patience
 
     def _train_epoch(self) -> None:
         config = self.config
@@ -430,8 +462,10 @@ class _Run:
             if config.save_every and self._count() % config.save_every == 0 and self.step < self.steps:
                 self._save_state()
         self._check_weights()
-        with self._clock():
-            result = self._evaluate()
+        result = None
+        if (self.epoch + 1) % config.evaluate_every == 0 or self.epoch + 1 == config.epochs:
+            with self._clock():
+                result = self._evaluate()
         self._end_epoch(result)
 
     def _optimise(self, batches: Any) -> Tensor:
@@ -456,6 +490,8 @@ class _Run:
             if self.mixup is not None:
                 with seeded("mixup", config.seed, count):
                     images, targets = self.mixup(images, labels)
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             torch.manual_seed(derive_seed("dropout", config.seed, count, part))
             with accelerator.accumulate(self.prepared):
                 logits = self.prepared(images)
@@ -566,36 +602,38 @@ class _Run:
             "a lower --lr, a longer warmup_epochs or clip_grad may help"
         )
 
-    def _end_epoch(self, result: dict[str, Any]) -> None:
-        is_best = result["top1"] > self.best["top1"]
-        if is_best:
-            self.best = {"top1": result["top1"], "epoch": self.epoch + 1}
-        self.last = {"top1": result["top1"], "loss": result["loss"]}
-        count = (self.epoch + 1) * self.steps
+    def _end_epoch(self, result: dict[str, Any] | None) -> None:
+        """Save and tell what an epoch came to; `result` is None if it was not tested."""
+        config, number = self.config, self.epoch + 1
+        is_best = result is not None and result["top1"] > self.best["top1"]
+        if result is not None:
+            if is_best:
+                self.best = {"top1": result["top1"], "epoch": number}
+            self.last = {"top1": result["top1"], "loss": result["loss"]}
         self._share_unreadable()
         metrics = {
-            "epoch": self.epoch + 1,
-            "step": count,
+            "epoch": number,
+            "step": number * self.steps,
             "lr": self._lr(),
             **self.running.means(),
-            "top1": result["top1"],
-            "loss": result["loss"],
+            **({} if result is None else {"top1": result["top1"], "loss": result["loss"]}),
             "unreadable": len(self.unreadable.names),
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
         weights = gather_weights(self._evaluated()) if self.config.shard else None
         if self.main:
-            for name in ["last.safetensors"] + ["best.safetensors"] * is_best:
+            kept = [f"epoch-{number}.safetensors"] * (config.keep_every > 0 and number % config.keep_every == 0)
+            for name in ["last.safetensors"] + ["best.safetensors"] * is_best + kept:
                 self._save_model(self.folder / name, weights)
         self._write_metrics(metrics)
         train_top1 = f" {metrics['train_top1']:.2f} %" if "train_top1" in metrics else ""
+        test = "" if result is None else f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
         self.reporter.line(
-            f"epoch {self.epoch + 1}/{self.config.epochs}  train loss {metrics['train_loss']:.4f}{train_top1}  "
-            f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
+            f"epoch {number}/{config.epochs}  train loss {metrics['train_loss']:.4f}{train_top1}  {test}"
             f"{metrics['images_per_second']:.0f} images/s  {self.seconds:.0f} s"
         )
-        self.epoch, self.step, self.running = self.epoch + 1, 0, Running()
+        self.epoch, self.step, self.running = number, 0, Running()
         self._save_state()
 
     def _finish(self) -> Summary:
@@ -677,16 +715,7 @@ class _Run:
         self.unreadable.names.update(gather_object(sorted(self.unreadable.names)))
 
     def _lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    def _tensorboard(self, stack: contextlib.ExitStack, done: int) -> Any:
-        if not (self.config.tensorboard and self.main):
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
-        stack.callback(board.close)
-        return board
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     # What it leaves
 
@@ -694,9 +723,8 @@ class _Run:
         if not self.main:
             return
         self.log.append(metrics)
-        if self.board is not None:
-            for key in metrics.keys() - {"epoch", "step"}:
-                self.board.add_scalar(key, metrics[key], metrics["step"])
+        values = {key: value for key, value in metrics.items() if key not in ("epoch", "step")}
+        self.trackers.log(values, metrics["step"])
 
     def _save_model(self, path: Path, weights: dict[str, Tensor] | None) -> None:
         save_model(

@@ -35,7 +35,12 @@ def shard_model_(model: nn.Module, device: torch.device, precision: str) -> None
         model: on the device; it changes.
         device: of this process.
         precision: "bf16" computes in bfloat16, rational coefficients apart; "no" in float32.
+
+    Raises:
+        ValueError: another precision.
     """
+    if precision not in ("no", "bf16"):
+        raise GrkanValueError(f"shard goes with precision no or bf16; got {precision}")
     if not dist.is_initialized():  # one process: a run that several have begun can end there
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
