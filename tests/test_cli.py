@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import os
@@ -98,16 +99,51 @@ def test_unreadable_images_are_counted_and_leave_the_rest(tmp_path, capsys):
     assert main(["plot", str(tmp_path / "run"), f"--data={tmp_path}", f"--output={tmp_path / 'f.png'}"]) == 0
 
 
-def test_predict_gives_a_line_an_image_and_names_what_it_cannot_read(run, tmp_path, capsys):
+def test_eval_tells_of_each_class(run, tmp_path, capsys):
+    matrix, picture = tmp_path / "matrix.json", tmp_path / "matrix.png"
+    assert main(["eval", str(run), "--data=digits", f"--confusion={matrix}", f"--confusion={picture}"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3:-1] == [str(matrix), str(picture)]
+    result, content = json.loads(out[-1]), json.loads(matrix.read_text())
+    counts = np.array(content["matrix"])
+    assert content["classes"] == list(result["per_class"]) == list("0123456789")
+    assert counts.sum() == result["images"] == 355
+    assert result["top1"] == pytest.approx(100 * counts.trace() / 355)
+    assert list(result["per_class"].values()) == pytest.approx(100 * counts.diagonal() / counts.sum(axis=1))
+    assert result["top1"] <= result["top5"] <= 100
+    assert Image.open(picture).width > 500
+    for path, message in ((tmp_path / "m.doc", "a picture's file must end in"), (tmp_path / "no" / "m.json", "folder")):
+        assert message in _fails(capsys, ["eval", run, "--data=digits", "--confusion", path])
+
+
+def test_predict_gives_a_line_an_image_and_an_error_for_one_that_cannot_be_read(run, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     paths = [str(tmp_path / name) for name in ("a.png", "none.png", "a.png")]
     assert main(["predict", str(run / "best.safetensors"), *paths]) == 1
     out, err = capsys.readouterr()
     results = [json.loads(line) for line in out.splitlines()]
-    assert [result["path"] for result in results] == [paths[0], paths[2]]
+    assert [result["path"] for result in results] == paths
     assert set(results[0]) == {"path", "label", "probability", "top5"}
-    assert len(err.splitlines()) == 1
-    assert "none.png" in err
+    assert len(results[0]["top5"]) == 5
+    assert results[1] == {"path": paths[1], "error": "No such file or directory"}
+    assert err == "grkan: 1 of 3 images could not be read\n"
+
+
+def test_predict_of_a_folder_as_csv(run, tmp_path, capsys):
+    for name in ("a,b.png", "c.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    (tmp_path / "d.png").touch()
+    (tmp_path / "notes.txt").touch()
+    assert main(["predict", str(run), str(tmp_path), "--format=csv", "--top=3", "--batch-size=2"]) == 1
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["path"] for row in rows] == [str(tmp_path / name) for name in ("a,b.png", "c.png", "d.png")]
+    assert [row["error"] for row in rows] == ["", "", "it is empty"]
+    assert list(rows[0]) == [
+        *("path", "error", "label", "probability", "label_2", "probability_2", "label_3", "probability_3")
+    ]
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) >= float(rows[0]["probability_3"])
+    assert err == "grkan: 1 of 3 images could not be read; passed over: 1 *.txt\n"
 
 
 @pytest.mark.parametrize("data", [[], ["--data=digits"]])
@@ -207,6 +243,7 @@ def test_resume_of_a_finished_run(run, capsys):
         (["train", "--config=nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
         (["train", "--resume=nowhere", "--config=x.yaml"], "--config does not go with --resume"),
+        (["train", "--resume=nowhere", "--auto-resume"], "--auto-resume does not go with --resume"),
         (["train", "--lr", "fast"], "lr must be a number; got 'fast'"),
         (["eval", "nowhere", "--data=digits"], "nowhere does not exist"),
         (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
@@ -301,6 +338,31 @@ def test_interruption(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = _fails(capsys, ["train", *TINY], status=130)
     assert line == "grkan: interrupted; go on with: grkan train --resume runs/kat_micro_patch2_8-digits"
+
+
+@pytest.mark.parametrize("option", [[], ["--auto-resume"]])
+def test_sigterm(option, tmp_path, capsys, monkeypatch):
+    from grkan.train import loop
+
+    optimise = loop._Run._optimise
+
+    def told(run, batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimise(run, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimise", told)
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["train", *TINY, "--epochs=1", f"--output={tmp_path / 'run'}", *option]
+    line = _fails(capsys, command, status=143)
+    way_on = "the same command" if option else f"grkan train --resume {tmp_path / 'run'}"
+    assert line == f"grkan: stopped by SIGTERM in epoch 1, after step 2 of 5; go on with: {way_on}"
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setenv("RANK", "1")  # the main process has said it
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 143
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    assert main(command if option else ["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "resuming at epoch 1, step 5 of 5" in capsys.readouterr().out
 
 
 def test_interruption_before_anything_is_written(tmp_path, capsys, monkeypatch):

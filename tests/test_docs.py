@@ -1,7 +1,8 @@
-"""The lines of docs/in_other_hands.md and docs/deploy.md run; those of several processes do in `two_processes.py`."""
+"""The lines of the pages in docs/ run; those of in_other_hands.md for several processes do in `two_processes.py`."""
 
 import importlib.util
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -84,3 +85,36 @@ def has_library():
         return grkan.onnx_library().is_file()
     except (AttributeError, RuntimeError):
         return False
+
+
+COMMANDS = re.findall(
+    r"^grkan .*$",
+    "\n".join(re.findall(r"```sh\n(.*?)```", (DOCS / "own_images.md").read_text(encoding="utf-8"), re.DOTALL)).replace(
+        "\\\n", " "
+    ),
+    re.MULTILINE,
+)
+
+
+def test_commands_for_own_images_run(tmp_path, monkeypatch, capsys):
+    """On images of 8 x 8 pixels, one epoch each."""
+    pytest.importorskip("accelerate")
+    import numpy as np
+    from PIL import Image
+
+    from grkan.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    assert len(COMMANDS) == 6
+    for command in COMMANDS:
+        more = ["--epochs=1", "--workers=0"] if command.startswith("grkan train") else []
+        assert main([*shlex.split(command)[1:], *more]) == 0, command
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "photos: 24 images of 3 classes" in out
+    assert (tmp_path / "confusion.png").exists()

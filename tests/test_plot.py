@@ -6,7 +6,15 @@ from torch import nn
 
 from grkan import GroupRational, convert_
 from grkan.inspection import record_inputs
-from grkan.plot import plot_conversion, plot_curves, plot_fit, plot_functions, plot_scores, save_figure
+from grkan.plot import (
+    plot_confusion,
+    plot_conversion,
+    plot_curves,
+    plot_fit,
+    plot_functions,
+    plot_scores,
+    save_figure,
+)
 
 
 @pytest.fixture
@@ -134,3 +142,14 @@ def test_the_worst_fits_of_a_conversion():
     report.fits.clear()
     with pytest.raises(ValueError, match="report must have fits"):
         plot_conversion(report)
+
+
+@pytest.mark.parametrize("count", [3, 40, 100])
+def test_a_confusion_matrix(count):
+    matrix = np.eye(count, dtype=int) * 7
+    matrix[0] = 0
+    (axis, bar) = plot_confusion(matrix, [f"class {i}$" for i in range(count)]).axes
+    assert np.diagonal(axis.images[0].get_array()).tolist() == [0.0] + [100.0] * (count - 1)
+    assert len(axis.get_xticklabels()) == count or count > 60
+    assert len(axis.texts) == (count**2 if count <= 20 else 0)
+    assert bar.get_ylabel() == "% of the true class"

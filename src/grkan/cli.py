@@ -1,6 +1,7 @@
 """The command `grkan`. What a command needs is imported when it runs, so that `grkan --help` answers at once."""
 
 import argparse
+import csv
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
 from .train.config import add_training_options, make_config, merge, read_yaml
+from .train.interruption import SIGTERM_STATUS, TrainingStopped
 
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """The names of packages whose modules have another one."""
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C.
+        The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C; 143 after
+        SIGTERM, which `train` and `compare` answer by saving the state.
         (argparse ends the process with 2 for arguments that it does not understand.)
     """
     _prepare_streams()
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
         return 0
+    except TrainingStopped as stop:
+        return _fail(f"{stop}{_way_on(options)}", SIGTERM_STATUS) if _is_main_process() else SIGTERM_STATUS
     except KeyboardInterrupt:
         return _fail(f"interrupted{_way_on(options)}", 130)
     except GrkanError as error:
@@ -107,10 +112,13 @@ def _way_on(options: argparse.Namespace) -> str:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f" (process {rank})"
+    process = "" if _is_main_process() else f" (process {os.environ['RANK']})"
     print(f"grkan{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train a model on labelled images")
     sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML; the command line overrides them")
     sub.add_argument("--resume", type=_name, metavar="DIR", help="go on with the interrupted run in this folder")
+    sub.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run if its folder holds one, or else start it: the same command for both",
+    )
     add_training_options(sub)
 
     sub = command("eval", _eval, "test a trained model; the last line is JSON")
@@ -133,15 +146,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", type=_name, required=True, help="as for train; a folder may hold the classes' folders itself"
     )
+    sub.add_argument(
+        "--confusion",
+        type=_name,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the confusion matrix, as JSON (.json) or a picture; may be given for both",
+    )
     sub.add_argument("--split", type=_name, metavar="NAME", help="train, val or another (what runs are tested on)")
     sub.add_argument("--val-split", type=float, metavar="X", help="as for train (the run's, on the run's data)")
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of --val-split (%(default)s)")
     sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
     sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
-    sub = command("predict", _predict, "classify images; one JSON line for each")
+    sub = command("predict", _predict, "classify images; one line for each, with an error where it cannot be read")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("images", type=_name, nargs="+", metavar="IMAGE")
+    sub.add_argument("images", type=_name, nargs="+", metavar="IMAGE|FOLDER", help="of folders, all images below")
+    sub.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to tell of each (%(default)s)")
+    sub.add_argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV")
+    sub.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (%(default)s)")
+    sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images (by their number)")
 
     sub = command("compare", _compare, "train several models, or variants of one, and put them side by side")
     sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML, those of train, and `runs`")
@@ -252,6 +277,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume is not None:
         if options.config is not None:
             raise GrkanValueError("--config does not go with --resume: the run's own configuration is used")
+        if options.auto_resume:
+            raise GrkanValueError("--auto-resume does not go with --resume: it takes the command that starts the run")
         from .train.loop import resume
 
         _set_way_on(options, options.resume)
@@ -262,22 +289,25 @@ def _train(options: argparse.Namespace) -> None:
 
     config = resolve(config)
     _set_way_on(options, config.output or "")
-    train(config)
+    train(config, options.auto_resume)
 
 
 def _set_way_on(options: argparse.Namespace, folder: str) -> None:
-    options.way_on = (Path(folder) / "config.yaml", f"grkan train --resume {shlex.quote(folder)}")
+    command = "the same command" if options.auto_resume else f"grkan train --resume {shlex.quote(folder)}"
+    options.way_on = (Path(folder) / "config.yaml", command)
 
 
 def _eval(options: argparse.Namespace) -> None:
     import math
 
     from .train.data import UnreadableImages, describe, find_source
-    from .train.evaluate import data_for, loader_for, score
+    from .train.evaluate import Details, data_for, loader_for, score
     from .train.model import load_trained
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
+    for path in options.confusion:
+        _check_matrix(path)
     given = make_config({"data": options.data, "val_split": options.val_split, "seed": options.seed})  # checks them
     images = data_for(trained, given.data, options.split, given.val_split, given.seed)
     workers = find_source(options.data).workers if options.workers is None else options.workers
@@ -285,8 +315,9 @@ def _eval(options: argparse.Namespace) -> None:
     if images.where is not None:
         print(describe(images))
     unreadable = UnreadableImages()
+    details = Details(len(trained.classes), confusion=bool(options.confusion))
     with evaluation_bar(len(loader)) as advance:
-        result = score(trained.model, loader, trained.device, unreadable, advance)
+        result = score(trained.model, loader, trained.device, unreadable, advance, details)
     if not result.images:
         raise GrkanValueError(f"--data {options.data} has no readable image")
     if not math.isfinite(result.loss):
@@ -296,24 +327,65 @@ def _eval(options: argparse.Namespace) -> None:
     if unreadable.names:
         total = result.images + len(unreadable.names)
         print(f"{len(unreadable.names)} of {total} images were unreadable and left out", file=sys.stderr)
-    print(json.dumps(result.to_dict()))
+    for path in options.confusion:
+        _write_matrix(path, details.confusion, trained.classes)
+    about_classes = details.to_dict(trained.classes)
+    print(json.dumps({"top1": result.to_dict()["top1"], **about_classes, **result.to_dict()}))
+
+
+def _check_matrix(path: str) -> None:
+    from .writing import check_writable
+
+    if path.lower().endswith(".json"):
+        check_writable(path)
+    else:
+        _check_picture(path)
+
+
+def _write_matrix(path: str, matrix: Any, classes: Sequence[str]) -> None:
+    from .plot import plot_confusion, save_figure
+    from .writing import replacing, write_bytes
+
+    if path.lower().endswith(".json"):
+        write_bytes(path, json.dumps({"classes": list(classes), "matrix": matrix.tolist()}).encode())
+    else:
+        figure = plot_confusion(matrix.numpy(), classes)
+        with replacing(path) as temporary:
+            save_figure(figure, temporary)
+    print(path)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from .train.evaluate import predict
+    from .train.data import tell_passed_over
+    from .train.evaluate import find_images, predict
     from .train.model import load_trained
 
+    files, passed_over = find_images(options.images)
     trained = load_trained(options.model)
-    failures = []
+    workers = options.workers
+    if workers is None:  # processes of their own take seconds to start
+        workers = 0 if len(files) <= 4 * options.batch_size else min(8, os.cpu_count() or 1)
     utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-    for path in options.images:
-        try:
-            print(json.dumps(predict(trained, path), ensure_ascii=not utf8), flush=True)
-        except GrkanValueError as error:
-            failures.append(str(error))
-    if failures:
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise GrkanValueError(failures[0] + more)
+    top = min(options.top, len(trained.classes))
+    if options.format == "csv":
+        numbered = [f"{column}_{i}" for i in range(2, top + 1) for column in ("label", "probability")]
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(["path", "error", "label", "probability", *numbered])
+    failures = 0
+    for result in predict(trained, files, options.batch_size, workers, options.top):
+        failures += "error" in result
+        if options.format == "csv":
+            best = result.get(f"top{options.top}", [])
+            table.writerow([result["path"], result.get("error", ""), *(value for pair in best for value in pair)])
+            sys.stdout.flush()
+        else:
+            print(json.dumps(result, ensure_ascii=not utf8), flush=True)
+    if failures or passed_over:
+        what = f"{failures} of {len(files)} images could not be read" if failures else f"{len(files)} images"
+        message = f"{what}{tell_passed_over(passed_over)}"
+        if failures:
+            raise GrkanValueError(message)
+        print(message, file=sys.stderr)
 
 
 def _compare(options: argparse.Namespace) -> None:

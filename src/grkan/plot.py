@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _BINS = 80
+_NAMED, _NUMBERED = 60, 20
+"""Classes up to which a confusion matrix has their names, and the counts."""
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
 
@@ -267,6 +269,32 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
     axes[0, 0].set_ylabel("F(x)")
     axes[0, 0].legend(fontsize=8, frameon=False)
     axes[1, 0].set_ylabel("error; inputs (log)")
+    return figure
+
+
+def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Which classes are taken for which: each row, a true class, in percent of its images.
+
+    Args:
+        matrix: [true class, predicted class], how many images.
+        classes: their names.
+    """
+    count = len(classes)
+    percent = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(3 + 0.35 * count, 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained", dpi=150)
+    axis = figure.subplots()
+    picture = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(picture, ax=axis, shrink=0.8, label="% of the true class")
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if count <= _NAMED:
+        axis.set_xticks(range(count), classes, rotation=90, fontsize=7, parse_math=False)
+        axis.set_yticks(range(count), classes, fontsize=7, parse_math=False)
+    if count <= _NUMBERED:
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "white" if percent[row, column] > 50 else "black"
+            axis.text(column, row, f"{value}", ha="center", va="center", fontsize=6, color=color)
     return figure
 
 

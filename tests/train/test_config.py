@@ -13,6 +13,7 @@ from grkan.train.config import (
     nearest,
     parse_assignment,
     read_yaml,
+    settings_table,
     to_dict,
     to_yaml,
 )
@@ -72,6 +73,8 @@ def test_values_as_yaml_reads_them(key, value, converted):
         ({"crop_scale": [1.0]}, TypeError, r"crop_scale must be 2 numbers"),
         ({"crop_scale": [0.9, 0.1]}, ValueError, r"crop_scale must be \(low, high\)"),
         ({"crop_scale": [0, 1]}, ValueError, r"crop_scale must be in \(0, 1\]; got 0"),
+        ({"betas": [0.9, 1.0]}, ValueError, r"betas must be in \[0, 1\); got 1.0"),
+        ({"evaluate_every": 3, "epochs": 2}, ValueError, r"evaluate_every must not exceed epochs, 2; got 3"),
         ({"batchsize": 8}, ValueError, r"unknown setting 'batchsize'; did you mean batch_size"),
     ],
 )
@@ -105,14 +108,14 @@ def test_the_last_of_options_counts():
     assert _given("--set=model_args={depth: 1}", "--set", "model_args.num_heads=2") == {
         "model_args": {"depth": 1, "num_heads": 2}
     }
-    assert _given("--tensorboard") == {"tensorboard": True}
+    assert _given("--compile") == {"compile": True}
     assert _given("--data=7", "--precision=no") == {"data": "7", "precision": "no"}
 
 
 def test_assignments_are_read_as_yaml():
     assert parse_assignment("lr=1.5") == {"lr": 1.5}
     assert parse_assignment("model_args.order=[7, 6]") == {"model_args": {"order": [7, 6]}}
-    assert parse_assignment("tensorboard=true") == {"tensorboard": True}
+    assert parse_assignment("compile=true") == {"compile": True}
 
 
 @pytest.mark.parametrize("text", ["1e-5", "-2E5", "+1.5e3", "1.e0"])
@@ -173,3 +176,17 @@ def test_the_papers_recipe(name, drop_path):
     assert (config.lr, config.weight_decay, config.batch_size, config.epochs) == (1e-3, 0.05, 1024, 300)
     assert (config.warmup_epochs, config.mixup, config.cutmix, config.random_erasing) == (5, 0.8, 1.0, 0.25)
     assert (config.smoothing, config.ema_decay, config.auto_augment) == (0.1, 0.9999, "rand-m9-mstd0.5-inc1")
+
+
+def test_the_page_of_the_settings_is_current():
+    page = (CONFIGS.parent / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.endswith("\n\n" + settings_table()), "put what grkan.train.config.settings_table() gives at its end"
+
+
+def test_the_table_has_every_setting_with_its_range():
+    rows = {line.split("`")[1]: line for line in settings_table().splitlines()[2:]}
+    assert list(rows) == [f.name for f in dataclasses.fields(Config)]
+    assert rows["lr"] == "| `lr` | the highest learning rate | `0.001` | a number, at least 0 |"
+    assert rows["betas"].endswith("|  | two numbers, each in [0, 1) |")
+    assert rows["schedule"].endswith("| `cosine` | `cosine`, `linear`, `step`, `constant` |")
+    assert "*(may change on resume)*" in rows["workers"]

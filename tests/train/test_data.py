@@ -1,6 +1,5 @@
 import gzip
 import os
-import pickle
 import shutil
 import struct
 
@@ -12,7 +11,6 @@ from PIL import Image
 from grkan.train.config import Config
 from grkan.train.data import (
     DEBIAN_FASHION_MNIST,
-    Files,
     ImageData,
     TrainingSampler,
     UnreadableImages,
@@ -240,18 +238,6 @@ def test_a_folder_of_pngs_trains_as_the_same_array(image_folder):
         assert torch.equal(a.labels, b.labels)
 
 
-def test_files_are_a_sequence_of_paths(tmp_path):
-    names = ["a/ü.png", os.fsdecode(b"b/\xff.png"), "c.png"]
-    files = Files(tmp_path, names)
-    assert list(files) == [tmp_path / name for name in names]
-    assert files[-1] == tmp_path / "c.png"
-    assert list(files[1:]) == [tmp_path / name for name in names[1:]]
-    with pytest.raises(IndexError):
-        files[3]
-    many = Files(tmp_path, (f"class_{i % 1000:04}/image_{i:08}.jpg" for i in range(100_000)))
-    assert len(pickle.dumps(many)) < 5_000_000
-
-
 def test_labels_follow_the_models_classes():
     data = ImageData(np.zeros((2, 8, 8), np.uint8), np.array([0, 1]), ("cat", "dog"))
     assert match_classes(data, ["dog", "emu", "cat"]).labels.tolist() == [2, 0]
@@ -348,6 +334,41 @@ def test_parts_make_up_the_batch_and_keep_mixups_pairs(parts):
         own = [divided[part][step] for part in range(parts)]
         assert sorted(index for part in own for index in part) == sorted(whole[step])
         assert pairs(own) == pairs([whole[step]])
+
+
+def test_repeated_images_are_in_one_batch_and_augmented_anew():
+    sampler = TrainingSampler(20, 10, 1, [0], seed=0, repeats=3)
+    for batch in sampler:
+        counts = np.bincount([index % 20 for _, index in batch], minlength=20)
+        assert sorted(counts)[-2:] == [3, 3]  # of others, copies are in the batch before or after
+    indices = [index for batch in sampler for _, index in batch]
+    assert len(set(indices)) == len(indices) == 20
+    assert max(indices) < 60
+
+
+def test_balanced_sampling_takes_as_many_of_each_class():
+    labels = np.array([0] * 50 + [1] * 5 + [2] * 2)
+    sampler = TrainingSampler(57, 19, 1, [0], seed=0, labels=labels)
+    indices = [index for batch in sampler for _, index in batch]
+    images = np.array(indices) % 57
+    assert np.bincount(labels[images]).tolist() == [19, 19, 19]
+    assert len(set(indices)) == 57  # each image that comes again, at another index
+    assert sorted(np.bincount(images, minlength=57)[50:55]) == [3, 4, 4, 4, 4]
+    assert len(set(images[labels[images] == 0])) == 19
+    both = TrainingSampler(57, 19, 1, [0], seed=0, repeats=2, labels=labels)
+    indices = [index for batch in both for _, index in batch]
+    assert len(set(indices)) == 57
+
+
+def test_a_repeated_image_has_another_augmentation():
+    data = find_source("digits").load("train")
+    transform = training_transform(GRAY, Config(**{**SETTINGS, "shift": 3}))
+    samples = training_loader(
+        data, transform, TrainingSampler(len(data), 4, 1, [0], seed=0), Config(**SETTINGS), pin_memory=False
+    ).dataset
+    images = [samples[0, 5 + copy * len(data)] for copy in range(4)]
+    assert {label for _, label, _ in images} == {data.labels[5]}
+    assert any(not torch.equal(image, images[0][0]) for image, _, _ in images[1:])
 
 
 # Loading

@@ -1,9 +1,12 @@
 import json
 import resource
+import struct
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from grkan import GroupRational, load_model, no_weight_decay, save_model
@@ -196,6 +199,29 @@ def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
     assert not (tmp_path / "run" / "functions.png").exists()
 
 
+def test_a_folder_of_pngs_has_the_losses_of_the_array(tiny, tmp_path):
+    """Fashion-MNIST's files and the same images as PNGs, in the same order."""
+    rng = np.random.default_rng(0)
+    for stem, split, count in (("train", "train", 6), ("t10k", "val", 2)):
+        pixels = rng.integers(0, 256, (10 * count, 28, 28), dtype=np.uint8)
+        labels = np.repeat(np.arange(10), count)
+        (tmp_path / "idx").mkdir(exist_ok=True)
+        for name, array in ((f"{stem}-images-idx3-ubyte", pixels), (f"{stem}-labels-idx1-ubyte", labels)):
+            head = struct.pack(f">{array.ndim + 1}I", 0x0800 + array.ndim, *array.shape)
+            (tmp_path / "idx" / name).write_bytes(head + array.astype(np.uint8).tobytes())
+        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            path = tmp_path / "png" / split / str(label) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    settings = {"model": "kat_micro_patch4_28", "batch_size": 20, "workers": 0, "shift": 2, "hflip": 0.5}
+    lines = []
+    for name, data in (("a", f"fashion-mnist:{tmp_path / 'idx'}"), ("b", str(tmp_path / "png"))):
+        folder = _run(tmp_path, name, tiny, **settings, data=data)
+        lines.append([(line["train_loss"], line.get("loss")) for line in read_metrics(folder / "metrics.jsonl")])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 8
+
+
 # What goes wrong
 
 
@@ -243,13 +269,16 @@ def test_every_run_of_a_process_has_its_precision(tiny, tmp_path):
 
 def test_what_accelerate_makes_of_the_environment(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
-    with pytest.raises(GrkanError, match="Accelerate cannot start with precision 'no': invalid truth value perhaps"):
+    with pytest.raises(GrkanError, match="Accelerate cannot start: invalid truth value perhaps"):
         train(make_config(tiny))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(finished, tiny):
-    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+    offered = (
+        r"or choose another --output; to train its model further: grkan train --init \S+/run/last\.safetensors --epo"
+    )
+    with pytest.raises(ValueError, match=f"already holds a run; continue it with --resume .* {offered}"):
         train(make_config(tiny, {"output": str(finished[0])}))
 
 
@@ -322,6 +351,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(t
     assert load_state(tmp_path / "run" / "state" / "state.pt")["epoch"] == 1
 
 
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda loss, logits: loss * float("inf"), r"the loss is inf at step 3 \(epoch 1\)"),
+        (
+            lambda loss, logits: loss + (logits * 0).abs().sqrt().sum(),
+            r"a gradient is not finite at step 3 \(epoch 1\)",
+        ),
+    ],
+    ids=["loss", "gradient"],
+)
+@pytest.mark.parametrize("settings", [{}, {"clip_grad": 1.0, "accumulate": 2}], ids=["plain", "clipped"])
+def test_what_is_not_finite_never_reaches_the_weights(tiny, tmp_path, monkeypatch, spoil, what, settings):
+    optimise, weights = loop._Run._optimise, []
+
+    def spoiled(run, batches):
+        if run.step == 2:
+            criterion = run.criterion
+            run.criterion = lambda logits, targets: spoil(criterion(logits, targets), logits)
+        result = optimise(run, batches)
+        weights.append([parameter.detach().clone() for parameter in run.model.parameters()])
+        return result
+
+    monkeypatch.setattr(loop._Run, "_optimise", spoiled)
+    with pytest.raises(TrainingError, match=what + "; no epoch had been finished"):
+        train(make_config(tiny, settings))
+    assert len(weights) == 4  # one step more was begun
+    assert all(t.isfinite().all() for tensors in weights for t in tensors)
+
+
 def test_a_full_disk_is_named_and_the_last_state_stays(tiny, tmp_path, monkeypatch):
     optimise = loop._Run._optimise
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -376,8 +435,127 @@ def test_tensorboard_on_request(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = _run(tmp_path, "run", tiny, tensorboard=True)
-    events = EventAccumulator(str(folder / "tensorboard"))
+    folder = _run(tmp_path, "run", tiny, tracker="tensorboard")
+    events = EventAccumulator(str(folder / "trackers" / "grkan"))
     events.Reload()
     assert [event.step for event in events.Scalars("top1")] == [5, 10]
     assert json.dumps(sorted(events.Tags()["scalars"])).count("loss") == 2
+
+
+def test_trackers_get_the_settings_and_the_metrics(tiny, tmp_path, monkeypatch):
+    """Of any of Accelerate's, by a stand-in for its class."""
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    heard = []
+
+    class Stub(tracking.GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+
+        def __init__(self, run_name, **arguments):
+            super().__init__()
+            heard.append((run_name, arguments))
+
+        def start(self):
+            pass
+
+        tracker = None
+
+        def store_init_configuration(self, values):
+            heard.append(values)
+
+        def log(self, values, step=None):
+            heard.append((step, values))
+
+        def finish(self):
+            heard.append("end")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Stub)
+    for module in ("grkan.train.trackers", "accelerate.tracking"):
+        monkeypatch.setattr(f"{module}.get_available_trackers", lambda: [LoggerType.WANDB])
+    folder = _run(tmp_path, "run", tiny, tracker="wandb", log_every=0)
+    assert heard[0] == ("grkan", {"dir": str(folder), "name": "run"})
+    assert heard[1]["lr"] == 1e-3
+    assert json.loads(heard[1]["model_args"]) == tiny["model_args"]
+    assert [step for step, _ in heard[2:4]] == [5, 10]
+    assert heard[2][1].keys() >= {"train_loss", "top1", "loss", "lr"}
+    assert heard[4:] == ["end"]
+
+
+def test_trackers_that_are_not_there_are_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("grkan.train.trackers.get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match="the tracker wandb needs its package; install it with: pip install wandb"):
+        train(make_config(tiny, {"tracker": "wandb"}))
+    with pytest.raises(ValueError, match="unknown tracker 'wandd'; did you mean wandb"):
+        train(make_config(tiny, {"tracker": "tensorboard, wandd"}))
+    assert not (tmp_path / "run").exists()
+
+
+# Other settings
+
+
+def test_a_run_stops_when_nothing_gets_better(tiny, tmp_path, capsys):
+    folder = _run(tmp_path, "run", tiny, epochs=9, lr=0.0, patience=2, log_every=0)
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert "stopped: no epoch after 1 was better (patience)" in capsys.readouterr().out
+    assert resume(folder)["best_epoch"] == 1
+    assert len(read_metrics(folder / "metrics.jsonl")) == 3
+    resume(folder, {"patience": 3})
+    assert len(read_metrics(folder / "metrics.jsonl")) == 4
+
+
+def test_patience_is_asked_after_a_test(tiny, tmp_path):
+    folder = _run(tmp_path, "run", tiny, epochs=9, lr=0.0, patience=1, evaluate_every=3, log_every=0)
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if "top1" in line] == [3, 6]
+
+
+def test_epochs_without_a_test_and_weights_that_are_kept(tiny, tmp_path):
+    folder = _run(tmp_path, "run", tiny, epochs=5, evaluate_every=2, keep_every=2, log_every=0)
+    tested = ["top1" in line for line in read_metrics(folder / "metrics.jsonl")]
+    assert tested == [False, True, False, True, True]
+    kept = {path.name for path in folder.glob("*.safetensors")}
+    assert kept == {"best.safetensors", "last.safetensors", "epoch-2.safetensors", "epoch-4.safetensors"}
+
+
+def test_compiled_checkpointed_and_channels_last_runs_learn_the_same(tiny, tmp_path, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="eager", fullgraph=True))
+    plain = _losses(_run(tmp_path, "plain", tiny, epochs=1))
+    for setting in ("compile", "checkpointing", "channels_last"):
+        assert _losses(_run(tmp_path, setting, tiny, epochs=1, **{setting: True})) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "bce", "optimizer": "lamb", "betas": [0.9, 0.95], "schedule": "linear"},
+        {"balance": "sampling", "repeats": 2, "layer_decay": 0.7},
+        {"balance": "weights", "smoothing": 0.1, "schedule": "step"},
+    ],
+)
+def test_other_recipes_run_and_go_on_after_an_interruption(tiny, tmp_path, settings, monkeypatch):
+    whole = _run(tmp_path, "whole", tiny, **settings)
+    end_epoch = loop._Run._end_epoch
+
+    def interrupted(run, result):
+        end_epoch(run, result)
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "_end_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tmp_path, "parts", tiny, **settings)
+    resume(tmp_path / "parts")
+    assert _losses(tmp_path / "parts") == _losses(whole)
+
+
+def test_the_precision_of_accelerate_launch(tiny, monkeypatch):
+    assert loop.resolve(make_config(tiny)).precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert loop.resolve(make_config(tiny)).precision == "bf16"
+    assert loop.resolve(make_config(tiny, {"precision": "no"})).precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="precision must be no or fp16 or bf16; got 'fp8'"):
+        loop.resolve(make_config(tiny))

@@ -58,6 +58,7 @@ def test_classes_that_are_known_keep_their_outputs(tmp_path):
     start = _start(tmp_path / "m.safetensors", ("dog", "emu", "bee"))
     after = start.model(IMAGES)
     torch.testing.assert_close(after[:, [0, 2]], before[:, [3, 1]])
+    assert not after[:, 1].any()
     assert start.new_head
     assert start.notes == [f"head: 2 of 3 classes are those of {tmp_path / 'm.safetensors'}; new: emu"]
 
@@ -73,8 +74,7 @@ def test_other_classes_get_a_new_head(tmp_path, classes):
         "bee, cat, dog)"
     ]
     torch.testing.assert_close(start.model.forward_features(IMAGES), model.forward_features(IMAGES))
-    fresh = make_model(make_config({"model": "kat_micro_patch2_8", "model_args": SMALL}), _data(classes), None, None)
-    assert torch.equal(start.model.head.weight, fresh.model.head.weight)
+    assert not start.model(IMAGES).any()
 
 
 def test_a_new_head_learns_with_the_coefficients(tmp_path, image_folder):
@@ -148,7 +148,7 @@ def test_a_start_at_another_size_and_with_other_classes_has_the_loss_of_a_fresh_
     start = _start(tmp_path / "m.safetensors", list("abcdefghij"), model_args={"img_size": 16, "in_chans": 3})
     x = torch.rand(64, 3, 16, 16)
     loss = torch.nn.functional.cross_entropy(start.model(x), torch.arange(64) % 10).item()
-    assert loss == pytest.approx(np.log(10), rel=0.05)
+    assert loss == pytest.approx(np.log(10))
 
 
 # Other sources

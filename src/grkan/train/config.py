@@ -60,7 +60,8 @@ def _setting(
         meaning: for the help of the command line and the documentation.
         within: what a number must lie in.
         metavar: what the help calls a value; None: after the type.
-        resumable: a resumed run may change it, for it does not change the weights that the run ends with.
+        resumable: a resumed run may change it, for it does not change the weights that the run ends with, but for
+            rounding and for what dropout draws.
     """
     about = {"meaning": meaning, "within": within, "metavar": metavar, "resumable": resumable}
     if isinstance(default, dict):
@@ -79,8 +80,9 @@ class Config:
 
     data: str = _setting(
         "digits",
-        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE; with "
-        "val_split also one with CLASS/IMAGE",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (with "
+        "val_split also one with CLASS/IMAGE); wds:FOLDER with train/*.tar and val/*.tar as WebDataset lays them out; "
+        "hfds:NAME, a data set of Hugging Face's hub or its folder",
     )
     val_split: float | None = _setting(
         None,
@@ -117,15 +119,44 @@ class Config:
     batch_size: int = _setting(
         128, "images per optimiser step, over all processes and accumulated micro-batches together", _AT_LEAST_ONE
     )
-    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE)
-    precision: Literal["no", "fp16", "bf16"] = _setting("no", "Accelerate's mixed precision")
+    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE, resumable=True)
+    precision: Literal["no", "fp16", "bf16"] | None = _setting(
+        None, "Accelerate's mixed precision; by default what accelerate launch was told, else no"
+    )
+    compile: bool = _setting(False, "run the model through torch.compile")
+    checkpointing: bool = _setting(
+        False, "compute the inside of each block again in the backward pass, which takes less memory and more time"
+    )
+    channels_last: bool = _setting(False, "keep the channels of images and convolutions next to each other")
+
+    optimizer: str = _setting("adamw", "a name of timm's optimisers: adamw, lamb, sgd, lion, muon, ...", metavar="NAME")
+    betas: tuple[float, float] | None = _setting(
+        None, "those of the optimiser; by default its own", _BELOW_ONE, metavar="PAIR"
+    )
+
+    shard: bool = _setting(
+        False, "cut weights, gradients and optimiser state into a part for each process (FSDP); not with fp16"
+    )
 
     lr: float = _setting(1e-3, "the highest learning rate", _NOT_NEGATIVE)
     min_lr: float = _setting(0.0, "the learning rate at the end", _NOT_NEGATIVE)
     warmup_epochs: float | None = _setting(
         None,
-        "linear warm-up from 0, part of epochs, which a half-cosine follows; by default a tenth of epochs",
+        "linear warm-up from 0, part of epochs, which the schedule follows; by default a tenth of epochs",
         _NOT_NEGATIVE,
+    )
+    schedule: Literal["cosine", "linear", "step", "constant"] = _setting(
+        "cosine",
+        "of the learning rate after the warm-up: a half-cosine or a line down to min_lr, steps down, or none",
+    )
+    decay_epochs: float = _setting(30.0, "the length of a step of the schedule step", _POSITIVE)
+    decay_rate: float = _setting(
+        0.1, "by what each step of the schedule step multiplies the learning rate", Interval(0, 1, open_low=True)
+    )
+    layer_decay: float | None = _setting(
+        None,
+        "each layer learns by this factor slower than the one above it, as in fine-tuning; by default all alike",
+        Interval(0, 1, open_low=True),
     )
     weight_decay: float = _setting(
         0.05, "not applied to biases, norms, position embeddings and rational coefficients", _NOT_NEGATIVE
@@ -142,6 +173,19 @@ class Config:
         None, "keep a moving average of the weights with this decay, test and save it; by default none", _BELOW_ONE
     )
 
+    loss: Literal["cross_entropy", "bce"] = _setting(
+        "cross_entropy", "of the logits; bce: binary cross entropy, each class against all others"
+    )
+    balance: Literal["no", "weights", "sampling"] = _setting(
+        "no",
+        "where some classes have more images than others: weights gives each class the same part of the loss, sampling "
+        "the same number of the images of an epoch",
+    )
+    repeats: int = _setting(
+        1,
+        "times that an image is in its batch, each time augmented anew; an epoch has so many images less",
+        _AT_LEAST_ONE,
+    )
     smoothing: float = _setting(0.0, "label smoothing", _BELOW_ONE)
     mixup: float = _setting(0.0, "the alpha of mixup; 0: none", _NOT_NEGATIVE)
     cutmix: float = _setting(0.0, "the alpha of CutMix; 0: none; with both, each step draws one of them", _NOT_NEGATIVE)
@@ -178,6 +222,19 @@ class Config:
     on_corrupt: Literal["skip", "stop"] = _setting(
         "skip", "an unreadable image is named, counted and left out, or it stops the run", resumable=True
     )
+    evaluate_every: int = _setting(1, "test every so many epochs, and after the last one", _AT_LEAST_ONE)
+    patience: int | None = _setting(
+        None,
+        "stop when so many epochs have brought no better accuracy in the test; by default never",
+        _AT_LEAST_ONE,
+        resumable=True,
+    )
+    keep_every: int = _setting(
+        0,
+        "keep the weights of every so many epochs, too, as epoch-N.safetensors; 0: the best and the last alone",
+        _NOT_NEGATIVE,
+        resumable=True,
+    )
     save_every: int = _setting(
         0,
         "save the state for --resume every so many steps, too; 0: at the end of an epoch",
@@ -190,7 +247,13 @@ class Config:
         _NOT_NEGATIVE,
         resumable=True,
     )
-    tensorboard: bool = _setting(False, "write the metrics for TensorBoard, too", resumable=True)
+    tracker: str | None = _setting(
+        None,
+        "hand the metrics to a tracker, too, or to several, with commas: tensorboard, wandb, mlflow or another that "
+        "Accelerate knows",
+        metavar="NAMES",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         for f, kind in _settings():
@@ -206,6 +269,8 @@ class Config:
             self.warmup_epochs = self.epochs / 10
         if self.warmup_epochs >= self.epochs:
             raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
+        if self.evaluate_every > self.epochs:
+            raise GrkanValueError(f"evaluate_every must not exceed epochs, {self.epochs}; got {self.evaluate_every}")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 
@@ -304,6 +369,28 @@ def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
     return f"known are {', '.join(known[:shown])}{more}"
 
 
+def settings_table() -> str:
+    """All settings as a table in Markdown: name, meaning, default, range."""
+    rows = ["| setting | meaning | default | range |", "| --- | --- | --- | --- |"]
+    defaults = to_dict(Config())
+    for f, kind in _settings():
+        default = None if f.default is None else defaults[f.name]
+        meaning = f.metadata["meaning"] + (" *(may change on resume)*" if f.metadata["resumable"] else "")
+        shown = "" if default is None else f"`{default if isinstance(default, str) else json.dumps(default)}`"
+        rows.append(f"| `{f.name}` | {meaning} | {shown} | {_range(kind, f.metadata['within'])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _range(kind: Any, within: Interval | None) -> str:
+    kind = _plain(kind)
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(f"`{option}`" for option in typing.get_args(kind))
+    pair = typing.get_origin(kind) is tuple
+    number = {int: "a whole number", float: "a number", bool: "`true`, `false`", str: "a text", dict: "a mapping"}
+    name = "two numbers" if pair else number[kind]
+    return name if within is None else f"{name}, {'each ' if pair else ''}{within}"
+
+
 def add_training_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """An option for every setting, and `--set`, which reaches the parts of `model_args`, too.
 
@@ -344,7 +431,8 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _parse_option(name: str, kind: Any, text: str) -> dict[str, Any]:
-    is_text = _plain(kind) is str or typing.get_origin(kind) is Literal
+    kind = _plain(kind)
+    is_text = kind is str or typing.get_origin(kind) is Literal
     return {name: text if is_text else _parse_value(text)}
 
 
@@ -393,16 +481,20 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+def _may_be_none(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
 def _plain(kind: Any) -> Any:
     """The type of a setting's values, without None, and without the types of a mapping's."""
-    if isinstance(kind, types.UnionType):
+    if _may_be_none(kind):
         kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
     return dict if typing.get_origin(kind) is dict else kind
 
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """The value in the type of its setting, where YAML has read 1 for 1.0."""
-    if value is None and isinstance(kind, types.UnionType):
+    if value is None and _may_be_none(kind):
         return None
     kind = _plain(kind)
     options = typing.get_args(kind)

@@ -1,10 +1,14 @@
 """What a trained model gets right."""
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +25,12 @@ from .data import (
     evaluation_loader,
     evaluation_transform,
     find_source,
+    images_below,
     match_classes,
 )
-from .images import UnreadableImageError, open_image
 from .model import TrainedModel
+
+_TOP = 5
 
 
 @dataclass
@@ -41,6 +47,41 @@ class Score:
         return {"top1": 100 * self.correct / n, "loss": self.loss / n, "images": self.images}
 
 
+class Details:
+    """What a test finds beside `Score`.
+
+    Args:
+        classes: how many.
+        confusion: count how often each class was taken for each other, which takes memory for their square.
+    """
+
+    def __init__(self, classes: int, confusion: bool = False) -> None:
+        self.top5 = 0
+        """Images whose class is among the five most probable ones."""
+        self.images = torch.zeros(classes, dtype=torch.long)
+        """Of each class."""
+        self.correct = torch.zeros(classes, dtype=torch.long)
+        """Of each class."""
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long) if confusion else None
+        """[true class, most probable class]"""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Those of a batch: [N, C] and [N]."""
+        logits, labels = logits.cpu(), labels.cpu()
+        best = logits.topk(min(_TOP, logits.shape[1])).indices
+        self.top5 += int((best == labels[:, None]).sum())
+        self.images += torch.bincount(labels, minlength=len(self.images))
+        self.correct += torch.bincount(labels[best[:, 0] == labels], minlength=len(self.images))
+        if self.confusion is not None:
+            self.confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
+
+    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
+        """top5 in percent, and per_class: by its name, the percentage of a class's images that were right."""
+        right, all_ = self.correct.tolist(), self.images.tolist()
+        per_class = {name: 100 * r / n if n else None for name, r, n in zip(classes, right, all_, strict=True)}
+        return {"top5": 100 * self.top5 / max(sum(all_), 1), "per_class": per_class}
+
+
 @torch.inference_mode()
 def score(
     model: nn.Module,
@@ -48,8 +89,9 @@ def score(
     device: torch.device,
     unreadable: UnreadableImages,
     after_batch: Callable[[Batch], object] = lambda _: None,
+    details: Details | None = None,
 ) -> Score:
-    """Run a model, which is put in eval mode, over a loader's images."""
+    """Run a model, which is put in eval mode, over a loader's images; `details` are added to, if there are any."""
     model.eval()
     total = Score()
     for batch in loader:
@@ -60,6 +102,8 @@ def score(
             total.loss += F.cross_entropy(logits, labels, reduction="sum").item()
             total.correct += int((logits.argmax(dim=-1) == labels).sum())
             total.images += len(labels)
+            if details is not None:
+                details.add(logits, labels)
         after_batch(batch)
     return total
 
@@ -106,24 +150,63 @@ def loader_for(trained: TrainedModel, images: ImageData, batch_size: int, worker
     return evaluation_loader(images, evaluation_transform(trained.preprocessing), batch_size, workers)
 
 
-@torch.inference_mode()
-def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
-    """The five most probable classes of an image file.
+def find_images(paths: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The files to predict: those given, and of the folders among them all images, in the order of their names.
 
     Returns:
-        path; label, the most probable class; probability, in [0, 1]; top5, a list of [label, probability].
+        The files; and how many entries of folders were passed over, by the reason.
 
     Raises:
-        ValueError: the image cannot be read, or the model's outputs are not finite.
+        ValueError: a folder has no images.
     """
-    try:
-        image = open_image(path)
-    except UnreadableImageError as error:
-        raise GrkanValueError(f"cannot read the image {path}: {error}") from None
-    x = evaluation_transform(trained.preprocessing)(image).unsqueeze(0).to(trained.device)
-    probabilities = trained.model(x).float().softmax(dim=-1)[0].cpu()
+    files: list[str] = []
+    passed_over: Counter[str] = Counter()
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+        elif below := list(images_below(path, passed_over)):
+            files += below
+        else:
+            raise GrkanValueError(f"{path} has no images")
+    return files, passed_over
+
+
+@torch.inference_mode()
+def predict(
+    trained: TrainedModel, files: Sequence[str], batch_size: int = 32, workers: int = 0, top: int = _TOP
+) -> Iterator[dict[str, Any]]:
+    """The most probable classes of image files, in their order.
+
+    Args:
+        trained: the model.
+        files: paths.
+        batch_size: images at a time.
+        workers: processes that load them; 0: this one.
+        top: how many classes.
+
+    Yields:
+        For each file its path; and label, the most probable class; probability, in [0, 1]; and, for a `top` of 5, top5,
+        a list of [label, probability]. Of an image that cannot be read, or for which the outputs are not finite, only
+        path and error, the reason.
+    """
+    labels = np.zeros(len(files), dtype=np.int64)
+    images = ImageData([Path(file) for file in files], labels, tuple(trained.classes))
+    transform = evaluation_transform(trained.preprocessing)
+    waiting = iter(files)
+    trained.model.eval()
+    for batch in evaluation_loader(images, transform, batch_size, workers):
+        probabilities = iter(())
+        if len(batch.labels):
+            logits = trained.model(batch.images.to(trained.device)).float()
+            probabilities = iter(logits.softmax(dim=-1).cpu())
+        for file in islice(waiting, batch_size):
+            reason = batch.unreadable.get(str(Path(file)))
+            yield {"path": file, **({"error": reason} if reason else _best(next(probabilities), trained.classes, top))}
+
+
+def _best(probabilities: Tensor, classes: Sequence[str], top: int) -> dict[str, Any]:
     if not probabilities.isfinite().all():
-        raise GrkanValueError(f"the model's outputs for {path} are not finite")
-    values, indices = probabilities.topk(min(5, len(probabilities)))
-    top5 = [[trained.classes[i], round(p, 6)] for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
-    return {"path": str(path), "label": top5[0][0], "probability": top5[0][1], "top5": top5}
+        return {"error": "the model's outputs are not finite"}
+    values, indices = probabilities.topk(min(top, len(probabilities)))
+    best = [[classes[i], round(p, 6)] for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+    return {"label": best[0][0], "probability": best[0][1], f"top{top}": best}

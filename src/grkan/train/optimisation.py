@@ -1,15 +1,21 @@
 """What learns in a run, and how: the trainable parameters, the optimiser, its schedule, and the loss."""
 
+from typing import Any
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
-from torch import nn
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import GrkanValueError
 from ..nn import no_weight_decay
-from .config import Config
+from .config import Config, nearest
 from .start import head_parameters
 
 
@@ -31,17 +37,57 @@ def choose_trainable(model: nn.Module, config: Config, new_head: bool) -> None:
             parameter.requires_grad_()
 
 
+def prepare_model_(model: nn.Module, config: Config) -> None:
+    """Lay a model out as `checkpointing` and `channels_last` say.
+
+    Raises:
+        ValueError: the model cannot compute parts of itself again.
+    """
+    if config.checkpointing:
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:  # timm asserts that a model can do it
+            raise GrkanValueError(f"checkpointing: {config.model} cannot do it") from error
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, with each kind of parameter's weight decay."""
+    """An optimiser of timm's, with each kind of parameter's weight decay.
+
+    Raises:
+        ValueError: there is no such optimiser, it cannot be made here, or it has no betas.
+    """
     coefficients = no_weight_decay(model)
     undecayed = coefficients | set(getattr(model, "no_weight_decay", set)())
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed)
+    if config.layer_decay is None:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed)
+    else:
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=undecayed, layer_decay=config.layer_decay
+        )
     if config.coefficient_weight_decay:
-        decayed = [p for name, p in model.named_parameters() if name in coefficients and p.requires_grad]
-        apart = {id(p) for p in decayed}
-        groups = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
-        groups.append({"params": decayed, "weight_decay": config.coefficient_weight_decay})
-    return torch.optim.AdamW(groups, lr=config.lr)
+        apart = {id(p) for name, p in model.named_parameters() if name in coefficients}
+        own = [{**group, "params": [p for p in group["params"] if id(p) in apart]} for group in groups]
+        rest = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
+        decayed = [{**group, "weight_decay": config.coefficient_weight_decay} for group in own if group["params"]]
+        groups = [*rest, *decayed]
+    if config.optimizer not in list_optimizers():
+        raise GrkanValueError(f"unknown optimizer {config.optimizer!r}; {nearest(config.optimizer, list_optimizers())}")
+    betas = {} if config.betas is None else {"betas": config.betas}
+    try:
+        optimizer = create_optimizer_v2(groups, config.optimizer, lr=config.lr, **betas)
+    except Exception as error:  # for want of a package or a GPU, or an argument that it does not take
+        reason = " ".join(str(error).split()) or type(error).__name__
+        given = f" with betas {config.betas}" if betas else ""
+        raise GrkanValueError(f"the optimizer {config.optimizer} cannot be made{given}: {reason}") from error
+    if betas and "betas" not in optimizer.defaults:
+        raise GrkanValueError(f"the optimizer {config.optimizer} has no betas; got {config.betas}")
+    if getattr(optimizer, "is_second_order", False):
+        raise GrkanValueError(
+            f"the optimizer {config.optimizer} needs second derivatives, which the loop does not take"
+        )
+    return optimizer
 
 
 def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -57,8 +103,39 @@ def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
     return [part for part in parts if part]
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> CosineLRScheduler:
-    """Linear warm-up, then a half-cosine: a pure function of the step, so that nothing of it has to be saved.
+def limit_gradients_(groups: list[list[nn.Parameter]], largest: float | None) -> Tensor:
+    """Scale the gradients of each group down to a norm, and make all of them 0 if one is not finite.
+
+    Nobody waits for the device: the weights are kept from such gradients without a word, and whoever asks later what
+    this returns hears of them. (A step with gradients of 0 still decays the weights and lets momenta act.)
+
+    Args:
+        groups: of parameters, as `clipped_together` gives them.
+        largest: of the norms; None: no limit.
+
+    Returns:
+        Whether one was not finite: a boolean of no dimension, on the device.
+    """
+    norms, gradients = [], []
+    for parameters in groups:
+        own = [p.grad for p in parameters if p.grad is not None]
+        if not own:
+            continue
+        norm = torch.nn.utils.get_total_norm(own)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if largest is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        norms.append(norm)
+        gradients += own
+    spoiled = ~torch.stack(norms).isfinite().all()
+    for gradient in gradients:
+        gradient.masked_fill_(spoiled, 0)
+    return spoiled
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> Scheduler:
+    """Linear warm-up, then `schedule`: a pure function of the step, so that nothing of it has to be saved.
 
     Args:
         optimizer: whose learning rate it sets.
@@ -66,21 +143,55 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) 
         steps: of an epoch.
     """
     total, warmup = config.epochs * steps, round((config.warmup_epochs or 0) * steps)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(total - warmup, 2),  # of a cosine of one step timm says that it has no effect
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    common: dict[str, Any] = {"warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}
+    rest = max(total - warmup, 2)  # of a cosine of one step timm says that it has no effect
+    if config.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=rest, lr_min=config.min_lr, **common)
+    if config.schedule == "linear":
+        return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, lr_min=config.min_lr, **common)
+    length = max(round(config.decay_epochs * steps), 1) if config.schedule == "step" else total + 1
+    return StepLRScheduler(optimizer, decay_t=length, decay_rate=config.decay_rate, **common)
 
 
-def make_loss(config: Config, classes: int) -> tuple[nn.Module, Mixup | None]:
-    """The loss, and what mixes the images of a batch and their labels for it."""
-    if config.mixup or config.cutmix:
-        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+class _WeightedCrossEntropy(nn.Module):
+    """Cross entropy times the weight of the image's class, averaged over the images.
+
+    PyTorch's own divides by the weights of the batch instead, so its gradients depend on the size of micro-batches.
+    """
+
+    def __init__(self, weight: Tensor, smoothing: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weight: Any = self.weight
+        total = F.cross_entropy(logits, targets, weight, label_smoothing=self.smoothing, reduction="sum")
+        return total / len(logits)
+
+
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """For each class the inverse of its number of images, scaled so that the images' mean weight is 1."""
+    counts = np.bincount(labels, minlength=classes)
+    present = np.count_nonzero(counts)
+    return torch.tensor(len(labels) / (present * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def make_loss(config: Config, classes: int, labels: np.ndarray) -> tuple[nn.Module, Mixup | None]:
+    """The loss, and what mixes the images of a batch and their labels for it.
+
+    Args:
+        config: of the run.
+        classes: how many there are.
+        labels: of the training images.
+    """
+    mixes, smoothing = bool(config.mixup or config.cutmix), config.smoothing
+    mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixes else None
+    weight = class_weights(labels, classes) if config.balance == "weights" else None
+    if config.loss == "bce":
+        return BinaryCrossEntropy(smoothing=0.0 if mixes else smoothing, weight=weight), mixup
+    if weight is not None:
+        return _WeightedCrossEntropy(weight, 0.0 if mixes else smoothing), mixup
+    if mixes:
         return SoftTargetCrossEntropy(), mixup
-    if config.smoothing:
-        return LabelSmoothingCrossEntropy(config.smoothing), None
-    return nn.CrossEntropyLoss(), None
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss(), mixup

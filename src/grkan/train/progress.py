@@ -11,6 +11,8 @@ from rich.table import Table
 
 # A pipe has no width of its own; 80 columns would break the paths at the end.
 _WIDTH_WITHOUT_TERMINAL = 200
+_WIDTH_OF_A_BAR = 100
+"""Columns of a terminal that has room for a bar beside the figures."""
 
 
 class _Console(Console):
@@ -39,14 +41,18 @@ class Reporter:
     def __init__(self, speaks: bool, steps: int, done: int = 0) -> None:
         self.speaks = speaks
         self.console = make_console()
-        self._bar = Progress(
+        is_wide = self.console.width >= _WIDTH_OF_A_BAR  # without room, the figures are kept
+        columns = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            *([BarColumn(bar_width=None)] if is_wide else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if is_wide else []),
             TextColumn("left"),
             TimeRemainingColumn(),
+        ]
+        self._bar = Progress(
+            *columns,
             console=self.console,
             disable=not (speaks and self.console.is_terminal),
             transient=True,
@@ -64,7 +70,7 @@ class Reporter:
 
     def step(self, epoch: str, loss: float, top1: float | None, images_per_second: float) -> None:
         """After an optimiser step; the figures are those of the epoch so far."""
-        accuracy = "" if top1 is None else f"  accuracy {top1:.2f} %"
+        accuracy = "" if top1 is None else f"  {top1:.2f} %"
         figures = f"loss {loss:.4f}{accuracy}  {images_per_second:.0f} images/s"
         self._bar.update(self._task, advance=1, description=epoch, figures=figures)
 

@@ -116,9 +116,10 @@ def load_start(init: str, model: str) -> Weights:
 def fit_weights_(model: nn.Module, weights: Weights, classes: Sequence[str]) -> tuple[bool, list[str]]:
     """Load weights into a model of as many outputs as there are classes, and otherwise of the same layers.
 
-    Rows of the head are found by the names of the classes; a row for a class that the weights do not know stays as it
-    is. Patches, position embeddings and whatever else depends on the size of the images is resampled by timm; the
-    convolution that sees the image is summed for one channel, and repeated for more.
+    Rows of the head are found by the names of the classes; a row for a class that the weights do not know is 0, as in
+    arXiv 2010.11929, appendix B.1.1, so that all classes begin equally probable. Patches, position embeddings and
+    whatever else depends on the size of the images is resampled by timm; the convolution that sees the image is summed
+    for one channel, and repeated for more.
 
     Returns:
         Whether any row of the head is new, and what was done, in lines.
@@ -179,7 +180,7 @@ def _fit_head(
     if any(key in state and state[key].shape[1:] != own[key].shape[1:] for key in head):
         rows = []  # which `_check_fits` would blame; but a head of another width is another head
     for key in head:
-        fitted = own[key].clone()
+        fitted = torch.zeros_like(own[key])
         if rows and key in state:
             new, old = (torch.tensor(indices) for indices in zip(*rows, strict=True))
             fitted[new] = state[key][old].to(fitted.dtype)
