@@ -1,7 +1,5 @@
 """Every program of examples/ runs on tiny data, as a user starts it, and does what it says."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -111,76 +109,3 @@ def test_shard(tensor_parallel):
     losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0]
     assert output.count("holds") == 2
-
-
-@pytest.fixture
-def language(monkeypatch):
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("matplotlib")
-    path = EXAMPLES.parent / "studies" / "language.py"
-    spec = importlib.util.spec_from_file_location("language", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "language", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RATES", (1e-2, 3e-3))
-    rows = ("gelu", "swiglu", "grkan8", "grkan8-fewer")
-    monkeypatch.setattr(module, "ROWS", {name: module.ROWS[name] for name in rows})
-    monkeypatch.setattr(module, "MAIN", ["gelu", "grkan8"])
-    return module
-
-
-def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
-    settings = language.Settings(
-        vocabulary=300, context=16, batch=2, tokens=32 * 4, long=32 * 6, validation_windows=4, curve_windows=2,
-        curve_points=2, held_out=4, main_seeds=2, other_seeds=1, checkpoint_seconds=0.0,
-    )  # fmt: skip
-    output = tmp_path / "study"
-    output.mkdir()
-
-    def documents():
-        return ((f"document {n}", " ".join(str(n * i) for i in range(60))) for n in range(40))
-
-    language.prepare(documents, output, settings)
-    about = json.loads((output / "text.json").read_text())
-    assert about["train"]["documents"] + about["validation"]["documents"] == 40
-    assert about["validation"]["documents"] > 2
-    tokenizer = language.Tokenizer.from_file(str(output / "tokenizer.json"))
-    text = language.Text(output, settings)
-    ids = tokenizer.encode("a text, für alle").ids
-    assert int(text.bytes[ids].sum()) == len("a text, für alle".encode())
-
-    # A run that is killed goes on and gives what it gives otherwise.
-    run = language.Run("grkan8", settings.tokens, 1e-2, 0)
-    language.train(run, output, settings)
-    whole = (output / f"{run.name}.json").read_bytes()
-    (output / f"{run.name}.json").unlink()
-    draw, steps = language.Text.draw, []
-
-    def interrupted(self, seed, step):
-        steps.append(step)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return draw(self, seed, step)
-
-    monkeypatch.setattr(language.Text, "draw", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        language.train(run, output, settings)
-    language.train(run, output, settings)
-    assert steps == [0, 1, 2, 2, 3]
-    first, second = json.loads(whole), json.loads((output / f"{run.name}.json").read_bytes())
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-
-    language.print_plan(output, settings, 2)
-    assert "1 done, 11 left" in capsys.readouterr().out
-    language.study(output, settings)
-    assert language.plan(language.results(output), settings) == []
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
-    language.report(output, settings, page)
-    written = page.read_text()
-    assert written.startswith("before\n<!-- table -->\n| tokens")
-    assert "old" not in written
-    assert "GR-KAN, 8 groups" in written
-    assert "±" in written
-    assert (tmp_path / "language_curves.png").stat().st_size > 1000
-    assert (tmp_path / "language_functions.png").stat().st_size > 1000

