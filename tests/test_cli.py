@@ -211,6 +211,7 @@ def test_resume_of_a_finished_run(run, capsys):
         (["train", "--config=nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
         (["train", "--resume=nowhere", "--config=x.yaml"], "--config does not go with --resume"),
+        (["train", "--resume=nowhere", "--auto-resume"], "--auto-resume does not go with --resume"),
         (["train", "--lr", "fast"], "lr must be a number; got 'fast'"),
         (["eval", "nowhere", "--data=digits"], "nowhere does not exist"),
         (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
@@ -305,6 +306,31 @@ def test_interruption(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = _fails(capsys, ["train", *TINY], status=130)
     assert line == "grkan: interrupted; go on with: grkan train --resume runs/kat_micro_patch2_8-digits"
+
+
+@pytest.mark.parametrize("option", [[], ["--auto-resume"]])
+def test_sigterm(option, tmp_path, capsys, monkeypatch):
+    from grkan.train import loop
+
+    optimise = loop._Run._optimise
+
+    def told(run, batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimise(run, batches)
+
+    monkeypatch.setattr(loop._Run, "_optimise", told)
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["train", *TINY, "--epochs=1", f"--output={tmp_path / 'run'}", *option]
+    line = _fails(capsys, command, status=143)
+    way_on = "the same command" if option else f"grkan train --resume {tmp_path / 'run'}"
+    assert line == f"grkan: stopped by SIGTERM in epoch 1, after step 2 of 5; go on with: {way_on}"
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setenv("RANK", "1")  # the main process has said it
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 143
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    assert main(command if option else ["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "resuming at epoch 1, step 5 of 5" in capsys.readouterr().out
 
 
 def test_interruption_before_anything_is_written(tmp_path, capsys, monkeypatch):

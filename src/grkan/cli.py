@@ -17,6 +17,7 @@ import torch
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
 from .train.config import add_training_options, make_config, merge, read_yaml
+from .train.interruption import SIGTERM_STATUS, TrainingStopped
 
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """The names of packages whose modules have another one."""
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C.
+        The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C; 143 after
+        SIGTERM, which `train` and `compare` answer by saving the state.
         (argparse ends the process with 2 for arguments that it does not understand.)
     """
     _prepare_streams()
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
         return 0
+    except TrainingStopped as stop:
+        return _fail(f"{stop}{_way_on(options)}", SIGTERM_STATUS) if _is_main_process() else SIGTERM_STATUS
     except KeyboardInterrupt:
         return _fail(f"interrupted{_way_on(options)}", 130)
     except GrkanError as error:
@@ -107,10 +111,13 @@ def _way_on(options: argparse.Namespace) -> str:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f" (process {rank})"
+    process = "" if _is_main_process() else f" (process {os.environ['RANK']})"
     print(f"grkan{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train a model on labelled images")
     sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML; the command line overrides them")
     sub.add_argument("--resume", type=_name, metavar="DIR", help="go on with the interrupted run in this folder")
+    sub.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run if its folder holds one, or else start it: the same command for both",
+    )
     add_training_options(sub)
 
     sub = command("eval", _eval, "test a trained model; the last line is JSON")
@@ -243,6 +255,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume is not None:
         if options.config is not None:
             raise GrkanValueError("--config does not go with --resume: the run's own configuration is used")
+        if options.auto_resume:
+            raise GrkanValueError("--auto-resume does not go with --resume: it takes the command that starts the run")
         from .train.loop import resume
 
         _set_way_on(options, options.resume)
@@ -253,11 +267,12 @@ def _train(options: argparse.Namespace) -> None:
 
     config = resolve(config)
     _set_way_on(options, config.output or "")
-    train(config)
+    train(config, options.auto_resume)
 
 
 def _set_way_on(options: argparse.Namespace, folder: str) -> None:
-    options.way_on = (Path(folder) / "config.yaml", f"grkan train --resume {shlex.quote(folder)}")
+    command = "the same command" if options.auto_resume else f"grkan train --resume {shlex.quote(folder)}"
+    options.way_on = (Path(folder) / "config.yaml", command)
 
 
 def _eval(options: argparse.Namespace) -> None:

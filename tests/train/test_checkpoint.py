@@ -1,10 +1,14 @@
+import os
 import pickle
 import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from grkan.train.checkpoint import STATE_FORMAT, State, load_state, save_state
+from grkan.train.checkpoint import STATE_FORMAT, RunLock, State, load_state, save_state
 
 
 @pytest.fixture
@@ -64,3 +68,45 @@ def test_a_full_disk_names_the_file(state, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from grkan.train.checkpoint import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+if (child := os.fork()) == 0:
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_runs_as_long_as_it_lives(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        lock = RunLock(folder)
+        with pytest.raises(RuntimeError, match=rf"another run is at work in .*/run: process {holder.pid} on \S+; wait"):
+            lock.acquire()
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # a forked child, such as one that loads images, may live on
+        assert lock.acquire() == lock.acquire() == lock.path.read_bytes()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.kill()
+        holder.stdout.close()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    import errno
+    import fcntl
+
+    def refuses(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuses)
+    RunLock(tmp_path / "run").acquire()

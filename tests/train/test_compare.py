@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -142,8 +144,34 @@ def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path):
     killer.join()
 
 
+@pytest.mark.slow
+def test_sigterm_to_several_jobs_leaves_states_and_no_process(tmp_path):
+    runs = {name: {**settings, "epochs": 10**6, "workers": 1} for name, settings in RUNS.items()}
+    started = (
+        "import json, sys; from grkan.train.compare import compare; compare(json.loads(sys.argv[1]), sys.argv[2], 2)"
+    )
+    command = [sys.executable, "-c", started, json.dumps(runs), str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as main:
+        while main.poll() is None and not all((tmp_path / name / "state" / "state.pt").exists() for name in runs):
+            time.sleep(0.1)
+        family = _descendants(main.pid)
+        assert len(family) >= 4
+        main.terminate()
+        err = main.communicate(timeout=60)[1]
+    assert (main.returncode, err) == (143, "")
+    deadline = time.monotonic() + 10  # a process that loads images looks for its parent every five seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in family) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+
+
+def _descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*children, *(pid for child in children for pid in _descendants(child))]
+
+
 def test_ctrl_c_is_for_the_process_that_started_the_others():
-    with module._ignoring_interrupts():
+    with module._handling(signal.SIGINT, signal.SIG_IGN):
         os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,5 @@
 import gzip
 import os
-import pickle
 import shutil
 import struct
 
@@ -12,7 +11,6 @@ from PIL import Image
 from grkan.train.config import Config
 from grkan.train.data import (
     DEBIAN_FASHION_MNIST,
-    Files,
     ImageData,
     TrainingSampler,
     UnreadableImages,
@@ -238,18 +236,6 @@ def test_a_folder_of_pngs_trains_as_the_same_array(image_folder):
     for a, b in zip(_batches(files, 0), _batches(arrays, 0), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
-
-
-def test_files_are_a_sequence_of_paths(tmp_path):
-    names = ["a/ü.png", os.fsdecode(b"b/\xff.png"), "c.png"]
-    files = Files(tmp_path, names)
-    assert list(files) == [tmp_path / name for name in names]
-    assert files[-1] == tmp_path / "c.png"
-    assert list(files[1:]) == [tmp_path / name for name in names[1:]]
-    with pytest.raises(IndexError):
-        files[3]
-    many = Files(tmp_path, (f"class_{i % 1000:04}/image_{i:08}.jpg" for i in range(100_000)))
-    assert len(pickle.dumps(many)) < 5_000_000
 
 
 def test_labels_follow_the_models_classes():

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from grkan.train.checkpoint import load_state
 from grkan.train.config import make_config, read_yaml
+from grkan.train.interruption import SIGTERM_STATUS
 from grkan.train.loop import resume, train
 from grkan.train.metrics import read_metrics
 
@@ -49,13 +51,9 @@ def start():
     context.set_forkserver_preload(["grkan.train.loop", "grkan.plot"])
     script = str(Path(__file__).with_name("killed_run.py"))
 
-    def run(folder, settings, kill_at_step=None, kill_at_rename=None):
-        given = {
-            "folder": str(folder),
-            "settings": settings,
-            "kill_at_step": kill_at_step,
-            "kill_at_rename": kill_at_rename,
-        }
+    def run(folder, settings, **ended_by):
+        ways = dict.fromkeys(("kill_at_step", "kill_at_rename", "notice_at_step", "notice_at_test"))
+        given = {"folder": str(folder), "settings": settings, **ways, **ended_by}
         process = context.Process(target=runpy.run_path, args=(script, given))
         process.start()
         process.join(120)
@@ -116,6 +114,54 @@ def test_killed_while_writing_and_resumed(start, undisturbed, tmp_path):
     _assert_same_outcome(folder, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("workers", "notices"),
+    [
+        (0, [("step", 1), ("test", 1), ("step", 8)]),
+        (2, [("step", 3), ("test", 2)]),
+        pytest.param(0, [("step", step) for step in range(1, STEPS + 1)], marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_saves_the_state_and_the_same_call_goes_on(start, undisturbed, tmp_path, workers, notices):
+    folder, settings = tmp_path / "run", {**SETTINGS, "workers": workers}
+    for what, when in notices:
+        before = load_state(folder / "state" / "state.pt") if (folder / "state").exists() else {"epoch": 0, "step": 0}
+        if what == "step" and when <= 5 * before["epoch"] + before["step"]:
+            continue  # the last life came so far
+        assert start(folder, settings, **{f"notice_at_{what}": when}) == SIGTERM_STATUS == 143
+        state = load_state(folder / "state" / "state.pt")
+        after = 5 * state["epoch"] + state["step"] - (when if what == "step" else 5 * when)
+        assert 0 <= after <= (2 if what == "step" else 0)
+        stopped = (folder / "stopped").read_text()
+        assert stopped == f"stopped by SIGTERM in epoch {state['epoch'] + 1}, after step {state['step']} of 5"
+        children = (folder / "children").read_text().split()
+        assert len(children) == (workers if what == "step" else 2 * workers)
+        assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert start(folder, settings) == 0
+    _assert_same_outcome(folder, undisturbed)
+
+
+def test_a_run_may_be_resumed_with_other_micro_batches(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert resume(tmp_path / "run", {"accumulate": 4})["epochs"] == 2
+    assert read_yaml(tmp_path / "run" / "config.yaml")["accumulate"] == 4
+
+
+def test_the_same_call_goes_on_only_with_the_same_settings(undisturbed, tmp_path):
+    settings = {**SETTINGS, "output": str(undisturbed), "workers": 0}
+    assert train(make_config(settings), auto_resume=True)["epochs"] == 2
+    with pytest.raises(ValueError, match=r"holds a run with lr = 0\.001, not 0\.01; choose another --output$"):
+        train(make_config(settings, {"lr": 0.01}), auto_resume=True)
+    with pytest.raises(
+        ValueError, match=r"with epochs = 2, not 3; .*grkan train --init .*last\.safetensors --epochs N"
+    ):
+        train(make_config(settings, {"epochs": 3}), auto_resume=True)
+    (tmp_path / "other").mkdir()
+    shutil.copy(undisturbed / "best.safetensors", tmp_path / "other")
+    with pytest.raises(ValueError, match="already holds a run"):  # nobody knows of which settings
+        train(make_config(settings, {"output": str(tmp_path / "other")}), auto_resume=True)
+
+
 def test_workers_change_nothing(start, undisturbed, tmp_path):
     assert start(tmp_path / "run", {**SETTINGS, "workers": 2}) == 0
     _assert_same_outcome(tmp_path / "run", undisturbed)
@@ -164,8 +210,10 @@ def test_neither_the_start_nor_the_place_of_the_data_is_needed(undisturbed, imag
 
 
 def test_only_harmless_settings_may_change(undisturbed):
-    with pytest.raises(ValueError, match="lr cannot change when a run is resumed; only workers"):
+    with pytest.raises(ValueError, match="lr cannot change when a run is resumed; only accumulate, workers"):
         resume(undisturbed, {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"epochs cannot .*; to train its model further: grkan train --init .*last\.s"):
+        resume(undisturbed, {"epochs": 3})
 
 
 def test_a_state_of_another_run_is_refused(undisturbed, tmp_path):

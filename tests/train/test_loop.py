@@ -269,13 +269,16 @@ def test_every_run_of_a_process_has_its_precision(tiny, tmp_path):
 
 def test_what_accelerate_makes_of_the_environment(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
-    with pytest.raises(GrkanError, match="Accelerate cannot start with precision 'no': invalid truth value perhaps"):
+    with pytest.raises(GrkanError, match="Accelerate cannot start: invalid truth value perhaps"):
         train(make_config(tiny))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(finished, tiny):
-    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+    offered = (
+        r"or choose another --output; to train its model further: grkan train --init \S+/run/last\.safetensors --epo"
+    )
+    with pytest.raises(ValueError, match=f"already holds a run; continue it with --resume .* {offered}"):
         train(make_config(tiny, {"output": str(finished[0])}))
 
 
@@ -346,6 +349,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(t
         train(make_config(tiny))
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "last.safetensors").values())
     assert load_state(tmp_path / "run" / "state" / "state.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda loss, logits: loss * float("inf"), r"the loss is inf at step 3 \(epoch 1\)"),
+        (
+            lambda loss, logits: loss + (logits * 0).abs().sqrt().sum(),
+            r"a gradient is not finite at step 3 \(epoch 1\)",
+        ),
+    ],
+    ids=["loss", "gradient"],
+)
+@pytest.mark.parametrize("settings", [{}, {"clip_grad": 1.0, "accumulate": 2}], ids=["plain", "clipped"])
+def test_what_is_not_finite_never_reaches_the_weights(tiny, tmp_path, monkeypatch, spoil, what, settings):
+    optimise, weights = loop._Run._optimise, []
+
+    def spoiled(run, batches):
+        if run.step == 2:
+            criterion = run.criterion
+            run.criterion = lambda logits, targets: spoil(criterion(logits, targets), logits)
+        result = optimise(run, batches)
+        weights.append([parameter.detach().clone() for parameter in run.model.parameters()])
+        return result
+
+    monkeypatch.setattr(loop._Run, "_optimise", spoiled)
+    with pytest.raises(TrainingError, match=what + "; no epoch had been finished"):
+        train(make_config(tiny, settings))
+    assert len(weights) == 4  # one step more was begun
+    assert all(t.isfinite().all() for tensors in weights for t in tensors)
 
 
 def test_a_full_disk_is_named_and_the_last_state_stays(tiny, tmp_path, monkeypatch):

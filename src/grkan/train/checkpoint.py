@@ -1,13 +1,16 @@
-"""The state that a run resumes from."""
+"""The state that a run resumes from, and the lock on the folder that holds it."""
 
+import errno
 import io
+import os
+import secrets
+import socket
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
-from torch import Tensor
 
-from ..errors import GrkanValueError
+from ..errors import GrkanRuntimeError, GrkanValueError
 from ..models.metadata import Preprocessing
 from ..writing import write_bytes
 
@@ -21,9 +24,12 @@ class State(TypedDict):
     """What decides the outcome: settings and sizes of the data."""
     epoch: int
     step: int
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
-    optimizer: dict[str, Any]
+    parts: str | None
+    """The folder, beside this file, of what each process wrote of a sharded model in place of the next three."""
+    model: Any
+    """A state dict, as the next two are."""
+    ema: Any
+    optimizer: Any
     scaler: dict[str, Any] | None
     preprocessing: Preprocessing
     conversion: dict[str, Any] | None
@@ -72,3 +78,63 @@ def load_state(path: str | Path) -> State:
     if missing := State.__annotations__.keys() - state.keys():
         raise GrkanValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return cast(State, state)
+
+
+class RunLock:
+    """Keeps a run's folder for one process, until `release` or the end of the process, however it ends.
+
+    It is a lock of POSIX: a forked child does not hold it, and network file systems know it. But a process that opens
+    the file of its lock a second time, and closes it, has lost the lock. Where a file system has no locks, nothing is
+    kept.
+
+    Args:
+        folder: the run's; made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "state" / "lock"
+        self._descriptor: int | None = None
+        self._owner = b""
+
+    def acquire(self) -> bytes:
+        """Lock the folder; acquiring twice changes nothing.
+
+        Returns:
+            What the file of the lock holds: who has it.
+
+        Raises:
+            RuntimeError: another process has the lock.
+            OSError: the folder or the file cannot be written.
+        """
+        import fcntl  # POSIX's
+
+        if self._descriptor is not None:
+            return self._owner
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace").rpartition(" ")[0]
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise GrkanRuntimeError(
+                    f"another run is at work in {self.folder}{f': {owner}' if owner else ''}; wait for its end, or "
+                    "choose another --output"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+        self._descriptor = descriptor
+        self._owner = f"process {os.getpid()} on {socket.gethostname()} {secrets.token_hex(8)}".encode()
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self._owner, 0)
+        os.fsync(descriptor)  # for the other nodes
+        return self._owner
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -10,6 +10,7 @@ goes on where it was.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.table import Table
@@ -28,8 +29,9 @@ from rich.table import Table
 from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
-from .config import RESUMABLE, Config, make_config, merge, read_yaml, to_dict
-from .loop import Summary, TrainingError, holds_run, resolve, resume, train
+from .config import Config, make_config, merge
+from .interruption import SIGTERM_STATUS, TrainingStopped
+from .loop import Summary, TrainingError, check_same, holds_run, resolve, resume, train
 from .metrics import read_metrics
 from .model import check_model
 from .progress import make_console
@@ -101,7 +103,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
         check_model(config)
     for config in configs.values():
         if holds_run(Path(config.output or "")):
-            _check_same(config)
+            check_same(config)
 
     summaries: dict[str, Summary] = {}
     for folder, summary in _train_all(configs, jobs):
@@ -129,16 +131,6 @@ def _members(name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict
             yield f"{name}/seed-{seed}", {"seed": seed}
 
 
-def _check_same(config: Config) -> None:
-    recorded = read_yaml(Path(config.output or "") / "config.yaml")
-    for key, value in to_dict(config).items():
-        if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
-            raise GrkanValueError(
-                f"{config.output} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another "
-                "--output"
-            )
-
-
 def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, Summary]]:
     if jobs == 1:
         for folder, config in configs.items():
@@ -151,14 +143,15 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         try:
-            with _ignoring_interrupts():  # which the processes that it starts inherit
-                waiting = {pool.submit(_train_or_resume, config): folder for folder, config in configs.items()}
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    folder, summary = waiting.pop(future), future.result()
-                    left = f"{len(waiting)} of {len(configs)} to do"
-                    console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
-                    yield folder, summary
+            with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches all of a terminal; they inherit this
+                waiting = {pool.submit(_train_and_end, config): folder for folder, config in configs.items()}
+            with _handling(signal.SIGTERM, _stop):
+                while waiting:
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        folder, summary = waiting.pop(future), future.result()
+                        left = f"{len(waiting)} of {len(configs)} to do"
+                        console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
+                        yield folder, summary
         except BrokenProcessPool as error:
             raise TrainingError("the process of a run was killed; the same command goes on") from error
         finally:  # after an error, too, nobody waits for the other runs: each can go on from its last state
@@ -168,16 +161,20 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal; the one that started the others ends them."""
+def _handling(number: int, handler: Any) -> Iterator[None]:
+    """Let a signal call another handler while the block runs."""
     if threading.current_thread() is not threading.main_thread():  # no other may change handlers
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(number, before)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise TrainingStopped("stopped by SIGTERM")
 
 
 def _start_worker(threads: int) -> None:
@@ -188,6 +185,16 @@ def _start_worker(threads: int) -> None:
 def _train_or_resume(config: Config) -> Summary:
     folder = Path(config.output or "")
     return resume(folder) if holds_run(folder) else train(config)
+
+
+def _train_and_end(config: Config) -> Summary:
+    """In a process of its own, which ends when SIGTERM comes: it would take up the next run."""
+    try:
+        return _train_or_resume(config)
+    except TrainingStopped:
+        pass
+    gc.collect()  # ends the processes that load images
+    os._exit(SIGTERM_STATUS)
 
 
 def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, Summary]) -> dict[str, Any]:

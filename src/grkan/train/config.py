@@ -60,7 +60,8 @@ def _setting(
         meaning: for the help of the command line and the documentation.
         within: what a number must lie in.
         metavar: what the help calls a value; None: after the type.
-        resumable: a resumed run may change it, for it does not change the weights that the run ends with.
+        resumable: a resumed run may change it, for it does not change the weights that the run ends with, but for
+            rounding and for what dropout draws.
     """
     about = {"meaning": meaning, "within": within, "metavar": metavar, "resumable": resumable}
     if isinstance(default, dict):
@@ -79,8 +80,9 @@ class Config:
 
     data: str = _setting(
         "digits",
-        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE; with "
-        "val_split also one with CLASS/IMAGE",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (with "
+        "val_split also one with CLASS/IMAGE); wds:FOLDER with train/*.tar and val/*.tar as WebDataset lays them out; "
+        "hfds:NAME, a data set of Hugging Face's hub or its folder",
     )
     val_split: float | None = _setting(
         None,
@@ -117,7 +119,7 @@ class Config:
     batch_size: int = _setting(
         128, "images per optimiser step, over all processes and accumulated micro-batches together", _AT_LEAST_ONE
     )
-    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE)
+    accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE, resumable=True)
     precision: Literal["no", "fp16", "bf16"] | None = _setting(
         None, "Accelerate's mixed precision; by default what accelerate launch was told, else no"
     )
@@ -130,6 +132,10 @@ class Config:
     optimizer: str = _setting("adamw", "a name of timm's optimisers: adamw, lamb, sgd, lion, muon, ...", metavar="NAME")
     betas: tuple[float, float] | None = _setting(
         None, "those of the optimiser; by default its own", _BELOW_ONE, metavar="PAIR"
+    )
+
+    shard: bool = _setting(
+        False, "cut weights, gradients and optimiser state into a part for each process (FSDP); not with fp16"
     )
 
     lr: float = _setting(1e-3, "the highest learning rate", _NOT_NEGATIVE)
@@ -265,6 +271,8 @@ class Config:
             raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
         if self.evaluate_every > self.epochs:
             raise GrkanValueError(f"evaluate_every must not exceed epochs, {self.epochs}; got {self.evaluate_every}")
+        if self.shard and self.precision == "fp16":
+            raise GrkanValueError("shard goes with precision no or bf16; got fp16")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +32,18 @@ from torchvision.datasets import FashionMNIST
 from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from .config import Config, nearest
+from .files import Chosen, ImageFile, Paths
+from .hub import load_hub
 from .images import UnreadableImageError, image_size, is_image_name, open_image
+from .interruption import shield_loading_process
 from .randomness import derive_seed, seeded
+from .shards import check_local, first_files, load_shards
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "test", "testing")
+_SPLITS = {"train": TRAIN_SPLITS, "test": TEST_SPLITS}
+_PREFIXES = ("fashion-mnist", "wds", "hfds")
+"""Of a colon and a folder."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files."""
 
@@ -69,10 +76,11 @@ _LONGEST = 16
 class ImageData:
     """Labelled images.
 
-    `images` are files, or an array [N, H, W] of uint8 gray values; `labels` are indices of `classes`.
+    `images` are files on a disk or in memory, or an array [N, H, W] of uint8 gray values; `labels` are indices of
+    `classes`.
     """
 
-    images: Sequence[Path] | np.ndarray
+    images: Sequence[Path | ImageFile] | np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     where: str | None = None
@@ -80,59 +88,29 @@ class ImageData:
     passed_over: Mapping[str, int] = field(default_factory=dict)
     """How many entries of a folder were left out, by the reason."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.images, list) and all(isinstance(image, Path) for image in self.images):
+            self.images = Paths.of(self.images)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
         image = self.images[index]
+        if isinstance(image, ImageFile):
+            return image.name
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def open(self, index: int) -> Image.Image:
         """The image in mode L or RGB."""
         image = self.images[index]
-        if isinstance(image, Path):
-            return open_image(image)
-        return Image.fromarray(image)
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
 
     def choose(self, indices: np.ndarray) -> "ImageData":
         """Some of the images, in the order of the indices."""
-        images = self.images
-        chosen = images[indices] if isinstance(images, np.ndarray) else Files("", (images[i] for i in indices))
-        return replace(self, images=chosen, labels=self.labels[indices])
-
-
-class Files(Sequence[Path]):
-    """Paths in one block of memory, which the processes that load images share: a million lists of letters would be
-    copied to each, one after the other.
-
-    Args:
-        root: the folder that the paths start from.
-        paths: relative to it.
-    """
-
-    def __init__(self, root: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]]) -> None:
-        self._root, self._names, self._ends = Path(root), bytearray(), array("q", [0])
-        for path in paths:
-            self._names += os.fsencode(path)
-            self._ends.append(len(self._names))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Files": ...
-
-    def __getitem__(self, index: int | slice) -> "Path | Files":
-        if isinstance(index, slice):
-            return Files("", (self[i] for i in range(*index.indices(len(self)))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return self._root / os.fsdecode(bytes(self._names[self._ends[index] : self._ends[index + 1]]))
+        images = self.images[indices] if isinstance(self.images, np.ndarray) else Chosen(self.images, indices)
+        return replace(self, images=images, labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -154,13 +132,14 @@ class Source:
     """From any name of a split that the data set may have; None: there are only train and test."""
 
 
-def find_source(data: str, val_split: float | None = None, seed: int = 0) -> Source:
-    """What `--data` means. Of a folder a few images are looked at; the rest is read when its `load` is called.
+def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: Path | None = None) -> Source:
+    """What `--data` means. Of files a few images are looked at; the rest is read when its `load` is called.
 
     Args:
         data: as in `Config`.
         val_split, seed: the part of each class that is kept for the test, and what decides which images; for a folder
             that has no test images of their own.
+        keep: a folder for what has to be made once, if it cannot be written beside the data; None: it is not kept.
 
     Raises:
         ValueError: neither a known name nor a folder; or a data set that has test images is to be split.
@@ -181,9 +160,14 @@ def find_source(data: str, val_split: float | None = None, seed: int = 0) -> Sou
             normalisation=gray_statistics,
             model="kat_micro_patch4_28",
         )
+    if name in ("wds", "hfds") and folder:
+        if val_split is not None:
+            raise GrkanValueError(f"val_split is for a folder of images; got {val_split:g} for {data}")
+        return _find_shards(folder, keep) if name == "wds" else _find_on_hub(folder)
     if not os.path.isdir(data):
         raise GrkanValueError(
-            f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
+            "--data must be digits, fashion-mnist, fashion-mnist:FOLDER, a folder of images, wds:FOLDER or hfds:NAME; "
+            f"got {data!r}"
         )
     return _find_folder(Path(data), val_split, seed)
 
@@ -202,7 +186,41 @@ def _find_folder(root: Path, val_split: float | None, seed: int) -> Source:
             raise GrkanValueError(f"{root} has no folder {name!r}; {nearest(name, splits)}")
         return read(root / name)
 
-    size = _typical_size(next((root / name for name in TRAIN_SPLITS if (root / name).is_dir()), root))
+    folder = next((root / name for name in TRAIN_SPLITS if (root / name).is_dir()), root)
+    return _suiting(_first_images(folder), load, load_split)
+
+
+def _find_shards(folder: str, keep: Path | None) -> Source:
+    check_local(folder)
+    root = Path(folder)
+
+    def load_split(*names: str) -> ImageData:
+        shards, labels, classes = load_shards(root, names, is_image_name, keep)
+        return ImageData(shards, labels, classes, str(shards.folder))
+
+    first = first_files(root, TRAIN_SPLITS, is_image_name, _LOOKED_AT)
+    return _suiting(first, lambda split: load_split(*_SPLITS[split]), load_split)
+
+
+def _find_on_hub(name: str) -> Source:
+    read = cache(load_hub)
+
+    def load_split(*names: str) -> ImageData:
+        images, labels, classes = read(name, names)
+        return ImageData(images, labels, classes, f"{name}, {images.split}")
+
+    def first() -> Iterator[Path | ImageFile]:
+        images, _, _ = read(name, TRAIN_SPLITS)
+        yield from (images[i] for i in range(0, len(images), max(1, len(images) // _LOOKED_AT)))
+
+    return _suiting(first(), lambda split: load_split(*_SPLITS[split]), load_split)
+
+
+def _suiting(
+    first: Iterable[Path | ImageFile], load: Callable[[str], ImageData], load_split: Callable[[str], ImageData]
+) -> Source:
+    """A source of image files, with defaults after the size of a few of them."""
+    size = _typical_size(first)
     side = None if size is None else max(size)
     workers = min(8, os.cpu_count() or 1)
     about = "" if size is None else f", of about {size[0]} x {size[1]} pixels"
@@ -234,9 +252,9 @@ def _find_folder(root: Path, val_split: float | None, seed: int) -> Source:
 def absolute(data: str) -> str:
     """`--data` for a process in any working directory."""
     name, _, folder = data.partition(":")
-    if data == "digits" or (name == "fashion-mnist" and not folder):
+    if data == "digits" or (name == "fashion-mnist" and not folder) or (name == "hfds" and not os.path.isdir(folder)):
         return data
-    return f"{name}:{os.path.abspath(folder)}" if name == "fashion-mnist" else os.path.abspath(data)
+    return f"{name}:{os.path.abspath(folder)}" if name in _PREFIXES else os.path.abspath(data)
 
 
 def _load_digits(split: str) -> ImageData:
@@ -338,7 +356,7 @@ def _load_folder(
 
 def _with_all_classes(data: ImageData) -> ImageData:
     """The data, unless there is a class to be learned that has no image."""
-    if empty := sorted({*range(len(data.classes))} - {*data.labels.tolist()}):
+    if empty := sorted({*range(len(data.classes))} - {*np.unique(data.labels).tolist()}):
         raise GrkanValueError(
             f"{data.where} has no image of {', '.join(data.classes[label] for label in empty[:5])}"
             f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}{tell_passed_over(data.passed_over)}"
@@ -379,7 +397,7 @@ def _read_classes(folder: Path) -> ImageData:
                 labels.append(label)
                 yield path
 
-    files = Files(folder, found())
+    files = Paths(folder, found())
     data = ImageData(files, np.frombuffer(labels, dtype=np.int64), tuple(classes), str(folder), passed_over)
     if not len(data):
         raise GrkanValueError(
@@ -447,14 +465,20 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _typical_size(folder: Path) -> tuple[int, int] | None:
-    """Width and height of the median image, by its longer side, of a few from different classes."""
+def _first_images(folder: Path) -> Iterator[Path]:
+    """A few images of different classes."""
     classes = [entry.name for entry in _listed(folder) if _kind(entry) == "folder"]
-    sizes = []
     for name in classes[:: max(1, len(classes) // _LOOKED_AT)][:_LOOKED_AT]:
         for path in islice(_images_below(folder, name, set(), Counter()), -(-_LOOKED_AT // len(classes))):
-            with contextlib.suppress(UnreadableImageError):
-                sizes.append(image_size(folder / path))
+            yield folder / path
+
+
+def _typical_size(files: Iterable[Path | ImageFile]) -> tuple[int, int] | None:
+    """Width and height of the median image by its longer side."""
+    sizes = []
+    for file in files:
+        with contextlib.suppress(UnreadableImageError):
+            sizes.append(image_size(file))
     return sorted(sizes, key=max)[len(sizes) // 2] if sizes else None
 
 
@@ -602,6 +626,11 @@ class Batch:
         """For the DataLoader, which does not know this class."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
+    def to(self, device: torch.device) -> "Batch":
+        """On a device; of pinned memory, nobody waits for the copy."""
+        images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
+        return Batch(images, labels, self.unreadable)
+
 
 class _Samples(Dataset):
     """(epoch, index) -> the transformed image or None, its label, and the image's {name: reason} if it is unreadable.
@@ -685,14 +714,14 @@ class TrainingSampler:
         order = self._order(torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch)))
         width = self.batch_size // self.parts
         for step in range(self.first_step, self.size // self.batch_size):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
             # first, last, second, last but one, ...
             pairs = [batch[i // 2] if i % 2 == 0 else batch[-1 - i // 2] for i in range(self.batch_size)]
             for part in self.mine:
                 own = pairs[part * width : (part + 1) * width]
                 yield [(self.epoch, index) for index in own[0::2] + own[1::2][::-1]]
 
-    def _order(self, generator: torch.Generator) -> list[int]:
+    def _order(self, generator: torch.Generator) -> Tensor:
         if self.labels is None:
             order = torch.randperm(self.size, generator=generator)
         else:
@@ -702,7 +731,7 @@ class TrainingSampler:
             image, times = order % self.size, order // self.size
             copies = times[:, None] * self.repeats + torch.arange(self.repeats)
             order = (image[:, None] + self.size * copies).flatten()[: self.size]
-        return order.tolist()
+        return order
 
     def _balanced(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """As many of each class, give or take one: its images in an order of their own, again and again."""
@@ -721,6 +750,20 @@ class TrainingSampler:
         return order[torch.randperm(len(order), generator=generator)]
 
 
+class _InOrder:
+    """Batches of (0, index) pairs."""
+
+    def __init__(self, indices: range, batch_size: int) -> None:
+        self.indices, self.batch_size = indices, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[i : i + self.batch_size]]
+
+
 def training_loader(
     data: ImageData, transform: Callable[..., Tensor], sampler: TrainingSampler, config: Config, pin_memory: bool
 ) -> DataLoader:
@@ -732,6 +775,7 @@ def training_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_collate,
+        worker_init_fn=shield_loading_process,
         pin_memory=pin_memory,
     )
 
@@ -745,14 +789,30 @@ def evaluation_loader(
     processes: int = 1,
 ) -> DataLoader:
     """All images in their order, unreadable ones left out; of several processes each gets every n-th."""
-    own = [(0, index) for index in range(process, len(data), processes)]
     return DataLoader(
         _Samples(data, transform, None),
-        batch_sampler=[own[i : i + batch_size] for i in range(0, len(own), batch_size)],
+        batch_sampler=_InOrder(range(process, len(data), processes), batch_size),
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_collate,
+        worker_init_fn=shield_loading_process,
     )
+
+
+def batches_on(device: torch.device, loader: DataLoader) -> Iterator[Batch]:
+    """The batches of a loader on a device: a GPU copies the next one while it computes with the one before."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield batch.to(device)
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in loader:
+        with torch.cuda.stream(copying):
+            batch = batch.to(device)
+        computing.wait_stream(copying)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(computing)  # or its memory would be free for the next copy too early
+        yield batch
 
 
 def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:

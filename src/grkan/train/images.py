@@ -73,13 +73,13 @@ def as_shown(image: Image.Image) -> Image.Image:
         return _flatten(_upright(image))
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
     """Width and height, as the head of an image file tells them.
 
     Raises:
         UnreadableImageError: as for `open_image`.
     """
-    with _reading(), _open(path) as image:
+    with _reading(), _open(file) as image:
         return image.size
 
 

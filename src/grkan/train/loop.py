@@ -1,10 +1,15 @@
 """The training loop.
 
 Whatever is drawn at random is a function of the seed and of the place in the run (`randomness.py`). So a run that is
-interrupted at any point and resumed from its last state ends, on a CPU, with the same bits as one that was left alone.
+interrupted at any point and resumed from its last state ends with the same bits as one that was left alone: on a CPU,
+in one process, with the same number of threads.
+
+Nothing in a step waits for the device or for another process before the optimiser has stepped. What a step gives (its
+loss, whether it was finite, whether SIGTERM came) is looked at while the next one is computed.
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import math
@@ -13,29 +18,33 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..convert.recipe import apply_conversion_
 from ..errors import GrkanRuntimeError, GrkanValueError
-from ..models.files import save_model
+from ..models.files import load_model, save_model
 from ..nn import no_weight_decay
 from ..writing import remove_leftovers, replacing, write_bytes
-from .checkpoint import State, load_state, save_state
+from .checkpoint import RunLock, State, load_state, save_state
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
 from .data import (
+    Batch,
     ImageData,
     Source,
     TrainingSampler,
     UnreadableImages,
     absolute,
+    batches_on,
     describe,
     evaluation_loader,
     evaluation_transform,
@@ -45,23 +54,23 @@ from .data import (
     training_transform,
 )
 from .evaluate import Score, first_images, score
+from .interruption import Notice, TrainingStopped
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
 from .optimisation import (
     choose_trainable,
     clipped_together,
+    limit_gradients_,
     make_loss,
     make_optimizer,
     make_schedule,
     prepare_model_,
 )
+from .processes import Later, TrainingError, check_all_see, check_shared, from_main
 from .progress import Reporter, summary_table
 from .randomness import derive_seed, seeded
+from .sharding import gather_weights, load_parts, local, remove_other_parts, save_parts, shard_model_
 from .trackers import Trackers, check_trackers
-
-
-class TrainingError(GrkanRuntimeError):
-    """A run cannot go on."""
 
 
 class Summary(TypedDict):
@@ -84,15 +93,29 @@ class Summary(TypedDict):
     """In which the threads of the main process were at work."""
 
 
-def train(config: Config) -> Summary:
+def train(config: Config, auto_resume: bool = False) -> Summary:
     """Train a model and leave everything about it in the folder `config.output`.
+
+    Args:
+        config: of the run.
+        auto_resume: if the folder holds a run of this configuration, go on with it. What the folder holds decides, so
+            the same call starts a run, and goes on with it after whatever ended it.
 
     Raises:
         ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
         TrainingError: the loss or a weight is not finite, or another process of the run has failed.
+        RuntimeError: another run is at work in the folder.
         OSError: a file cannot be written.
+        TrainingStopped: SIGTERM came; the state is saved.
     """
-    return _run(resolve(config), resumed=False)
+    config = resolve(config)
+    folder = Path(config.output or "")
+    _connect()
+    resumed = auto_resume and from_main((folder / "config.yaml").is_file)
+    if resumed:
+        check_all_see(folder, (folder / "config.yaml").is_file())
+        check_same(config)
+    return _run(config, resumed)
 
 
 def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summary:
@@ -106,14 +129,18 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summ
         As `train`; ValueError, too, if the folder holds no run, or its state is damaged or of other data.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
     changes = dict(changes or {})
     for key in changes:
         if key not in (*RESUMABLE, "data"):
             raise GrkanValueError(
                 f"{key} cannot change when a run is resumed; only {', '.join(RESUMABLE)} and data can"
+                f"{_more_epochs(folder) if key == 'epochs' else ''}"
             )
+    _connect()
+    found = (folder / "config.yaml").is_file()
+    check_all_see(folder, found)
+    if not found:
+        raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
     config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
     return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
 
@@ -121,6 +148,34 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summ
 def holds_run(folder: Path) -> bool:
     """Whether a run has saved anything there that a new one would overwrite."""
     return any((folder / name).exists() for name in ("state/state.pt", "last.safetensors", "best.safetensors"))
+
+
+def check_same(config: Config) -> None:
+    """Raise ValueError if the folder `config.output` holds a run with settings that would end with other weights."""
+    folder = Path(config.output or "")
+    recorded = read_yaml(folder / "config.yaml")
+    for key, value in to_dict(config).items():
+        if key not in (*RESUMABLE, "output") and recorded.get(key) != value:
+            raise GrkanValueError(
+                f"{folder} holds a run with {key} = {recorded.get(key)!r}, not {value!r}; choose another --output"
+                f"{_more_epochs(folder) if key == 'epochs' else ''}"
+            )
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        epochs, lines = read_yaml(folder / "config.yaml").get("epochs"), read_metrics(folder / "metrics.jsonl")
+    except (OSError, GrkanValueError):
+        return False
+    return any(line.get("epoch") == epochs and "top1" in line for line in lines)
+
+
+def _more_epochs(folder: Path) -> str:
+    """The end of a sentence about a run that is to have more of them."""
+    return (
+        f"; to train its model further: grkan train --init {folder / 'last.safetensors'} --epochs N --output another "
+        "folder"
+    )
 
 
 def resolve(config: Config) -> Config:
@@ -143,65 +198,94 @@ def resolve(config: Config) -> Config:
 
 
 def _run(config: Config, resumed: bool) -> Summary:
+    lock = RunLock(Path(config.output or ""))
     try:
-        return _Run(config, resumed).train()
+        return _Run(config, resumed, lock).train()
     except RuntimeError as error:
         # What NCCL and gloo raise in a process that waits for one that is gone. That one has said why.
-        if isinstance(error, torch.distributed.DistError) or "gloo/" in str(error):
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):
             raise TrainingError("another process of this run has failed") from error
         raise
+    finally:
+        lock.release()
+
+
+def _connect() -> None:
+    """Connect the processes that `torchrun` or `accelerate launch` has started."""
+    connected = dist.is_initialized()
+    try:
+        # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
+        state = PartialState(cpu=_on_cpu())
+    except ValueError as error:  # about the variables of torchrun and accelerate launch
+        raise GrkanRuntimeError(f"Accelerate cannot start: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", state.num_processes))
+    if started != state.num_processes:
+        raise GrkanRuntimeError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate connects {state.num_processes} on "
+            f"{state.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
+        )
+    if started > 1 and not connected:
+        # The group outlives the run, for another run of this process, but not the interpreter, which may abort then.
+        atexit.register(state.destroy_process_group)
+
+
+def _on_cpu() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _make_accelerator(config: Config) -> Accelerator:
-    """The device, the precision and the processes, which `torchrun` or `accelerate launch` has started."""
+    """The device, the precision and the processes."""
     trackers = check_trackers(config.tracker)
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
     try:
-        accelerator = Accelerator(
-            # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
-            cpu=not torch.accelerator.is_available(),
+        return Accelerator(
+            cpu=_on_cpu(),
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             step_scheduler_with_optimizer=False,
             log_with=trackers or None,
             project_config=ProjectConfiguration(config.output, str(Path(config.output or "") / "trackers")),
         )
-    except ValueError as error:  # about the precision, or the variables of torchrun and accelerate launch
+    except ValueError as error:
         raise GrkanRuntimeError(f"Accelerate cannot start with precision {config.precision!r}: {error}") from error
-    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
-    if started != accelerator.num_processes:
-        raise GrkanRuntimeError(
-            f"{started} processes were started (WORLD_SIZE), but Accelerate connects {accelerator.num_processes} on "
-            f"{accelerator.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
-        )
-    if started > 1:
-        # The group outlives the run, for another run of this process, but not the interpreter, which may abort then.
-        atexit.register(accelerator.end_training)
-    return accelerator
+
+
+@dataclasses.dataclass
+class _Step:
+    """What is known of an optimiser step before its results are."""
+
+    number: int
+    """From 1, of the whole run."""
+    lr: float
+    sums: Later
+    """The loss, how many images were right, whether a gradient was not finite, whether SIGTERM came: 0 if not."""
 
 
 class _Run:
     """One training run, in one of its processes."""
 
-    def __init__(self, config: Config, resumed: bool) -> None:
+    def __init__(self, config: Config, resumed: bool, lock: RunLock) -> None:
         self.config = config
         self.folder = Path(config.output or "")
+        self.lock = lock
         self.accelerator = _make_accelerator(config)
         self.main = self.accelerator.is_main_process
-        if self.main and not resumed and holds_run(self.folder):
-            raise GrkanValueError(
-                f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
-            )
+        if resumed:
+            self._claim_folder()
+        elif self.main:
+            self._check_free()
         state_path = self.folder / "state" / "state.pt"
         state = load_state(state_path) if resumed and state_path.exists() else None
-        source = find_source(config.data, config.val_split, config.seed)
+        source = find_source(config.data, config.val_split, config.seed, self.folder / "state")
         self.training, self.test = self._load_data(source)
         self.notes = [] if source.kind is None else [describe(self.training), describe(self.test), self._kind(source)]
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        start = make_model(config, self.training, source.normalisation, known)
+        measure = source.normalisation
+        normalisation = None if measure is None else partial(from_main, partial(measure, self.training))
+        start = make_model(config, self.training, normalisation, known)
         self.model, self.preprocessing = start.model, start.preprocessing
         self.new_head = start.new_head if state is None else state["new_head"]
         self.notes += start.notes
@@ -216,11 +300,15 @@ class _Run:
         self.last: dict[str, Any] = {}
         self.epoch = self.step = 0
         self.running = Running()
+        self.pending: collections.deque[_Step] = collections.deque()
+        """Steps whose results nobody has looked at."""
         self.seconds = self.cpu_seconds = 0.0
         if state is not None:
             self._restore(state)
+        self._claim_folder()
         if self.main:
-            (self.folder / "state").mkdir(parents=True, exist_ok=True)
+            if not resumed:
+                self._check_free()
             remove_leftovers(self.folder)
             write_bytes(self.folder / "config.yaml", to_yaml(config).encode())
             self.log = MetricsLog(self.folder / "metrics.jsonl", state["metrics_size"] if state else 0)
@@ -228,10 +316,20 @@ class _Run:
 
     # What a run is made of
 
+    def _claim_folder(self) -> None:
+        """Let nobody else write there until the end of the run; make sure that all processes see the same folder."""
+        check_shared(self.lock.path, from_main(self.lock.acquire))
+
+    def _check_free(self) -> None:
+        if holds_run(self.folder):
+            raise GrkanValueError(
+                f"{self.folder} already holds a run; continue it with --resume {self.folder} or choose another --output"
+                f"{_more_epochs(self.folder) if _is_finished(self.folder) else ''}"
+            )
+
     def _load_data(self, source: Source) -> tuple[ImageData, ImageData]:
-        with self.accelerator.main_process_first():  # it may download
-            training = source.load("train")
-        test = match_classes(source.load("test"), training.classes)
+        training = from_main(lambda: source.load("train"))
+        test = from_main(lambda: match_classes(source.load("test"), training.classes))
         if len(training) < self.config.batch_size:
             raise GrkanValueError(
                 f"batch_size {self.config.batch_size} is more than the {len(training)} training images of "
@@ -276,18 +374,25 @@ class _Run:
             rank,
             processes,
         )
+        self.test_batches = max(self._gather(len(self.test_loader)))
 
     def _make_optimisation(self) -> None:
         config = self.config
         self.model.to(self.accelerator.device)
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
+        if config.shard:
+            for module in (self.model, *(() if self.ema is None else (self.ema.module,))):
+                shard_model_(module, self.accelerator.device, config.precision or "no")
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, self.steps)
         self.criterion, self.mixup = make_loss(config, len(self.training.classes), self.training.labels)
         self.criterion.to(self.accelerator.device)
-        self.prepared, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        self.clipped_together = clipped_together(self.model)
+        # Accelerate's own sharding becomes DDP, without a word, where there is no GPU.
+        self.prepared = self.model if config.shard else self.accelerator.prepare(self.model)
         if config.compile:
             self.prepared = torch.compile(self.prepared)
+        self.stepper = self.accelerator.prepare(self.optimizer)
 
     # The run
 
@@ -295,17 +400,19 @@ class _Run:
         """From where it stands to its end."""
         config = self.config
         total = config.epochs * self.steps
-        done = self.epoch * self.steps + self.step
+        done = self._count()
         with contextlib.ExitStack() as stack:
             self.trackers = Trackers(self.accelerator, config, self.folder, done)
             stack.callback(self.trackers.close)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
+            self.notice = stack.enter_context(Notice())
             for line in self.notes:
                 self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
             elif done:
-                self.reporter.line(f"resuming at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}")
+                at = "its test" if self.step == self.steps else f"step {self.step + 1} of {self.steps}"
+                self.reporter.line(f"resuming at epoch {self.epoch + 1}, {at}")
             while self.epoch < config.epochs:
                 if self._is_out_of_patience():
                     self.reporter.line(f"stopped: no epoch after {self.best['epoch']} was better (patience)")
@@ -324,24 +431,16 @@ class _Run:
         config = self.config
         self.model.train()
         self.sampler.start_at(self.epoch, self.step)
-        batches = iter(self.training_loader)
+        batches = batches_on(self.accelerator.device, self.training_loader) if self.step < self.steps else None
         while self.step < self.steps:
             with self._clock() as clock:
-                loss = self._optimise(batches)
-            self.step += 1
+                sums = self._optimise(batches)
+                self.step += 1
+                told = sums.new_tensor([float(self.notice.given)])
+                self.pending.append(_Step(self._count(), self._lr(), Later(torch.cat([sums, told]))))
+                self._look_back(to=0 if self.step == self.steps else 1)
             self.running.seconds += clock.seconds
-            means = self.running.means()
-            self.reporter.step(
-                f"epoch {self.epoch + 1}/{config.epochs}",
-                means["train_loss"],
-                means.get("train_top1"),
-                means["images_per_second"],
-            )
-            count = self.epoch * self.steps + self.step
-            if config.log_every and count % config.log_every == 0:
-                self._write_metrics({"epoch": self.epoch + 1, "step": count, "lr": self._lr(), "train_loss": loss})
-            if config.save_every and count % config.save_every == 0 and self.step < self.steps:
-                self._check_weights()
+            if config.save_every and self._count() % config.save_every == 0 and self.step < self.steps:
                 self._save_state()
         self._check_weights()
         result = None
@@ -350,19 +449,24 @@ class _Run:
                 result = self._evaluate()
         self._end_epoch(result)
 
-    def _optimise(self, batches: Any) -> float:
-        """One optimiser step; returns the loss of its global batch."""
+    def _optimise(self, batches: Any) -> Tensor:
+        """One optimiser step.
+
+        Returns:
+            Of this process, on the device: its part of the loss, how many images were right, and whether a gradient was
+            not finite, 1 or 0.
+        """
         config, accelerator = self.config, self.accelerator
-        count = self.epoch * self.steps + self.step
+        count = self._count()
         self.schedule.step_update(count)
-        sums = [0.0, 0.0]  # loss, correct
+        losses, correct = [], []
         width = config.batch_size // self.sampler.parts
         for part in self.sampler.mine:
             batch = next(batches)
             self.unreadable.add(batch)
             if len(batch.labels) < width:
                 raise GrkanValueError(f"none of the {len(self.training)} training images of {config.data} can be read")
-            images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+            images, labels = batch.images, batch.labels
             targets: Tensor = labels
             if self.mixup is not None:
                 with seeded("mixup", config.seed, count):
@@ -373,24 +477,69 @@ class _Run:
             with accelerator.accumulate(self.prepared):
                 logits = self.prepared(images)
                 loss = self.criterion(logits.float(), targets)
-                accelerator.backward(loss)
-            sums[0] += loss.item() / self.sampler.parts
-            sums[1] += float((logits.argmax(dim=-1) == labels).sum())
-        loss_sum, correct = self._over_processes(sums)
-        if not math.isfinite(loss_sum):
-            raise self._diverged(f"the loss is {loss_sum}", count + 1)
-        for parameters in clipped_together(self.model) if config.clip_grad is not None else ():
-            accelerator.clip_grad_norm_(parameters, config.clip_grad)
+                # Times 1 or NaN: one loss that is not finite leaves no gradient of any process finite.
+                accelerator.backward(loss * (loss.detach() * 0 + 1))
+            losses.append(loss.detach())
+            correct.append((logits.detach().argmax(dim=-1) == labels).sum())
+        accelerator.unscale_gradients()
+        spoiled = limit_gradients_(self.clipped_together, config.clip_grad)
+        if accelerator.scaler is not None:
+            spoiled = torch.zeros_like(spoiled)  # it leaves out such a step itself, and takes a lower scale
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model, step=count + 1)
-        self.running.add(loss_sum * config.batch_size, None if self.mixup else correct, config.batch_size)
-        return loss_sum
+        loss = torch.stack(losses).sum() / self.sampler.parts
+        return torch.stack([loss, torch.stack(correct).sum().to(loss.dtype), spoiled.to(loss.dtype)])
+
+    def _look_back(self, to: int = 0) -> None:
+        """Take in what the steps gave, except for the last few, whose results may not be there yet.
+
+        Args:
+            to: how many to leave.
+
+        Raises:
+            TrainingError: a loss or a gradient was not finite.
+            TrainingStopped: SIGTERM came to one of the processes.
+        """
+        config, size, stopped = self.config, self.config.batch_size, False
+        while len(self.pending) > to:
+            step = self.pending.popleft()
+            loss, correct, spoiled, told = step.sums.get()
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}", step.number)
+            if spoiled:
+                raise self._diverged("a gradient is not finite", step.number)
+            self.running.add(loss * size, None if self.mixup else correct, size)
+            means = self.running.means()
+            self.reporter.step(
+                f"epoch {self.epoch + 1}/{config.epochs}",
+                means["train_loss"],
+                means.get("train_top1"),
+                means["images_per_second"],
+            )
+            if config.log_every and step.number % config.log_every == 0:
+                self._write_metrics({"epoch": self.epoch + 1, "step": step.number, "lr": step.lr, "train_loss": loss})
+            if told:
+                stopped, to = True, 0
+        if stopped:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Save the state and end the run."""
+        self._save_state()
+        self.accelerator.wait_for_everyone()  # whoever starts the processes may end all when the first is gone
+        raise TrainingStopped(f"stopped by SIGTERM in epoch {self.epoch + 1}, after step {self.step} of {self.steps}")
 
     def _evaluate(self) -> dict[str, Any]:
+        if self.config.shard:
+            self._evaluated().eval()
+            with torch.no_grad():
+                self._see_nothing()  # what is allocated in a first forward in inference mode could not learn later
         with self.accelerator.autocast():
-            own = score(self._evaluated(), self.test_loader, self.accelerator.device, self.unreadable)
+            own = score(self._evaluated(), self.test_loader, self.accelerator.device, self.unreadable, self._after_test)
+        for _ in range(self.test_batches - len(self.test_loader)):  # of the processes, some have a batch more
+            self._after_test()
         loss, correct, images = self._over_processes([own.loss, own.correct, own.images])
         if not images:
             raise GrkanValueError(f"none of the {len(self.test)} test images of {self.config.data} can be read")
@@ -398,13 +547,33 @@ class _Run:
             raise self._diverged(f"the test loss is {loss}", (self.epoch + 1) * self.steps)
         return Score(loss, int(correct), int(images)).to_dict()
 
+    def _after_test(self, batch: Batch | None = None) -> None:
+        """Between two batches of the test: stop if SIGTERM came to one of the processes.
+
+        Args:
+            batch: None in a process that had no more.
+        """
+        if self.config.shard and (batch is None or not len(batch.labels)):
+            with torch.inference_mode():
+                self._see_nothing()
+        if self._over_processes([float(self.notice.given)])[0]:
+            self._stop()
+
+    def _see_nothing(self) -> None:
+        """Take part in a forward of the others, who need this process's part of the weights."""
+        self._evaluated()(torch.zeros(1, *self.preprocessing["input_size"], device=self.accelerator.device))
+
     def _check_weights(self) -> None:
         """Raise before a weight that is not finite takes the place of one that was saved."""
         modules = {"weight": self.model} | ({} if self.ema is None else {"averaged weight": self.ema.module})
+        wrong: list[str] = []
         for kind, module in modules.items():
             for name, parameter in module.named_parameters():
-                if not parameter.isfinite().all():
-                    raise self._diverged(f"the {kind} {name} is not finite", self.epoch * self.steps + self.step)
+                if not local(parameter).isfinite().all():
+                    wrong.append(f"the {kind} {name} is not finite")
+        for found in self._gather(wrong[:1]):
+            if found:
+                raise self._diverged(found[0], self._count())
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         kept = self.folder / "last.safetensors"
@@ -433,10 +602,11 @@ class _Run:
             "seconds": round(self.seconds, 3),
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
+        weights = gather_weights(self._evaluated()) if self.config.shard else None
         if self.main:
             kept = [f"epoch-{number}.safetensors"] * (config.keep_every > 0 and number % config.keep_every == 0)
             for name in ["last.safetensors"] + ["best.safetensors"] * is_best + kept:
-                self._save_model(self.folder / name)
+                self._save_model(self.folder / name, weights)
         self._write_metrics(metrics)
         train_top1 = f" {metrics['train_top1']:.2f} %" if "train_top1" in metrics else ""
         test = "" if result is None else f"test loss {result['loss']:.4f}  accuracy {result['top1']:.2f} %  "
@@ -478,16 +648,21 @@ class _Run:
         if any("top1" in line for line in lines):
             figures["curves.png"] = plot.plot_curves({self.config.model or "": lines})
         if no_weight_decay(self.model):
+            model = load_model(self.folder / "last.safetensors").to(self.accelerator.device)  # whole, if it is sharded
             images, inputs = first_images(self.test_loader, self.unreadable), None
             if images is not None:
-                inputs = plot.record_inputs(self._evaluated(), [images.to(self.accelerator.device)])
-            figures["functions.png"] = plot.plot_functions(self._evaluated(), inputs)
+                inputs = plot.record_inputs(model, [images.to(self.accelerator.device)])
+            figures["functions.png"] = plot.plot_functions(model, inputs)
         for name, figure in figures.items():
             with replacing(self.folder / name) as path:
                 plot.save_figure(figure, path)
         return [self.folder / name for name in figures]
 
     # Small parts
+
+    def _count(self) -> int:
+        """The optimiser steps so far."""
+        return self.epoch * self.steps + self.step
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[types.SimpleNamespace]:
@@ -502,6 +677,10 @@ class _Run:
     def _evaluated(self) -> nn.Module:
         """The weights that are tested and saved."""
         return self.model if self.ema is None else self.ema.module
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of each process."""
+        return gather_object([value])
 
     def _over_processes(self, values: list[float]) -> list[float]:
         """Each value summed over all processes."""
@@ -528,17 +707,24 @@ class _Run:
         values = {key: value for key, value in metrics.items() if key not in ("epoch", "step")}
         self.trackers.log(values, metrics["step"])
 
-    def _save_model(self, path: Path) -> None:
+    def _save_model(self, path: Path, weights: dict[str, Tensor] | None) -> None:
         save_model(
             self._evaluated(),
             path,
+            state_dict=weights,
             classes=self.training.classes,
             preprocessing=self.preprocessing,
             arguments={**self.config.model_args, "num_classes": len(self.training.classes)},
         )
 
     def _save_state(self) -> None:
+        self._look_back()
+        self._check_weights()
         self._share_unreadable()
+        averaged = None if self.ema is None else self.ema.module
+        parts = None
+        if self.config.shard:
+            parts = save_parts(self.folder / "state", self.model, self.optimizer, averaged)
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -546,9 +732,10 @@ class _Run:
             "fingerprint": self._fingerprint(),
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "parts": parts,
+            "model": None if parts else self.model.state_dict(),
+            "ema": None if parts or averaged is None else averaged.state_dict(),
+            "optimizer": None if parts else self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
             "conversion": getattr(self.model, "grkan_conversion", None),
@@ -562,12 +749,18 @@ class _Run:
             "metrics_size": self.log.size(),
         }
         save_state(self.folder / "state" / "state.pt", state)
+        if parts:
+            remove_other_parts(self.folder / "state", parts)
 
     def _restore(self, state: State) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        averaged = None if self.ema is None else self.ema.module
+        if state["parts"] is not None:
+            load_parts(self.folder / "state" / state["parts"], self.model, self.optimizer, averaged)
+        else:
+            self.model.load_state_dict(state["model"])
+            if averaged is not None:
+                averaged.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import GrkanValueError
 from ..nn import no_weight_decay
@@ -100,6 +101,37 @@ def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
     for name, parameter in model.named_parameters():
         parts[name in coefficients].append(parameter)
     return [part for part in parts if part]
+
+
+def limit_gradients_(groups: list[list[nn.Parameter]], largest: float | None) -> Tensor:
+    """Scale the gradients of each group down to a norm, and make all of them 0 if one is not finite.
+
+    Nobody waits for the device: the weights are kept from such gradients without a word, and whoever asks later what
+    this returns hears of them. (A step with gradients of 0 still decays the weights and lets momenta act.)
+
+    Args:
+        groups: of parameters, as `clipped_together` gives them.
+        largest: of the norms; None: no limit.
+
+    Returns:
+        Whether one was not finite: a boolean of no dimension, on the device.
+    """
+    norms, gradients = [], []
+    for parameters in groups:
+        own = [p.grad for p in parameters if p.grad is not None]
+        if not own:
+            continue
+        norm = torch.nn.utils.get_total_norm(own)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if largest is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        norms.append(norm)
+        gradients += own
+    spoiled = ~torch.stack(norms).isfinite().all()
+    for gradient in gradients:
+        gradient.masked_fill_(spoiled, 0)
+    return spoiled
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> Scheduler:

@@ -11,6 +11,8 @@ from rich.table import Table
 
 # A pipe has no width of its own; 80 columns would break the paths at the end.
 _WIDTH_WITHOUT_TERMINAL = 200
+_WIDTH_OF_A_BAR = 100
+"""Columns of a terminal that has room for a bar beside the figures."""
 
 
 class _Console(Console):
@@ -20,10 +22,11 @@ class _Console(Console):
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console that never breaks the lines of a file or a pipe."""
-    console = _Console(stderr=stderr, highlight=False)
+    """A console that never breaks the lines of a file or a pipe, and prints names of files as they are."""
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    console = _Console(**plain)
     if not console.is_terminal:
-        console = _Console(stderr=stderr, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+        console = _Console(**plain, width=_WIDTH_WITHOUT_TERMINAL)
     return console
 
 
@@ -39,14 +42,18 @@ class Reporter:
     def __init__(self, speaks: bool, steps: int, done: int = 0) -> None:
         self.speaks = speaks
         self.console = make_console()
-        self._bar = Progress(
+        is_wide = self.console.width >= _WIDTH_OF_A_BAR  # without room, the figures are kept
+        columns = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            *([BarColumn(bar_width=None)] if is_wide else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if is_wide else []),
             TextColumn("left"),
             TimeRemainingColumn(),
+        ]
+        self._bar = Progress(
+            *columns,
             console=self.console,
             disable=not (speaks and self.console.is_terminal),
             transient=True,
@@ -64,7 +71,7 @@ class Reporter:
 
     def step(self, epoch: str, loss: float, top1: float | None, images_per_second: float) -> None:
         """After an optimiser step; the figures are those of the epoch so far."""
-        accuracy = "" if top1 is None else f"  accuracy {top1:.2f} %"
+        accuracy = "" if top1 is None else f"  {top1:.2f} %"
         figures = f"loss {loss:.4f}{accuracy}  {images_per_second:.0f} images/s"
         self._bar.update(self._task, advance=1, description=epoch, figures=figures)
 

@@ -1,0 +1,103 @@
+"""What the processes of a run tell each other."""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from ..errors import GrkanRuntimeError, GrkanValueError
+
+_T = TypeVar("_T")
+
+_PATIENCE = 5.0
+"""Seconds after which a file that another node has written is there: network file systems remember what was not."""
+
+
+class TrainingError(GrkanRuntimeError):
+    """A run cannot go on."""
+
+
+class Later:
+    """Numbers summed over all processes, for which nobody waits before they are asked for.
+
+    Args:
+        values: of this process [n], on the device of the process group; they change.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._work, self._copied = values, None, None
+        if PartialState().num_processes > 1:
+            self._work = dist.all_reduce(values, async_op=True)
+        if values.device.type != "cpu":
+            if self._work is not None:
+                self._work.wait()  # of the device, not of this process
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.Event(values.device)
+            self._copied.record()
+
+    def get(self) -> list[float]:
+        """The sums."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        return self._values.tolist()
+
+
+def from_main(make: Callable[[], _T]) -> _T:
+    """What the main process makes, for all of them.
+
+    Raises:
+        TrainingError: the main process could not make it; that one raises what `make` does.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return make()
+    message: list[Any] = [None, None]
+    try:
+        if state.is_main_process:
+            message = [True, make()]
+    finally:
+        broadcast_object_list(message)
+    if not message[0]:
+        raise TrainingError("another process of this run has failed")
+    return message[1]
+
+
+def check_shared(path: Path, content: bytes) -> None:
+    """Raise ValueError, in all processes, if one of them does not see the file that the main process has written.
+
+    Args:
+        path: of the file, in the folder `state` of the run's.
+        content: the file's.
+    """
+    # The main process has a lock on it, which it would lose by reading the file.
+    seen, deadline = PartialState().is_main_process, time.monotonic() + _PATIENCE
+    while not seen and time.monotonic() < deadline:
+        seen = path.is_file() and path.read_bytes() == content
+        if not seen:
+            time.sleep(0.2)
+    check_all_see(path.parent.parent, seen)
+
+
+def check_all_see(folder: Path, seen: bool) -> None:
+    """Raise ValueError, in all processes, if one of them has not `seen` what another has in the run's folder."""
+    if PartialState().num_processes == 1:
+        return
+    sight = gather_object([(seen, socket.gethostname())])
+    blind = next((rank for rank, (seen, _) in enumerate(sight) if not seen), None)
+    sees = next((rank for rank, (seen, _) in enumerate(sight) if seen), None)
+    if blind is not None and sees is not None:
+        raise GrkanValueError(
+            f"the run's folder {folder} must be one that all nodes share, for each process resumes from the state in "
+            f"it; process {blind} on {sight[blind][1]} does not see that of process {sees} on {sight[sees][1]}; give a "
+            "folder of a shared file system: --output"
+        )
