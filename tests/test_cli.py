@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +152,36 @@ def test_plot_writes_a_picture(run, tmp_path, data, capsys):
     assert main(["plot", str(run), *data, "--output", str(path)]) == 0
     assert Image.open(path).width > 500
     assert capsys.readouterr().out == f"{path}\n"
+
+
+def _report(path):
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(content[1])
+
+
+def test_plot_writes_a_page_of_a_run(run, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run), "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    report = _report(path)
+    assert report["title"].endswith(" on digits")
+    assert all(sum(function["counts"]) > 0 for function in report["functions"])
+    assert sum(map(sum, report["confusion"])) == 355
+    top1 = 100 * sum(row[i] for i, row in enumerate(report["confusion"])) / 355
+    assert top1 == pytest.approx(report["epochs"][-1]["top1"])
+
+
+def test_a_page_says_what_it_lacks(run, tmp_path):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run / "best.safetensors"), "--output", str(path)]) == 0
+    report = _report(path)
+    assert "give --data" in report["notes"][0]
+    assert (report["epochs"], report["confusion"]) == ([], None)
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text("model: kat_micro_patch2_8\ndata: /nowhere\n")
+    assert main(["plot", str(moved), "--output", str(path)]) == 0
+    assert "/nowhere" in _report(path)["notes"][0]
 
 
 def test_info_shows_the_twin(capsys):
@@ -537,3 +569,67 @@ def test_convert_looks_for_its_folders_before_the_work(option, vit, tmp_path, ca
     assert out == ""  # no report
     assert err == f"grkan: {tmp_path / 'nowhere'}: there is no such folder\n"
     assert not any(path.exists() for path in written.values())
+
+
+@pytest.fixture
+def onnxruntime():
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    return pytest.importorskip("onnxruntime")
+
+
+def test_export(run, tmp_path, capsys, monkeypatch, onnxruntime):
+    library = tmp_path / "lib" / "libgrkan.so"
+    library.parent.mkdir()
+    library.write_bytes(b"code")
+    monkeypatch.setattr(grkan, "onnx_library", lambda: library, raising=False)
+    path = tmp_path / "model.onnx"
+    assert main(["export", str(run), f"--output={path}", "--with-library"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(path), str(tmp_path / "libgrkan.so")]
+    assert err == ""
+    assert (tmp_path / "libgrkan.so").read_bytes() == b"code"
+    model, x = grkan.load_model(run / "best.safetensors"), torch.randn(3, 1, 8, 8)
+    session = onnxruntime.InferenceSession(str(path))
+    (y,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
+
+
+def test_export_of_a_run_for_timm(run, tmp_path, capsys):
+    assert main(["export", str(run), "--format=timm", f"--output={tmp_path / 'kat'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'kat'}\n"
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    card = (tmp_path / "kat" / "README.md").read_text()
+    assert f"| {line['top1']:.2f} % | {line['loss']:.4f} |" in card
+    settings = (tmp_path / "kat" / "train.yaml").read_text()
+    assert "epochs: 1\n" in settings
+    assert str(run) not in settings + card
+    line = _fails(capsys, ["export", run, "--format=timm", "--output", tmp_path / "kat"])
+    assert "is there already; a new or an empty folder is wanted" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "tflite"], "--format must be 'onnx' or 'openvino' or 'pt2' or .*; got 'tflite'"),
+        (["--format", "pt2"], r"path must end in \.pt2 for format 'pt2'; got 'out/model'"),
+        (["--format", "pt2", "--with-library"], "--with-library is for --format onnx, not pt2"),
+        (["--format", "pt2", "--int8"], "int8 is for format 'onnx'; got format 'pt2'"),
+        (["--output", "out"], "out: is a folder, not a file"),
+        (["--output", "missing/model.onnx"], "missing: there is no such folder"),
+    ],
+)
+def test_mistakes_in_export(run, tmp_path, capsys, monkeypatch, onnxruntime, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    line = _fails(capsys, ["export", run, "--output", "out/model", *arguments])
+    assert re.search(message, line), line
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_export_names_a_missing_package(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.delitem(sys.modules, "grkan.export.onnx", raising=False)
+    line = _fails(capsys, ["export", run, "--output", tmp_path / "model.onnx"])
+    assert line == "grkan: format 'onnx' needs onnxscript; install it with: pip install \"grkan[onnx]\""

@@ -23,8 +23,9 @@ from ..models.kat import twin_of
 from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
 from ..nn import no_weight_decay
-from .config import Config, nearest, read_yaml
+from .config import Config, make_config, nearest, read_yaml, to_yaml
 from .data import ImageData, calibration_batches, evaluation_transform, find_source
+from .metrics import read_metrics
 from .randomness import derive_seed
 from .start import find_start, fit_weights_, is_model_file, load_start, model_file, read_state
 
@@ -254,8 +255,29 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(path: str | Path) -> nn.Module:
-    """The model of a run's folder or of a model file, whatever it was trained for."""
-    return load_model(model_file(path))
+    """The model of a run's folder or of a model file, whatever it was trained for; the run's results go with it."""
+    model = load_model(model_file(path))
+    if (results := _results(Path(path))) is not None:
+        model.grkan_results = results  # type: ignore[assignment]
+    return model
+
+
+def _results(run: Path) -> dict[str, Any] | None:
+    """What `grkan.export.timm.Results` says, of a run's folder; None if it has none."""
+    if not ((run / "metrics.jsonl").is_file() and (run / "config.yaml").is_file()):
+        return None
+    epochs = [line for line in read_metrics(run / "metrics.jsonl") if "top1" in line]
+    if not epochs:
+        return None
+    best = max(epochs, key=lambda line: line["top1"])  # the first of equals, as in training
+    config = make_config(read_yaml(run / "config.yaml"))
+    settings = to_yaml(replace(config, output=None))  # which is a place on this machine
+    return {
+        "data": config.data,
+        "epochs": config.epochs,
+        **{key: best[key] for key in ("epoch", "top1", "loss")},
+        "settings": settings,
+    }
 
 
 def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
