@@ -4,11 +4,14 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import grkan
+from grkan import cli
+from grkan.train.config import make_config, read_yaml
 
 DOCS = Path(__file__).parent.parent / "docs"
 IN_TWO_PROCESSES = ("FSDP2", "Tensor parallelism", "DDP")
@@ -102,8 +105,6 @@ def test_commands_for_own_images_run(tmp_path, monkeypatch, capsys):
     import numpy as np
     from PIL import Image
 
-    from grkan.cli import main
-
     monkeypatch.chdir(tmp_path)
     for name in ("cat", "dog", "emu"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -113,8 +114,23 @@ def test_commands_for_own_images_run(tmp_path, monkeypatch, capsys):
     assert len(COMMANDS) == 6
     for command in COMMANDS:
         more = ["--epochs=1", "--workers=0"] if command.startswith("grkan train") else []
-        assert main([*shlex.split(command)[1:], *more]) == 0, command
+        assert cli.main([*shlex.split(command)[1:], *more]) == 0, command
     out, err = capsys.readouterr()
     assert err == ""
     assert "photos: 24 images of 3 classes" in out
     assert (tmp_path / "confusion.png").exists()
+
+
+CLUSTER = (DOCS / "cluster.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", re.findall(r"```bash\n(.*?)```", CLUSTER, re.DOTALL))
+def test_scripts_of_the_cluster_page_are_right(script):
+    """As far as that can be seen without a cluster: the shell reads them, and grkan takes its options."""
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=10)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    (command,) = re.findall(r"-m grkan (.*?)(?: &)?$", script.replace("\\\n", " "), re.MULTILINE)
+    options = cli._parser().parse_args(shlex.split(command))
+    assert options.auto_resume
+    for path in re.findall(r"configs/\w+\.yaml", script):
+        make_config(read_yaml(Path(__file__).parent.parent / path), *options.settings)

@@ -22,3 +22,9 @@ def test_the_figures_have_room(width, monkeypatch):
         assert figure in last
     assert "…" not in last
     assert ("━" in last) == (width == 120)
+
+
+def test_names_are_printed_as_they_are(capsys):
+    with Reporter(True, 1) as reporter:
+        reporter.line("photos/[bold]markup[red]/:cat:.jpg")
+    assert capsys.readouterr().out == "photos/[bold]markup[red]/:cat:.jpg\n"

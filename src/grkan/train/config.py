@@ -271,6 +271,8 @@ class Config:
             raise GrkanValueError(f"warmup_epochs must be less than epochs, {self.epochs}; got {self.warmup_epochs:g}")
         if self.evaluate_every > self.epochs:
             raise GrkanValueError(f"evaluate_every must not exceed epochs, {self.epochs}; got {self.evaluate_every}")
+        if self.shard and self.precision == "fp16":
+            raise GrkanValueError("shard goes with precision no or bf16; got fp16")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 

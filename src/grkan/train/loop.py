@@ -18,6 +18,7 @@ import reprlib
 import time
 import types
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -303,7 +304,7 @@ class _Run:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
         measure = source.normalisation
-        normalisation = None if measure is None else lambda images: from_main(lambda: measure(images))
+        normalisation = None if measure is None else partial(from_main, partial(measure, self.training))
         start = make_model(config, self.training, normalisation, known)
         self.model, self.preprocessing = start.model, start.preprocessing
         self.new_head = start.new_head if state is None else state["new_head"]

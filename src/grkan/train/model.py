@@ -5,7 +5,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class Start:
 def make_model(
     config: Config,
     training: ImageData,
-    normalisation: Callable[[ImageData], tuple[float, float]] | None,
+    normalisation: Callable[[], tuple[float, float]] | None,
     preprocessing: Preprocessing | None,
 ) -> Start:
     """The model at its start.
@@ -130,8 +129,7 @@ def make_model(
     else:
         model = _create_model(config, len(classes))
         if preprocessing is None:
-            measured = normalisation and partial(normalisation, training)
-            preprocessing = _fit_preprocessing(config, model, measured, None)
+            preprocessing = _fit_preprocessing(config, model, normalisation, None)
     with _blaming_model_args(config), torch.no_grad():
         trial = copy.deepcopy(model).train()  # a copy, because running statistics move
         output = trial(torch.zeros(2, *preprocessing["input_size"]))

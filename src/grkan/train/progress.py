@@ -22,10 +22,11 @@ class _Console(Console):
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console that never breaks the lines of a file or a pipe."""
-    console = _Console(stderr=stderr, highlight=False)
+    """A console that never breaks the lines of a file or a pipe, and prints names of files as they are."""
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    console = _Console(**plain)
     if not console.is_terminal:
-        console = _Console(stderr=stderr, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+        console = _Console(**plain, width=_WIDTH_WITHOUT_TERMINAL)
     return console
 
 
