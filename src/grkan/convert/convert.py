@@ -3,8 +3,10 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
+from .observe import Observation, observe
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
 from .report import ConversionReport
 from .structure import Site, Watched, choose, find_sites
+from .trial import trial_run
 
 # Scalars of outputs and inputs that are kept for the comparison of the model before and after.
 _KEPT = 2**25
@@ -81,7 +85,25 @@ def convert_(
     if forward is not None and not callable(forward):
         raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    sites, skipped = find_sites(model)
+    with ExitStack() as temporary:
+        return _convert(temporary, model, calibration, num_groups, order, form, included, excluded, act1, forward)
+
+
+def _convert(
+    temporary: ExitStack,
+    model: nn.Module,
+    calibration: Any,
+    num_groups: int,
+    order: tuple[int, int],
+    form: str,
+    included: list[str] | None,
+    excluded: list[str] | None,
+    act1: str,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> ConversionReport:
+    batches, trial = _trial(model, calibration, forward)
+    seen = _observe(model, trial)
+    sites, skipped = find_sites(model, seen, included or (), temporary)
     if not sites:
         raise _nothing_to_convert(model, skipped)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
@@ -98,11 +120,21 @@ def convert_(
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
     kept: list[tuple[Any, Tensor]] = []
     if calibration is not None:
-        kept = _calibrate(model, chosen, histograms, _batches(calibration), forward)
+        kept = _calibrate(model, chosen, histograms, batches, forward)
+    elif seen is not None and trial is not None:
+        with evaluating(model), ExitStack() as stack:
+            watched = [stack.enter_context(Watched(site)) for site in chosen]
+            trial()
+        _settle(chosen, watched)
     layers, entries, fits = [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
-        if histogram.problem:
-            skipped.append((site.name, f"{site.activation.name}: {histogram.problem}"))
+        reason = histogram.problem or ("" if histogram.samples or calibration is None else "calibration never calls it")
+        if not reason and site.layout == "activation" and site.doubt:
+            reason = site.doubt
+        if not reason and not site.activation.alike(histogram.groups):
+            reason = "its channels have different functions; a larger num_groups gives each its own"
+        if reason:
+            skipped.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
             continue
         found = _fit_site(site, histogram, order, form)
         fits += found
@@ -111,6 +143,7 @@ def convert_(
     if not entries:
         raise _nothing_to_convert(model, skipped)
 
+    temporary.close()
     undo = apply_recipe(model, Recipe(tuple(entries)))
     try:
         cosine, error = _compare(model, kept, forward)
@@ -119,6 +152,27 @@ def convert_(
         raise
     recipe = copy.deepcopy(model.grkan_conversion)
     return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
+
+
+def _trial(
+    model: nn.Module, calibration: Any, forward: Callable[[nn.Module, Any], Any] | None
+) -> tuple[Iterator[Any], Callable[[], Any] | None]:
+    """The batches, and what runs the model once: with the first of them, or with an input made for the model."""
+    if calibration is None:
+        return iter(()), trial_run(model)
+    batches = _batches(calibration)
+    first = list(islice(batches, 1))
+    run = partial(_run, model, copy.deepcopy(first[0]), forward) if first else None
+    return chain(first, batches), run
+
+
+def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> Observation | None:
+    """What a run shows; None without one. What is wrong with a batch is said where it is used."""
+    if trial is None:
+        return None
+    with evaluating(model), suppress(Exception):
+        return observe(model, trial)
+    return None
 
 
 def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
@@ -219,10 +273,15 @@ def _calibrate(
         raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
         raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
+    _settle(sites, watched)
+    return kept
+
+
+def _settle(sites: list[Site], watched: list[Watched]) -> None:
+    """Correct what the structure suggested by what was seen."""
     for site, watch in zip(sites, watched, strict=True):
         if site.layout == "linear" and watch.calls and watch.agrees is not True:
             site.keep_linear()
-    return kept
 
 
 def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
@@ -234,8 +293,11 @@ def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: st
     found = []
     for group, row in enumerate(rows):
         key = row.tobytes()
+        activation = site.activation.of_group(group, histogram.groups)
+        if activation is not site.activation:
+            key += bytes(str(group), "ascii")
         if key not in same:
-            same[key] = fit_group(name, group, site.activation, row, order, form)
+            same[key] = fit_group(name, group, activation, row, order, form)
         found.append(GroupFit(**{**vars(same[key]), "group": group}))
     return found
 
@@ -279,13 +341,13 @@ def _entry(site: Site, fits: list[GroupFit], act1: str, num_groups: int) -> Laye
         linear = site.parts["fc1"]
     second = FunctionRecipe(
         site.activation.name,
-        site.width,
+        None if site.shared else site.width,
         len(fits),
         [f.fit.numerator.tolist() for f in fits],
         [f.fit.denominator.tolist() for f in fits],
         **shared,
     )
-    return LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second)
+    return LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second, site.call)
 
 
 def _compare(
