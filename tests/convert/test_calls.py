@@ -142,7 +142,7 @@ def test_a_recipe(converted):
     assert torch.equal(twin(data()), model(data()))
     assert list(twin.state_dict()) == list(model.state_dict())
     other = nn.Sequential(nn.LayerNorm(16), Layers(), Layers())
-    with pytest.raises(ValueError, match=r"does not fit the model.*has no call F"):
+    with pytest.raises(ValueError, match=r"does not fit the model.*has no F"):
         apply_conversion_(other, recipe)
     assert type(other[1]) is Layers
     with pytest.raises(ValueError, match="already"):
@@ -208,10 +208,10 @@ def test_calls_that_cannot_be_changed_are_named(make, reason):
 def test_a_lift_is_undone():
     model, undo = MLP(), ExitStack()
     expected = model(data())
-    lift(model, CallRecipe("forward", "F.gelu(self.fc1(x))", 0), "act", nn.ReLU(), undo)
+    lift(model, CallRecipe("forward", "F.gelu(self.fc1(x))", "self.fc1(x)", 0), "act", nn.ReLU(), undo)
     assert not torch.equal(model(data()), expected)
     with pytest.raises(ValueError, match="has something of the name fc1 already"):
-        lift(model, CallRecipe("forward", "self.fc1(x)", 0), "fc1", nn.ReLU(), undo)
+        lift(model, CallRecipe("forward", "self.fc1(x)", "x", 0), "fc1", nn.ReLU(), undo)
     undo.close()
     assert type(model) is MLP
     assert list(model._modules) == ["fc1", "fc2"]

@@ -49,6 +49,20 @@ class Leaky(MLP):
         return self.fc2(F.leaky_relu(self.fc1(x), self.slope))
 
 
+class Written(MLP):
+    """QuickGELU, with no function of its own."""
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.fc2(y * torch.sigmoid(1.702 * y))
+
+
+class WrittenGate(MLP):
+    def forward(self, x):
+        u = self.fc1(x)
+        return self.fc2(u * (u * F.softplus(u).tanh()))
+
+
 class OddName(MLP):
     def __init__(self):
         super().__init__()
@@ -153,6 +167,8 @@ MODELS = {
     "function of one's own": (Helper, "linear", "gelu", 8),
     "method of a tensor": (Method, "linear", "relu", 8),
     "function with an argument": (Leaky, "linear", "leaky_relu", 8),
+    "written out": (Written, "linear", "y * torch.sigmoid(1.702 * y)", 8),
+    "written out, and squared": (WrittenGate, "linear", "u * (u * F.softplus(u).tanh())", 8),
     "attribute of any name": (OddName, "linear", "gelu", 8),
     "PReLU": (lambda: with_activation(nn.PReLU()), "linear", "PReLU", 8),
     "PReLU of channels": (lambda: PixelNorm(nn.Linear(16, 32), nn.PReLU(32), nn.Linear(32, 16)), "linear", "PReLU", 8),

@@ -1,8 +1,8 @@
-"""A function that `forward` calls becomes a child of the module: `F.gelu(x)` becomes `self.act(x)`.
+"""A function that `forward` computes becomes a child of the module: `F.gelu(x)` becomes `self.act(x)`.
 
 A function has no place in a model where another one could be put. So the module gets what its author would have written
 for one: a child, and a class whose method calls that child. The class is a subclass of the module's own, under the same
-name, and the method is compiled from the same source, with that one call changed. So torch.compile, exporters and
+name, and the method is compiled from the same source, with that one expression changed. So torch.compile, exporters and
 activation checkpointing see plain code, and copies and pickles keep it.
 """
 
@@ -13,10 +13,12 @@ import copy
 import copyreg
 import inspect
 import linecache
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -31,14 +33,16 @@ for _name in __future__.all_feature_names:
 
 @dataclass(frozen=True)
 class CallRecipe:
-    """A call in the source of a method."""
+    """A function of one tensor in the source of a method."""
 
     method: str
     """The method's name, mostly "forward"."""
     source: str
-    """The call, as `ast.unparse` writes it: "F.gelu(self.fc1(x))"."""
+    """The expression, as `ast.unparse` writes it: "F.gelu(self.fc1(x))"."""
+    argument: str
+    """What in it is the tensor: "self.fc1(x)"."""
     index: int
-    """Which of the calls with this very source, 0 for the first."""
+    """Which of the expressions with this very source, 0 for the first."""
 
 
 @dataclass(frozen=True)
@@ -52,38 +56,59 @@ class _Method:
     first_line: int
     """Of the file: that of the first line of `tree` less 1."""
 
-    def calls(self) -> list[ast.Call]:
-        """All calls, in the order of the source."""
-        found = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
-        return sorted(found, key=lambda call: (call.lineno, call.col_offset, -(call.end_col_offset or 0)))
+    def expressions(self) -> list[ast.expr]:
+        """All that may be a function, in the order of the source."""
+        found = [node for node in ast.walk(self.tree) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp))]
+        return sorted(found, key=lambda node: (node.lineno, node.col_offset, -(node.end_col_offset or 0)))
+
+    def recipe(self, node: ast.expr, tensor: ast.expr) -> CallRecipe:
+        """An expression of the method as data."""
+        source = ast.unparse(node)
+        same = [other for other in self.expressions() if ast.unparse(other) == source]
+        return CallRecipe(self.function.__name__, source, ast.unparse(tensor), same.index(node))
 
 
-def describe(kind: type, code: CodeType, position: tuple[int | None, ...]) -> tuple[CallRecipe, ast.Call]:
-    """The call that is at a position (line, end line, column, end column) of a method's code.
+def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
+    """The call that is at an instruction of a method's code, and the method.
 
     Raises:
         ValueError: there is none that could be changed, and why.
     """
     method = _method(kind, _name_of(kind, code))
-    if code is not method.function.__code__ and code not in _codes(method.function.__code__):
+    if code not in _codes(method.function.__code__):
         raise GrkanValueError(f"{code.co_name} is called through super()")
-    line, end_line, column, end_column = position
-    wanted = [call for call in method.calls() if call.lineno + method.first_line == line]
-    if column is not None:
-        end = (end_line, column, end_column)
-        wanted = [c for c in wanted if ((c.end_lineno or 0) + method.first_line, c.col_offset, c.end_col_offset) == end]
+    calls = [node for node in method.expressions() if isinstance(node, ast.Call)]
+    if sys.version_info >= (3, 11):
+        where = next(p for i, p in enumerate(code.co_positions()) if i == offset // 2)
+        first = method.first_line
+        places = [(c.lineno + first, (c.end_lineno or 0) + first, c.col_offset, c.end_col_offset) for c in calls]
+        wanted = [call for call, place in zip(calls, places, strict=True) if place == where]
+    else:
+        wanted = _at_offset(method, calls, code, offset)
     if len(wanted) != 1:
-        raise GrkanValueError(f"its call cannot be told from others in line {line}")
-    call = wanted[0]
-    source = ast.unparse(call)
-    same = [c for c in method.calls() if ast.unparse(c) == source]
-    recipe = CallRecipe(method.function.__name__, source, same.index(call))
-    check(kind, recipe)
-    return recipe, call
+        raise GrkanValueError(f"it cannot be told which call of {code.co_name} it is")
+    return method, wanted[0]
+
+
+def _at_offset(method: _Method, calls: list[ast.Call], code: CodeType, offset: int) -> list[ast.Call]:
+    """The call at an instruction, for Python 3.10, which knows the lines alone: so each call gets one of its own."""
+    wrapped = _wrapped(method)
+    copies = [node for node in ast.walk(wrapped) if isinstance(node, ast.Call)]
+    places = [(node.lineno, node.col_offset, node.end_col_offset) for node in copies]
+    for number, node in enumerate(copies, 10_000):
+        for part in (node, node.func):
+            part.lineno = part.end_lineno = number
+    whole = _inside(compile(wrapped, "<grkan>", "exec", flags=code.co_flags & _FUTURE, dont_inherit=True))
+    compiled = _codes(whole)[_codes(method.function.__code__).index(code)]
+    if compiled.co_code != code.co_code:
+        return []
+    line = next((line for start, end, line in compiled.co_lines() if start <= offset < end), None)
+    wanted = dict(enumerate(places, 10_000)).get(line or 0)
+    return [call for call in calls if (call.lineno, call.col_offset, call.end_col_offset) == wanted]
 
 
 def check(kind: type, call: CallRecipe) -> None:
-    """Whether the call is there, and can be changed.
+    """Whether the expression is there, and can be changed.
 
     Raises:
         ValueError: it is not.
@@ -143,12 +168,17 @@ def _new(base: type, calls: tuple[tuple[CallRecipe, str], ...], arguments: tuple
 def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> Any:
     """The method, with the calls changed."""
     method = _method(base, name)
-    changes: dict[ast.Call, str] = {}
+    changes: dict[ast.expr, tuple[str, ast.expr]] = {}
     for call, child in calls:
-        same = [node for node in method.calls() if ast.unparse(node) == call.source]
+        same = [node for node in method.expressions() if ast.unparse(node) == call.source]
         if call.index >= len(same):
-            raise GrkanValueError(f"its {name} has no call {call.source}")
-        changes[same[call.index]] = child
+            raise GrkanValueError(f"its {name} has no {call.source}")
+        node = same[call.index]
+        inside = (part for part in ast.walk(node) if isinstance(part, ast.expr) and part is not node)
+        tensor = next((part for part in inside if ast.unparse(part) == call.argument), None)
+        if tensor is None:
+            raise GrkanValueError(f"{call.source} has no {call.argument}")
+        changes[node] = child, tensor
     positional = [*method.tree.args.posonlyargs, *method.tree.args.args]
     if not positional:
         raise GrkanValueError(f"its {name} has no argument for the module itself")
@@ -158,21 +188,17 @@ def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> An
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, changes: dict[ast.Call, str], module: str) -> None:
+    def __init__(self, changes: dict[ast.expr, tuple[str, ast.expr]], module: str) -> None:
         self.changes, self.module = changes, module
 
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        if node.value in self.changes:
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Expr) and node.value in self.changes:
             raise GrkanValueError(f"{ast.unparse(node)} works in place")
-        return self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        child = self.changes.get(node)
-        self.generic_visit(node)
-        if child is None:
-            return node
+        if not isinstance(node, ast.expr) or node not in self.changes:
+            return self.generic_visit(node)
+        child, tensor = self.changes[node]
         function = ast.Attribute(ast.Name(self.module, ast.Load()), child, ast.Load())
-        return ast.copy_location(ast.Call(function, [argument(node)], []), node)
+        return ast.copy_location(ast.Call(function, [self.visit(tensor)], []), node)
 
 
 def argument(call: ast.Call) -> ast.expr:
@@ -203,7 +229,8 @@ def _method(kind: type, name: str) -> _Method:
 
 def _outline(code: CodeType) -> tuple[Any, ...]:
     """What the source alone decides; the instructions depend on what is imported around it."""
-    constants = {repr(c) for c in code.co_consts if not isinstance(c, CodeType)}
+    # In Python 3.10 the names of functions within are constants, and begin with those of what is around.
+    constants = {repr(c) for c in code.co_consts if not isinstance(c, CodeType) and ".<locals>." not in str(c)}
     return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
 
 
@@ -226,7 +253,7 @@ def _name_of(kind: type, code: CodeType) -> str:
     for member in dict.fromkeys(name for k in kind.__mro__ for name in vars(k)):
         attribute = next(vars(k)[member] for k in kind.__mro__ if member in vars(k))
         for function in _inner(attribute):
-            if function.__code__.co_name == member and (function.__code__ is code or code in _codes(function.__code__)):
+            if function.__code__.co_name == member and code in _codes(function.__code__):
                 return member
     raise GrkanValueError(f"{code.co_name} is no method of it, or is called through super()")
 
@@ -246,14 +273,23 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def _codes(code: CodeType) -> set[CodeType]:
-    """The functions inside of a function."""
-    own = {constant for constant in code.co_consts if isinstance(constant, CodeType)}
-    return own.union(*map(_codes, own))
+def _codes(code: CodeType) -> list[CodeType]:
+    """A function's code, and that of the functions inside of it."""
+    inner = [_codes(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [code, *chain.from_iterable(inner)]
 
 
 def _compile(method: _Method, filename: str) -> CodeType:
     """The code of a method's tree, in which names mean what they mean in the method."""
+    text = ast.unparse(_wrapped(method))
+    # For tracebacks and TorchScript, which read the source.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    flags = method.function.__code__.co_flags & _FUTURE
+    return _inside(compile(text, filename, "exec", flags=flags, dont_inherit=True))
+
+
+def _wrapped(method: _Method) -> ast.Module:
+    """A copy of a method's tree, in a class in a function."""
     function, tree = method.function, copy.deepcopy(method.tree)
     tree.decorator_list, tree.returns = [], None
     arguments = tree.args
@@ -261,21 +297,17 @@ def _compile(method: _Method, filename: str) -> CodeType:
         if one is not None:
             one.annotation = None
     # The values are those that the function has.
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
-    arguments.kw_defaults = [None if value is None else ast.Constant(None) for value in arguments.kw_defaults]
+    arguments.defaults = [ast.copy_location(ast.Constant(None), value) for value in arguments.defaults]
+    arguments.kw_defaults = [value and ast.copy_location(ast.Constant(None), value) for value in arguments.kw_defaults]
     # Names with two underscores belong to the class, and those of functions around it have to be there.
     owner = (function.__qualname__.split(".")[-2:-1] or ["_"])[0]
     outer = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     wrapped = ast.parse(f"def outer({outer}):\n class {owner if owner.isidentifier() else '_'}:\n  pass")
     wrapped.body[0].body[0].body = [tree]  # type: ignore[attr-defined]
-    text = ast.unparse(wrapped)
-    linecache.cache[filename] = (
-        len(text),
-        None,
-        text.splitlines(keepends=True),
-        filename,
-    )  # for tracebacks, TorchScript
-    code = compile(text, filename, "exec", flags=function.__code__.co_flags & _FUTURE, dont_inherit=True)
+    return wrapped
+
+
+def _inside(code: CodeType) -> CodeType:
     for _ in range(3):
         code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
     return code

@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -34,6 +35,8 @@ _LINEAR = frozenset(
         "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "_grouped_mm", "_scaled_mm", "addbmm",
     )
 )  # fmt: skip
+# An activation may be made of them.
+_PARTS = ("sigmoid", "tanh", "erf", "softplus")
 # They lead from a linear layer to the next.
 _CHEAP = ELEMENTWISE | frozenset(
     (
@@ -72,7 +75,8 @@ class Seen:
     owner: nn.Module
     """The module whose method it is."""
     code: CodeType
-    position: tuple[int | None, ...]
+    offset: int
+    """The instruction of the code."""
     outer: nn.Module | None
     """The module that calls the owner."""
     function: Callable[[Tensor], Any] | None = None
@@ -86,6 +90,7 @@ class Seen:
     inputs: list[_Node] = field(default_factory=list)
     outputs: list[_Node] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Those of the inputs, () for a nested tensor."""
 
 
 class Observation:
@@ -166,15 +171,14 @@ class _Recorder(TorchDispatchMode):
             return
         frame, owner = frames[0]
         outer = next((module for _, module in frames if module is not owner), None)
-        position = _position(frame)
-        key = id(owner), id(outer), frame.f_code, position
+        key = id(owner), id(outer), frame.f_code, frame.f_lasti
         places = self.observation.places
         if key not in places:
-            places[key] = _examine(name, frame, owner, outer, position)
+            places[key] = _examine(name, frame, owner, outer)
         seen = places[key]
         seen.inputs.append(source[1])
         seen.outputs += results[:1]
-        seen.shapes.append(tuple(source[0].shape))
+        seen.shapes.append(() if source[0].is_nested else tuple(source[0].shape))
 
     def frames(self) -> Iterator[tuple[FrameType, nn.Module]]:
         """The methods of modules of the model that are running, the innermost first."""
@@ -268,21 +272,11 @@ def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) 
     return -1 if channels == -1 and result.dim() and result.shape[-1] == source.shape[-1] else None
 
 
-def _position(frame: FrameType) -> tuple[int | None, ...]:
-    """Line, end line, column and end column of what a frame is at; Python 3.10 knows the line alone."""
-    positions = getattr(frame.f_code, "co_positions", None)
-    if positions is None:
-        return frame.f_lineno, None, None, None
-    return tuple(next(p for i, p in enumerate(positions()) if i == frame.f_lasti // 2))
-
-
-def _examine(
-    name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | None, position: tuple[int | None, ...]
-) -> Seen:
+def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | None) -> Seen:
     """A place, and what is called there."""
-    seen = Seen(name, owner, frame.f_code, position, outer)
+    seen = Seen(name, owner, frame.f_code, frame.f_lasti, outer)
     try:
-        seen.call, node = calls.describe(type(owner), frame.f_code, position)
+        method, node = calls.find(type(owner), frame.f_code, frame.f_lasti)
     except ValueError as error:
         seen.problem = str(error)
         return seen
@@ -292,10 +286,66 @@ def _examine(
         of_owner = frame.f_locals.get(target.value.id) is owner and not hasattr(type(owner), target.attr)
         seen.slot = target.attr if of_owner else None
     try:
+        seen.call = method.recipe(node, calls.argument(node))
         seen.function = _function(node, frame)
     except Exception as error:  # whatever the expression does without its surroundings
         seen.problem = f"{ast.unparse(node)} cannot be called by itself: {error}"
+    if name in _PARTS and seen.slot is None and (found := _around(method.tree, node, frame)) is not None:
+        whole, tensor, seen.function = found
+        seen.call, seen.problem = method.recipe(whole, tensor), ""
+        seen.label = seen.call.source
     return seen
+
+
+def _around(
+    tree: ast.AST, node: ast.expr, frame: FrameType
+) -> tuple[ast.expr, ast.expr, Callable[[Tensor], Any]] | None:
+    """The largest expression around one that is a function of one variable: x * sigmoid(1.702 * x)."""
+    parents: Any = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    start, found = node, None
+    while isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)):
+        names = {part.id: part for part in ast.walk(node) if isinstance(part, ast.Name)}
+        tensors = [name for name in names if isinstance(frame.f_locals.get(name), Tensor)]
+        called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+        if len(tensors) != 1 or not all(_is_of_torch(function, frame) for function in called):
+            break
+        function = partial(_evaluate, _compiled(node), frame.f_globals, dict(frame.f_locals), tensors[0])
+        if node is not start and _is_elementwise(function):
+            found = node, names[tensors[0]], function
+        node = parents[node]
+        while isinstance(node, ast.Attribute):  # a method of it
+            node = parents[node]
+    return found
+
+
+def _compiled(node: ast.expr) -> CodeType:
+    return compile(ast.Expression(node), "<grkan>", "eval")
+
+
+def _evaluate(code: CodeType, names: dict[str, Any], values: dict[str, Any], name: str, x: Tensor) -> Any:
+    """An expression with another value for one of its variables."""
+    return eval(code, names, {**values, name: x})
+
+
+def _is_elementwise(function: Callable[[Tensor], Any]) -> bool:
+    x = torch.linspace(-2.0, 2.0, 5, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x)
+        return all(torch.allclose(function(x[i : i + 1]), y[i : i + 1]) for i in range(5)) and y.shape == x.shape
+    except Exception:  # it wants tensors of another kind
+        return False
+
+
+def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
+    """Whether a function in an expression is PyTorch's, or a method of a tensor."""
+    base: ast.expr = function
+    while isinstance(base, ast.Attribute):
+        base = base.value
+    if not isinstance(base, ast.Name) or isinstance(frame.f_locals.get(base.id), Tensor):
+        return True  # a method of a tensor, or of another expression that is looked at, too
+    value = eval(_compiled(function), frame.f_globals, frame.f_locals)
+    of_torch = str(getattr(value, "__module__", None) or "torch").startswith(("torch", "math"))
+    return of_torch and not isinstance(value, nn.Module)
 
 
 def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
@@ -306,7 +356,7 @@ def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
             plain = (ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.UnaryOp, ast.USub, ast.Load)
             if not isinstance(part, plain):
                 raise ValueError(f"{ast.unparse(node)} is no name and no number")
-        return eval(compile(ast.Expression(node), "<grkan>", "eval"), frame.f_globals, frame.f_locals)
+        return eval(_compiled(node), frame.f_globals, frame.f_locals)
 
     tensor = calls.argument(call)
     rest = [value(node) for node in call.args if node is not tensor]
@@ -365,7 +415,7 @@ def channel_dim(places: list[Seen]) -> tuple[int, int] | None:
     for seen in places:
         for node, shape in zip(seen.inputs, seen.shapes, strict=True):
             channels, rank = node.channels, len(shape)
-            if channels == -1:
+            if channels == -1 and rank:
                 found.add((-1, shape[-1]))
             elif channels is not None and channels == 1 - rank:
                 found.add((1, shape[1]))

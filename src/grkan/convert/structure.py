@@ -101,6 +101,16 @@ class Site:
         self.keep_linear()
         self.shared, self.width, self.channel_dim = True, 1, -1
 
+    def place(self, channels: tuple[int, int] | None, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Go by what a run has shown: (dimension, number) of the channels, if it is clear, and all shapes."""
+        other = [s for s in shapes if s and (len(s) <= self.channel_dim or s[self.channel_dim] != self.width)]
+        if self.layout == "activation" or other:
+            self.keep_linear()
+            if channels is None:
+                self.share()
+            else:
+                self.shared, (self.channel_dim, self.width) = False, channels
+
 
 class _NotFoundError(Exception):
     """Why an activation is left as it is."""
@@ -227,7 +237,7 @@ def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor
     parts = list(module.modules())
     if len(parts) > _MOST_PARTS or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
-    if any(isinstance(part, (nn.Dropout, GroupRational, nn.Linear)) for part in parts):
+    if any(isinstance(part, (nn.Dropout, GroupRational)) or "Norm" in type(part).__name__ for part in parts):
         return None
     states = [*module.parameters(), *module.buffers()]
     if any(t.is_meta or max(t.shape, default=1) != t.numel() for t in states):
@@ -299,18 +309,18 @@ class _Finder:
                 inside.update(module.modules())
         groups: dict[Any, list[Seen]] = {}
         for place in seen.places.values():
-            if (
-                place.call is not None
-                and place.function is not None
-                and place.slot is None
-                and place.owner not in inside
-            ):
+            usable = place.slot is None and place.owner not in inside
+            if usable and place.call is not None and place.function is not None:
                 groups.setdefault((id(place.owner), place.call), []).append(place)
         for places in groups.values():
             place = places[0]
             assert place.function is not None and place.call is not None  # noqa: PT018
             activation = as_activation(place.function)
-            if activation is None or not self.wanted(activation.name, places, self.names[id(place.owner)]):
+            if activation is None:
+                continue
+            if activation.name not in table.NAMES:
+                activation.name = place.label
+            if not self.wanted(activation.name, places, self.names[id(place.owner)]):
                 continue
             slot = next(s for s in ("act", *(f"act_{i}" for i in range(2, 99))) if not hasattr(place.owner, s))
             try:
@@ -333,46 +343,29 @@ class _Finder:
         if self.seen is not None and call is None:
             child = parent._modules.get(slot)
             places = self.seen.of_attribute(parent, slot) if child is None else self.seen.of_module(child, parent)
-        site, reason = None, ""
+        site: Site | None = None
+        reason = ""
         try:
             site = self.site(name, parent, slot, activation)
         except _NotFoundError as error:
             reason = str(error)
         if places:
-            reason = "a gate" if activation.name in _GATES else observe.why_not(places)
-            if site is None or (site.layout == "activation" and not site.doubt):
-                site = self.in_place(name, parent, slot, activation, places)
-            site.doubt = reason
-            if reason and site.layout == "activation" and not self.named(full, name):
-                site = None
+            site = site or self.alone(name, parent, slot, activation)
+            site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
+            reason = observe.why_not(places)
         elif self.seen is not None and parent in self.seen.called:
             site, reason = None, "it is never called, though its module is"
-        elif site is None and self.named(full, name):
-            site = self.in_place(name, parent, slot, activation, [])
-        elif (
-            site is not None
-            and activation.name in _GATES
-            and site.layout == "activation"
-            and not self.named(full, name)
-        ):
-            site, reason = None, "a gate"
+        elif self.named(full, name):
+            site = site or self.alone(name, parent, slot, activation)
+        doubt = "" if self.named(full, name) else "a gate" if activation.name in _GATES else reason
+        if site is not None and doubt and site.layout == "activation":
+            site, reason = None, doubt
         if site is None:
             hint = "; to have it converted in place, name it in include" if places else ""
             self.skipped.append((full, f"{activation.name}: {reason}{hint}"))
             return
-        if self.named(full, name):
-            site.doubt = ""
-        site.call = call
+        site.call, site.doubt = call, doubt
         self.sites.append(site)
-
-    def in_place(self, name: str, parent: nn.Module, slot: str, activation: Activation, places: list[Seen]) -> Site:
-        """An activation that becomes rational by itself."""
-        parts: dict[str, str | None] = {"act": _join(name, slot)}
-        dimension, width = observe.channel_dim(places) or (-1, 0)
-        site = Site(name, "activation", parts, parent, slot, activation, None, None, width, dimension)
-        if not width:
-            site.share()
-        return site
 
     def name_the_rest(self, activations: set[nn.Module | None]) -> None:
         """Name every other place at which an elementwise operation was seen."""
@@ -398,7 +391,8 @@ class _Finder:
             activation = as_activation(place.function)
             if activation is None:
                 return "it is part of what is no elementwise function of one tensor"
-            reason = "a gate" if activation.name in _GATES else observe.why_not([place])
+            gate = activation.name in _GATES or place.label in _GATES
+            reason = "a gate" if gate else observe.why_not([place])
             if reason:
                 return f"{reason}; to have it converted in place, name its module in include"
         reason = observe.why_not([place])
@@ -410,6 +404,10 @@ class _Finder:
             if found is not None:
                 found.norms = self.norms_before(found)
                 return found
+        around = [child for child in parent.children() if linear_width(child) is not None]
+        odd = sorted({type(child).__name__ for child in around if linear_kind(child) is None})
+        if odd and not any(isinstance(child, nn.Conv2d) for child in around):
+            raise _NotFoundError(f"the linear layers beside it are no plain ones, but {', '.join(odd)}")
         raise _NotFoundError("no two linear layers around it whose widths match")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:

@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
+from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, is_loaded, recipe_of
 from ..errors import GrkanValueError
 from ..nn import GroupRational, RationalLinear, no_weight_decay
+from ..nn.init import starts_kept
 from .imports import put_around
 
 _FIELD = "grkan"
@@ -91,10 +92,10 @@ def _making(post_init: Callable[..., Any]) -> Callable[..., Any]:
 def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # What a checkpoint lacks is memory that nobody has written to until here.
-        loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
-        if isinstance(module, GroupRational) and not all(loaded):
+        if isinstance(module, GroupRational) and not is_loaded(module):
             module.reset_parameters()
-        initialize(self, module, *args, **kwargs)
+        with starts_kept(module):
+            initialize(self, module, *args, **kwargs)
 
     return _initialize_weights
 
@@ -167,7 +168,10 @@ def know_styles(tensor_parallel: ModuleType) -> None:
 def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
     """Whether the modules that a layer of a recipe names are there, and not converted."""
     parent, _, slot = layer.activation.rpartition(".")
-    parts = [getattr(modules.get(parent), slot, None)]
+    owner = modules.get(parent)
+    if layer.call is not None and (owner is None or hasattr(owner, slot)):
+        return False
+    parts = [getattr(owner, slot, None) if layer.call is None else owner]
     if layer.linear is not None:
         parts.append(modules.get(layer.linear))
     return not any(part is None or isinstance(part, (GroupRational, RationalLinear)) for part in parts)
