@@ -17,7 +17,7 @@ from .rational.op import group_rational, rational_linear, set_backend
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
-    from .export import plain
+    from .export import export, plain
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
@@ -32,6 +32,7 @@ _LAZY = {
     "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
     "count_operations": ("grkan.models.operations", "models"),
+    "export": ("grkan.export", "models"),
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
@@ -50,6 +51,7 @@ __all__ = [
     "apply_conversion_",
     "convert_",
     "count_operations",
+    "export",
     "fit",
     "group_rational",
     "load_model",

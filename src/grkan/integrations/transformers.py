@@ -10,6 +10,7 @@ it knows of the weights, with a warning.
 """
 
 import copy
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -142,10 +143,18 @@ def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
         activation, linear = names
         parent = activation.rpartition(".")[0]
         # What such a layer gives is the rank's part of the channels, if the plan does not gather it.
-        if any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items()):
+        is_cut = any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items())
+        if is_cut and _has_styles():  # an older transformers refuses a style that it does not know, sharded or not
             plan[activation] = _STYLE
         if linear in plan:
             plan[f"{linear}.linear"] = plan.pop(linear)
+
+
+def _has_styles() -> bool:
+    try:
+        return importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
+    except ModuleNotFoundError:  # there is no transformers.distributed
+        return False
 
 
 def know_styles(tensor_parallel: ModuleType) -> None:
