@@ -344,7 +344,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "error" not in row:
             text.append(f"| {row['family']} | refused | | {row['refused'].replace('|', '/')} | |")
             continue
-        stays = "; ".join(dict.fromkeys(f"{n}: {r.partition(';')[0]}" for n, r in row["skipped"])).replace("|", "/")
+        reasons = (re.sub(r" in \w+( \(.*\))?(?=: )", "", reason.partition(";")[0]) for _, reason in row["skipped"])
+        stays = "; ".join(dict.fromkeys(reasons)).replace("|", "/")
         mark = "" if passes(row) else " (fails)"
         text.append(
             f"| {row['family']} | {row['layers']} {', '.join(row['layouts'])} | {', '.join(row['activations'])} "
