@@ -58,7 +58,7 @@ def vit(kind="ViTForImageClassification", **config):
     return getattr(t, kind)(t.ViTConfig(**sizes, image_size=8, patch_size=4, **config)).eval()
 
 
-FAMILIES = {"bert": bert, "esm": esm, "gpt2": gpt2, "llama": llama, "vit": vit}
+FAMILIES = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
 
 
 def inputs(model):
