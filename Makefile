@@ -6,7 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint docs dist bench bars sanitize gpu clean
+.PHONY: demo test test-oldest lint docs dist bench bars families sanitize gpu clean
 
 demo: $(VENV)/train.done
 	$(BIN)/grkan compare --config configs/demo.yaml --output runs/demo
@@ -45,6 +45,13 @@ bench: $(VENV)/train.done
 JSON ?=
 bars: $(VENV)/train.done
 	$(BIN)/python benchmarks/bars.py $(JSON)
+
+# Every transformer family of timm and transformers, converted; takes about an hour. docs/families.md explains the table.
+# What is in the file is not done again: make families ONLY="--only 'timm/*'"
+FAMILIES := build/families.json
+families: $(VENV)/test.done
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --json $(FAMILIES) $(ONLY)
+	$(BIN)/python benchmarks/families.py --json $(FAMILIES) --table
 
 # On a machine with a GPU: what the machine is, the tests of the GPU kernels, and their times; all in one file to send.
 GPU_REPORT := build/gpu-report.txt

@@ -215,7 +215,7 @@ HUGGING_FACE = {
     "deit": (lambda t: vision(t, "DeiT"), 2, "linear", ["activation"]),
     "dinov2": (lambda t: vision(t, "Dinov2", mlp_ratio=2), 2, "linear", []),
     "clip": (clip, 4, "linear", []),
-    "whisper": (whisper, 4, "linear", []),
+    "whisper": (whisper, 4, "linear", ["encoder", "encoder"]),  # the convolutional stem
     "t5": (lambda t: t5(t, gated=False), 2, "linear", []),
     "t5 1.1, gated": (lambda t: t5(t, gated=True), 2, "activation", []),
     "llama, gated": (lambda t: text(t, "Llama"), 2, "activation", []),

@@ -28,6 +28,7 @@ class QuickGELU(nn.Module):
         (nn.LeakyReLU(0.01), "leaky_relu"),
         (nn.LeakyReLU(0.2), "LeakyReLU"),
         (QuickGELU(), "QuickGELU"),
+        (nn.PReLU(dtype=torch.float64), "PReLU"),
     ],
 )
 def test_activations(candidate, name):
@@ -47,7 +48,6 @@ def test_activations(candidate, name):
         nn.Dropout(0.5),
         nn.Softmax(-1),
         nn.LayerNorm(97, elementwise_affine=False),
-        nn.PReLU(),
         nn.Linear(97, 97),
         nn.Flatten(0),
         torch.cumsum,

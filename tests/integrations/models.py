@@ -40,6 +40,16 @@ def llama(kind="LlamaForCausalLM", **config):
     return getattr(t, kind)(t.LlamaConfig(**sizes, **heads, **config)).eval()
 
 
+def esm(kind="EsmModel", **config):
+    """Its MLPs call a function in `forward`."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes.update(intermediate_size=64, pad_token_id=1, mask_token_id=2, max_position_embeddings=32)
+    return getattr(t, kind)(t.EsmConfig(**sizes, **config)).eval()
+
+
 def vit(kind="ViTForImageClassification", **config):
     import transformers as t
 

@@ -15,7 +15,7 @@ import grkan
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 
-from .models import FAMILIES, bert, convert, gpt2, inputs, llama, output, text  # noqa: E402
+from .models import FAMILIES, bert, convert, esm, gpt2, inputs, llama, output, text  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -115,6 +115,12 @@ class TestFromPretrained:
         loaded = type(model).from_pretrained(tmp_path)
         assert loaded.dtype == torch.bfloat16
         assert_same(model, loaded)
+
+    def test_of_a_model_that_calls_a_function(self, tmp_path):
+        model = esm()
+        assert [layer["layout"] for layer in convert(model).layers] == ["linear", "linear"]
+        model.save_pretrained(tmp_path)
+        assert_same(model, type(model).from_pretrained(tmp_path))
 
     def test_of_several_files(self, saved):
         model, path = saved

@@ -3,8 +3,10 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
+from .observe import Observation, observe
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
 from .report import ConversionReport
 from .scratch import gains
 from .structure import Site, Watched, choose, find_sites
+from .trial import trial_run
 
 # Scalars of outputs and inputs that are kept for the comparison of the model before and after.
 _KEPT = 2**25
@@ -49,12 +53,18 @@ def convert_(
 
     The activation between two linear layers becomes a `GroupRational` that is fitted to it, in its place, and the first
     linear layer a `RationalLinear` under its name, with the identity in front of it. The second linear layer, its
-    name and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. In gated MLPs, and where it
-    is not known what lies between the layers, the activation alone becomes rational.
+    name and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. Any other activation of a
+    feed-forward part becomes rational by itself, in its place: a gate's, that of experts, whatever the linear layers
+    are and whatever else lies between them. A function that `forward` calls, as F.gelu, becomes a child `act`.
 
-    Parameters, buffers, hooks, modes and shared modules stay the same objects; so an optimiser made before still
-    works, but lacks the coefficients. The state dict of the model as it was loads into the converted one, and leaves
-    the coefficients as they are. What is not recognised stays as it is.
+    The model is run once to see what it computes: on the first batch of the calibration, or on an input that is made
+    for it. Whatever elementwise function is seen is rational afterwards, or named in `skipped`: convolutional stems,
+    gates such as sigmoid and softplus, what steers a state space or a router. Without any run only what the structure
+    alone shows is converted, and where it shows no channels, one function serves all of them.
+
+    Parameters, buffers, hooks, modes and shared modules stay the same objects, but for those of an activation with
+    parameters (PReLU); so an optimiser made before still works, but lacks the coefficients. The state dict of the model
+    as it was loads into the converted one, and leaves the coefficients as they are.
 
     With start="scratch" any architecture becomes a KAT to train: the functions start as the identity and Swish, and the
     linear layers of the MLPs are drawn anew from N(0, gain / fan_in) without bias, so that each MLP preserves the
@@ -75,7 +85,8 @@ def convert_(
         num_groups: at most so many groups; every function has the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
         include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. At least
-            one of each has to match a module of the model.
+            one of each has to match a module of the model. An elementwise function that `include` names, or whose
+            module it names, is converted in place whatever it is.
         act_init: what the function in front of the first linear layer starts as, and that in place of the
             activation; each as `init` of a `GroupRational`, and None for a fit to the activation that was there.
             Default: ("identity", None) for pretrained, and ("identity", "swish") from scratch. Anything else changes
@@ -102,7 +113,28 @@ def convert_(
     if forward is not None and not callable(forward):
         raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    sites, skipped = find_sites(model)
+    with ExitStack() as temporary:
+        return _convert(
+            temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init, forward
+        )
+
+
+def _convert(
+    temporary: ExitStack,
+    model: nn.Module,
+    from_scratch: bool,
+    calibration: Any,
+    num_groups: int,
+    order: tuple[int, int],
+    form: str,
+    included: list[str] | None,
+    excluded: list[str] | None,
+    act_init: tuple[Any, Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> ConversionReport:
+    batches, trial = _trial(model, calibration, forward)
+    seen = _observe(model, trial)
+    sites, skipped = find_sites(model, seen, included or (), temporary)
     if not sites:
         raise _nothing_to_convert(model, skipped)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
@@ -119,12 +151,22 @@ def convert_(
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
     kept: list[tuple[Any, Tensor]] = []
     if calibration is not None:
-        kept = _calibrate(model, chosen, histograms, _batches(calibration), forward)
+        kept = _calibrate(model, chosen, histograms, batches, forward)
+    elif seen is not None and trial is not None:
+        with evaluating(model), ExitStack() as stack:
+            watched = [stack.enter_context(Watched(site)) for site in chosen]
+            trial()
+        _settle(chosen, watched)
     names_of = {id(module): name for name, module in model.named_modules()}
     layers, entries, fits = [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
-        if histogram.problem:
-            skipped.append((site.name, f"{site.activation.name}: {histogram.problem}"))
+        reason = histogram.problem or ("" if histogram.samples or calibration is None else "calibration never calls it")
+        if not reason and site.layout == "activation" and site.doubt:
+            reason = site.doubt
+        if not reason and not site.activation.alike(histogram.groups):
+            reason = "its channels have different functions; a larger num_groups gives each its own"
+        if reason:
+            skipped.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
             continue
         first, second, found = _functions(site, histogram, act_init, from_scratch, num_groups, order, form)
         fits += found
@@ -134,10 +176,12 @@ def convert_(
             skipped.append((site.name, "its weights stay, for it is not clear what its linear layers are"))
         named = {names_of[id(module)]: gain for module, gain in drawn}
         linear = None if first is None else site.parts["fc1"]
-        entries.append(LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second, named))
+        act = site.parts["act"] or ""
+        entries.append(LayerRecipe(site.name, site.layout, linear, act, first, second, named, site.call))
     if not entries:
         raise _nothing_to_convert(model, skipped)
 
+    temporary.close()
     undo = apply_recipe(model, Recipe(tuple(entries)))
     try:
         cosine, error = (None, None) if from_scratch else _compare(model, kept, forward)
@@ -146,6 +190,27 @@ def convert_(
         raise
     recipe = copy.deepcopy(model.grkan_conversion)
     return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
+
+
+def _trial(
+    model: nn.Module, calibration: Any, forward: Callable[[nn.Module, Any], Any] | None
+) -> tuple[Iterator[Any], Callable[[], Any] | None]:
+    """The batches, and what runs the model once: with the first of them, or with an input made for the model."""
+    if calibration is None:
+        return iter(()), trial_run(model)
+    batches = _batches(calibration)
+    first = list(islice(batches, 1))
+    run = partial(_run, model, copy.deepcopy(first[0]), forward) if first else None
+    return chain(first, batches), run
+
+
+def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> Observation | None:
+    """What a run shows; None without one. What is wrong with a batch is said where it is used."""
+    if trial is None:
+        return None
+    with evaluating(model), suppress(Exception):
+        return observe(model, trial)
+    return None
 
 
 def _check_act_init(value: Any) -> tuple[Any, Any]:
@@ -258,10 +323,15 @@ def _calibrate(
         raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
         raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
+    _settle(sites, watched)
+    return kept
+
+
+def _settle(sites: list[Site], watched: list[Watched]) -> None:
+    """Correct what the structure suggested by what was seen."""
     for site, watch in zip(sites, watched, strict=True):
         if site.layout == "linear" and watch.calls and watch.agrees is not True:
             site.keep_linear()
-    return kept
 
 
 def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
@@ -273,8 +343,11 @@ def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: st
     found = []
     for group, row in enumerate(rows):
         key = row.tobytes()
+        activation = site.activation.of_group(group, histogram.groups)
+        if activation is not site.activation:
+            key += bytes(str(group), "ascii")
         if key not in same:
-            same[key] = fit_group(name, group, site.activation, row, order, form)
+            same[key] = fit_group(name, group, activation, row, order, form)
         found.append(GroupFit(**{**vars(same[key]), "group": group}))
     return found
 
@@ -294,20 +367,20 @@ def _functions(
         inputs = (linear_width(site.first) or (0, 0))[0]
         groups = largest_divisor(inputs, num_groups)
         first = _function(act_init[0], inputs, groups, order, form, site.channel_dim)
-    activation, init = site.activation, act_init[1]
+    activation, init, width = site.activation, act_init[1], None if site.shared else site.width
     if init is not None or from_scratch:
         if init is None:  # no data tell where it matters, so it is that of the table, if there is one
             init = activation.name if activation.name in table.NAMES else activation.function
-        return first, _function(init, site.width, histogram.groups, order, form, site.channel_dim), []
+        return first, _function(init, width, histogram.groups, order, form, site.channel_dim), []
     fits = _fit_site(site, histogram, order, form)
     numerator, denominator = [f.fit.numerator.tolist() for f in fits], [f.fit.denominator.tolist() for f in fits]
     name, channel_dim = activation.name, site.channel_dim
-    second = FunctionRecipe(name, site.width, len(fits), numerator, denominator, list(order), form, channel_dim)
+    second = FunctionRecipe(name, width, len(fits), numerator, denominator, list(order), form, channel_dim)
     return first, second, fits
 
 
 def _function(
-    init: Any, width: int, groups: int, order: tuple[int, int], form: str, channel_dim: int
+    init: Any, width: int | None, groups: int, order: tuple[int, int], form: str, channel_dim: int
 ) -> FunctionRecipe:
     rational = GroupRational(groups, init, order, form)
     numerator, denominator = (rows.tolist() for rows in rational.initial_coefficients())

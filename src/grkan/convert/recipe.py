@@ -22,6 +22,7 @@ from ..nn.init import keep_start, starts_kept
 from ..nn.kinds import is_conv1d, linear_kind, linear_width
 from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
+from .calls import CallRecipe, check, lift
 
 RECIPE_VERSION = 1
 
@@ -44,8 +45,8 @@ class FunctionRecipe:
 
     init: str
     """What it stands for: a name for people."""
-    width: int
-    """Channels of its input."""
+    width: int | None
+    """Channels of its input; None: not known, so that one group serves all."""
     num_groups: int
     numerator: Sequence[Any]
     denominator: Sequence[Any]
@@ -60,7 +61,10 @@ class FunctionRecipe:
         Raises:
             ValueError, TypeError: it cannot be.
         """
-        check_groups("width", self.width, self.num_groups)
+        if self.width is not None:
+            check_groups("width", self.width, self.num_groups)
+        elif self.num_groups != 1:
+            raise GrkanValueError(f"num_groups must be 1 where the width is null; got {self.num_groups}")
         if self.channel_dim not in (-1, 1):
             raise GrkanValueError(f"channel_dim must be -1 or 1; got {self.channel_dim}")
         parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
@@ -95,6 +99,8 @@ class LayerRecipe:
     """The function in place of the activation."""
     gains: Mapping[str, float] = field(default_factory=dict)
     """The linear layers that are drawn anew, from N(0, gain / fan_in); none if the weights stay."""
+    call: CallRecipe | None = None
+    """Of an activation that is a function which a method calls: the call becomes one of the child `activation`."""
 
     def within(self, module: str) -> "LayerRecipe":
         """The same for the model around, which has this one as `module`."""
@@ -242,7 +248,12 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "act1": ((Mapping, type(None)), "an object or null"),
     "act2": ((Mapping,), "an object"),
     "init": _TEXT,
-    "width": _WHOLE,
+    "width": ((int, type(None)), "an integer or null"),
+    "call": ((Mapping, type(None)), "an object or null"),
+    "method": _TEXT,
+    "source": _TEXT,
+    "argument": _TEXT,
+    "index": _WHOLE,
     "num_groups": _WHOLE,
     "numerator": _LIST,
     "denominator": _LIST,
@@ -259,6 +270,8 @@ def _layer(where: str, value: Any) -> LayerRecipe:
     for act in ("act1", "act2"):
         if given[act] is not None:
             given[act] = FunctionRecipe(**_fields(f"{act} in {where}", FunctionRecipe, given[act]))
+    if given["call"] is not None:
+        given["call"] = CallRecipe(**_fields(f"call in {where}", CallRecipe, given["call"]))
     layer = LayerRecipe(**given)
     if layer.layout not in LAYOUTS:
         raise GrkanValueError(f"layout in {where} must be one of {', '.join(LAYOUTS)}; got {layer.layout!r}")
@@ -314,10 +327,14 @@ class _Plan:
         parent, _, self.slot = layer.activation.rpartition(".")
         self.parent = modules[parent]
         self.old = getattr(self.parent, self.slot, None)
-        if not callable(self.old):
-            raise KeyError(layer.activation)
         if isinstance(self.old, GroupRational):
             raise GrkanValueError(f"{layer.activation} is a rational function already")
+        if layer.call is not None:
+            if self.old is not None:
+                raise GrkanValueError(f"there is a {layer.activation} already")
+            check(type(self.parent), layer.call)
+        elif not callable(self.old):
+            raise KeyError(layer.activation)
         self.first = None if layer.linear is None else modules[layer.linear]
         if self.first is not None and layer.act1 is not None:
             self.check_linear(self.first, layer.linear, layer.act1.width)
@@ -336,7 +353,7 @@ class _Plan:
             if not is_drawable(module):
                 raise GrkanValueError(f"{name} is no plain linear layer but a {type(module).__name__}")
 
-    def check_linear(self, fc: Any, name: str | None, inputs: int) -> None:
+    def check_linear(self, fc: Any, name: str | None, inputs: int | None) -> None:
         if isinstance(fc, RationalLinear):
             raise GrkanValueError(f"{name} is converted already")
         width = linear_width(fc)
@@ -347,6 +364,8 @@ class _Plan:
 
     def apply(self, undo: ExitStack) -> None:
         _adopt_hooks(self.old, self.act2)
+        if isinstance(self.old, nn.Module) and (state := list(self.old.state_dict())):
+            self.act2.register_load_state_dict_pre_hook(partial(_forget, state))
         self.act2.train(self.parent.training)
         if self.layer.layout == "grkan":
             self.become_grkan(undo)
@@ -371,6 +390,9 @@ class _Plan:
 
     def replace_activation(self, undo: ExitStack) -> None:
         parent, slot, old = self.parent, self.slot, self.old
+        if self.layer.call is not None:
+            lift(parent, self.layer.call, slot, self.act2, undo)
+            return
         children, attributes = parent._modules, vars(parent)
         if slot in children:
             undo.callback(children.__setitem__, slot, old)
@@ -409,6 +431,13 @@ class _Plan:
         container.__class__ = GRKAN
         container.weight_init = "variance_preserving"  # type: ignore[assignment]
         container.remember_start()  # type: ignore[operator]
+
+
+def _forget(names: list[str], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave out the parameters of the activation that was there, in a state dict from before."""
+    if f"{prefix}numerator" not in state:
+        for name in names:
+            state.pop(prefix + name, None)
 
 
 def is_loaded(module: nn.Module) -> bool:

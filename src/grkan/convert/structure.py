@@ -1,14 +1,17 @@
 """Find the MLPs of a model: a linear layer, an activation, a linear layer.
 
-They are found by structure. An activation is whatever maps every scalar alone, which is tried out; the linear layers
-are those around it whose widths match. What that suggests is tried out, too, where a module can be run by itself, and
-with calibration data once more.
+They are found by structure, and by what a run of the model has shown, where there was one. An activation is whatever
+maps every scalar alone, which is tried out; the linear layers are those around it whose widths match. What that
+suggests is tried out, too, where a module can be run by itself, and with calibration data once more. Any other
+activation of a feed-forward part becomes rational by itself, in its place.
 """
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +22,16 @@ from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.kinds import linear_kind, linear_width
 from ..nn.modes import evaluating
 from ..rational import table
+from . import observe
+from .calls import CallRecipe, lift
+from .observe import Observation, Seen
 from .recipe import TIMM_ORDER
+
+# They weight what others compute.
+_GATES = ("sigmoid", "hardsigmoid", "softplus", "Hardsigmoid", "LogSigmoid", "logsigmoid", "hard_sigmoid")
+
+# Modules of an activation that is made of some, as StarReLU is.
+_MOST_PARTS = 8
 
 
 @dataclass
@@ -30,6 +42,22 @@ class Activation:
     """One of `grkan.fit`'s if it is that function, else that of its class."""
     function: Callable[[Tensor], Tensor]
     """On float64 tensors on the CPU; pure."""
+    channels: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """Those of all channels, where they have parameters of their own."""
+
+    def of_group(self, group: int, groups: int) -> "Activation":
+        """The function of a group of channels, which are alike."""
+        return replace(self, function=self.channels[group * len(self.channels) // groups]) if self.channels else self
+
+    def alike(self, groups: int) -> bool:
+        """Whether the channels of each group have the same function."""
+        if not self.channels:
+            return True
+        if len(self.channels) % groups:
+            return False
+        x = torch.linspace(-6.0, 6.0, 25, dtype=torch.float64, device="cpu")
+        y = torch.stack([function(x) for function in self.channels]).reshape(groups, -1, len(x))
+        return bool(((y - y[:, :1]).abs() <= 1e-3 * y.abs().amax((1, 2), keepdim=True)).all())
 
 
 @dataclass
@@ -50,6 +78,12 @@ class Site:
     width: int
     """Channels of the activation."""
     channel_dim: int = -1
+    shared: bool = False
+    """Whether its channels are not known, so that one function serves all; its width is 1 then."""
+    call: CallRecipe | None = None
+    """Of an activation that is a function in `forward`."""
+    doubt: str = ""
+    """Why it is no activation of a feed-forward part, unless the linear layers turn out to be next to it."""
     norms: list[nn.Module] = field(default_factory=list)
     """The norms that may stand in front of the first linear layer."""
 
@@ -62,34 +96,57 @@ class Site:
         """Leave the first linear layer alone, for the activation is no part of an MLP that is known well enough."""
         self.layout, self.parts = "activation", {"act": self.parts["act"]}
 
+    def share(self) -> None:
+        """Have one function for all channels."""
+        self.keep_linear()
+        self.shared, self.width, self.channel_dim = True, 1, -1
+
+    def place(self, channels: tuple[int, int] | None, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Go by what a run has shown: (dimension, number) of the channels, if it is clear, and all shapes."""
+        other = [s for s in shapes if s and (len(s) <= self.channel_dim or s[self.channel_dim] != self.width)]
+        if self.layout == "activation" or other:
+            self.keep_linear()
+            if channels is None:
+                self.share()
+            else:
+                self.shared, (self.channel_dim, self.width) = False, channels
+
 
 class _NotFoundError(Exception):
     """Why an activation is left as it is."""
 
 
-def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The MLPs of a model in the order of its modules, and the (name, reason) of every activation that is in none."""
-    sites: list[Site] = []
-    skipped: list[tuple[str, str]] = []
-    finder = _Finder(model)
+def find_sites(
+    model: nn.Module, seen: Observation | None = None, include: Sequence[str] = (), undo: ExitStack | None = None
+) -> tuple[list[Site], list[tuple[str, str]]]:
+    """The activations that can become rational, in the order of the modules, and the (name, reason) of all others.
+
+    Args:
+        seen: what a run of the model has shown.
+        include: patterns for names; what they name is converted whatever it is.
+        undo: takes back what makes children of functions that `forward` calls.
+    """
+    finder = _Finder(model, seen, include)
+    if seen is not None and undo is not None:
+        finder.lift_calls(seen, undo)
     activations: set[nn.Module | None] = set()
     for name, parent in model.named_modules():
         # What an activation is made of is none of its own.
         if isinstance(parent, (GRKAN, GroupRational, RationalLinear)) or parent in activations:
             continue
-        for slot, activation in _activations(parent):
-            activations.add(parent._modules.get(slot))
-            full = f"{name}.{slot}" if name else slot
-            try:
-                sites.append(finder.site(name, parent, slot, activation))
-            except _NotFoundError as reason:
-                skipped.append((full, f"{activation.name}: {reason}"))
+        for slot, activation in _activations(parent, finder.attributes):
+            child = parent._modules.get(slot)
+            if child is not None:
+                activations.update(child.modules())
+            finder.add(name, parent, slot, activation)
+    finder.name_the_rest(activations)
+    sites = finder.sites
     used = Counter(id(site.first) for site in sites if site.layout == "linear")
     for site in sites:
         # A linear layer with several places in the model cannot have one function in front of it.
         if site.layout == "linear" and (used[id(site.first)] > 1 or finder.places[id(site.first)] > 1):
             site.keep_linear()
-    return sites, skipped
+    return sites, finder.skipped
 
 
 def choose(
@@ -111,27 +168,38 @@ def choose(
     return chosen, skipped
 
 
-def _activations(parent: nn.Module) -> Iterator[tuple[str, Activation]]:
-    """The attributes of a module that are elementwise functions: children, and functions with "act" in their name."""
+def _activations(parent: nn.Module, attributes: Any = ()) -> Iterator[tuple[str, Activation]]:
+    """The attributes of a module that are elementwise functions: children, and functions.
+
+    Functions have "act" in their name, are PyTorch's, or are known to be called: of a module, `attributes` has these.
+    """
     for slot, child in parent._modules.items():
         if child is not None and not isinstance(child, GroupRational) and (found := as_activation(child)) is not None:
             yield slot, found
     for slot, value in list(vars(parent).items()):  # whoever asks replaces some meanwhile
-        if "act" in slot.lower() and callable(value) and not isinstance(value, (type, nn.Module)):
+        if not callable(value) or isinstance(value, (type, nn.Module)):
+            continue
+        of_torch = str(getattr(value, "__module__", None)).startswith("torch")
+        if "act" in slot.lower() or of_torch or (id(parent), slot) in attributes:
             found = as_activation(value)
             if found is not None:
                 yield slot, found
 
 
 def as_activation(candidate: Any) -> Activation | None:
-    """What a module without parameters, or a function, is as an activation; None if it is none.
+    """What a module or a function is as an activation; None if it is none.
 
-    It is tried on a few numbers: it has to map each of them alone, to something else than itself.
+    It is tried on a few numbers: it has to map each of them alone, and not as a straight line. A module may have
+    parameters, one of each for all channels or for every channel.
     """
+    channels: tuple[Callable[[Tensor], Tensor], ...] = ()
     if isinstance(candidate, nn.Module):
+        label = type(candidate).__name__
         if any(True for _ in candidate.children()) or candidate._parameters or candidate._buffers:
-            return None
-        run, label = candidate.forward, type(candidate).__name__
+            if (parts := _of_parameters(candidate)) is None:
+                return None
+            candidate, channels = parts
+        run = candidate.forward
     else:
         run, label = candidate, getattr(candidate, "__name__", type(candidate).__name__)
 
@@ -145,7 +213,9 @@ def as_activation(candidate: Any) -> Activation | None:
         with torch.no_grad():
             x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
             y = function(x)
-            if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point() or torch.equal(x, y):
+            if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+                return None
+            if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or nothing at all
                 return None
             square = function(x[:96].flip(0).reshape(2, 3, 4, 4))
             if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
@@ -156,14 +226,177 @@ def as_activation(candidate: Any) -> Activation | None:
     finally:
         if modes:
             candidate.training = True
-    return Activation(name, function)
+    return Activation(name, function, channels)
+
+
+def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor], Tensor], ...]] | None:
+    """A module with parameters as one for a single channel, and the functions of all channels if they differ in them.
+
+    None: its parameters are not those of channels, or its parts are more than an activation's.
+    """
+    parts = list(module.modules())
+    if len(parts) > _MOST_PARTS or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return None
+    if any(isinstance(part, (nn.Dropout, GroupRational)) or "Norm" in type(part).__name__ for part in parts):
+        return None
+    states = [*module.parameters(), *module.buffers()]
+    if any(t.is_meta or max(t.shape, default=1) != t.numel() for t in states):
+        return None
+    sizes = {t.numel() for t in states if t.is_floating_point()} - {1}
+    if len(sizes) > 1:
+        return None
+    try:
+        whole = copy.deepcopy(module).requires_grad_(False).to("cpu", torch.float64).eval()
+        if not sizes:
+            return whole, ()
+        width = next(iter(sizes))
+        x = torch.linspace(-6.0, 6.0, 5, dtype=torch.float64, device="cpu")[:, None].repeat(1, width)
+        y = whole(x.clone())
+        if torch.allclose(y.diff(n=2, dim=0), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, a norm
+            return None
+        ones = [_single(whole, channel) for channel in range(width)]
+        x += torch.linspace(0.0, 1.0, width, dtype=torch.float64, device="cpu")
+        alone = torch.stack([one(x[:, i].clone()) for i, one in enumerate(ones)], 1)
+        if not torch.allclose(whole(x.clone()), alone, 1e-9, 1e-12):
+            return None
+    except Exception:  # whatever its forward does
+        return None
+    return ones[0], tuple(lambda x, one=one: one(x.clone()) for one in ones)
+
+
+def _single(module: nn.Module, channel: int) -> nn.Module:
+    """The module for one channel."""
+    one = copy.deepcopy(module)
+    for tensor in (*one.parameters(), *one.buffers()):
+        if tensor.numel() > 1:
+            tensor.data = tensor.data.flatten()[channel : channel + 1].clone()
+    return one
+
+
+class _Called(nn.Module):
+    """A function that `forward` called, as a child."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function: Any = function
+
+    def forward(self, x: Tensor) -> Any:
+        """What the function does."""
+        return self.function(x)
 
 
 class _Finder:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, seen: Observation | None = None, include: Sequence[str] = ()) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.names = {id(module): name for name, module in model.named_modules()}
         children = (child for module in model.modules() for child in module._modules.values())
         self.places = Counter(map(id, children))
+        self.seen, self.include = seen, include
+        self.sites: list[Site] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.attributes = set() if seen is None else {(id(s.owner), s.slot) for s in seen.places.values() if s.slot}
+        self.lifted: dict[tuple[int, str], tuple[CallRecipe, str, list[Seen]]] = {}
+
+    def named(self, *names: str) -> bool:
+        """Whether the user asked for it."""
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.include)
+
+    def lift_calls(self, seen: Observation, undo: ExitStack) -> None:
+        """Make children of the functions that methods call, where these belong to a feed-forward part."""
+        inside: set[nn.Module] = set()
+        for module in self.modules.values():
+            if module not in inside and not isinstance(module, nn.Sequential) and as_activation(module) is not None:
+                inside.update(module.modules())
+        groups: dict[Any, list[Seen]] = {}
+        for place in seen.places.values():
+            usable = place.slot is None and place.owner not in inside
+            if usable and place.call is not None and place.function is not None:
+                groups.setdefault((id(place.owner), place.call), []).append(place)
+        for places in groups.values():
+            place = places[0]
+            assert place.function is not None and place.call is not None  # noqa: PT018
+            activation = as_activation(place.function)
+            if activation is None:
+                continue
+            if activation.name not in table.NAMES:
+                activation.name = place.label
+            if not self.wanted(activation.name, places, self.names[id(place.owner)]):
+                continue
+            slot = next(s for s in ("act", *(f"act_{i}" for i in range(2, 99))) if not hasattr(place.owner, s))
+            try:
+                lift(place.owner, place.call, slot, _Called(place.function), undo)
+            except ValueError as error:
+                place.problem = str(error)
+                continue
+            self.lifted[id(place.owner), slot] = (place.call, place.label, places)
+
+    def wanted(self, name: str, places: list[Seen], *names: str) -> bool:
+        """Whether an activation is one of a feed-forward part, or the user asked for it."""
+        return self.named(*names) or not (name in _GATES or observe.why_not(places))
+
+    def add(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> None:
+        """Add an activation to the sites, or to what is skipped."""
+        full = _join(name, slot)
+        call, label, places = self.lifted.get((id(parent), slot), (None, activation.name, []))
+        if activation.name == _Called.__name__:
+            activation.name = label
+        if self.seen is not None and call is None:
+            child = parent._modules.get(slot)
+            places = self.seen.of_attribute(parent, slot) if child is None else self.seen.of_module(child, parent)
+        site: Site | None = None
+        reason = ""
+        try:
+            site = self.site(name, parent, slot, activation)
+        except _NotFoundError as error:
+            reason = str(error)
+        if places:
+            site = site or self.alone(name, parent, slot, activation)
+            site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
+            reason = observe.why_not(places)
+        elif self.seen is not None and parent in self.seen.called:
+            site, reason = None, "it is never called, though its module is"
+        elif self.named(full, name):
+            site = site or self.alone(name, parent, slot, activation)
+        doubt = "" if self.named(full, name) else "a gate" if activation.name in _GATES else reason
+        if site is not None and doubt and site.layout == "activation":
+            site, reason = None, doubt
+        if site is None:
+            hint = "; to have it converted in place, name it in include" if places else ""
+            self.skipped.append((full, f"{activation.name}: {reason}{hint}"))
+            return
+        site.call, site.doubt = call, doubt
+        self.sites.append(site)
+
+    def name_the_rest(self, activations: set[nn.Module | None]) -> None:
+        """Name every other place at which an elementwise operation was seen."""
+        done = {id(place) for _, _, places in self.lifted.values() for place in places}
+        named = set()
+        for place in () if self.seen is None else self.seen.places.values():
+            owner, slot = place.owner, place.slot
+            if owner in activations or id(place) in done or isinstance(owner, (GRKAN, GroupRational, RationalLinear)):
+                continue
+            name = self.names[id(owner)]
+            if slot is not None and any(site.parent is owner and site.slot == slot for site in self.sites):
+                continue
+            if slot is not None and any(skipped == _join(name, slot) for skipped, _ in self.skipped):
+                continue
+            reason = self.why_left(place)
+            source = "" if place.call is None else f" ({place.call.source})"
+            if (name, place.operation, source, reason) not in named:
+                named.add((name, place.operation, source, reason))
+                self.skipped.append((name, f"{place.operation} in {place.code.co_name}{source}: {reason}"))
+
+    def why_left(self, place: Seen) -> str:
+        if not place.problem and place.function is not None:
+            activation = as_activation(place.function)
+            if activation is None:
+                return "it is part of what is no elementwise function of one tensor"
+            gate = activation.name in _GATES or place.label in _GATES
+            reason = "a gate" if gate else observe.why_not([place])
+            if reason:
+                return f"{reason}; to have it converted in place, name its module in include"
+        reason = observe.why_not([place])
+        return reason or f"{place.problem}; make it a child, such as self.act = nn.GELU(), to have it converted"
 
     def site(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site:
         for find in (self.as_grkan, self.around, self.in_next_module):
@@ -171,6 +404,10 @@ class _Finder:
             if found is not None:
                 found.norms = self.norms_before(found)
                 return found
+        around = [child for child in parent.children() if linear_width(child) is not None]
+        odd = sorted({type(child).__name__ for child in around if linear_kind(child) is None})
+        if odd and not any(isinstance(child, nn.Conv2d) for child in around):
+            raise _NotFoundError(f"the linear layers beside it are no plain ones, but {', '.join(odd)}")
         raise _NotFoundError("no two linear layers around it whose widths match")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
@@ -209,7 +446,7 @@ class _Finder:
         if len(keys) == 2 and widths[keys[0]][1] == 2 * widths[keys[1]][0]:
             return self.gate(name, parent, slot, activation, None, widths[keys[1]][0])
         if len(pairs) > 1:
-            raise _NotFoundError(f"several pairs of linear layers could belong to it: {', '.join(keys)}")
+            return self.alone(name, parent, slot, activation)
         if not pairs:
             return None
         return self.linear(name, parent, slot, activation, _join(name, pairs[0][0]), _join(name, pairs[0][1]))
@@ -237,9 +474,9 @@ class _Finder:
             return None
         first, second = convs
         parts: dict[str, str | None] = {"act": _join(name, slot)}
-        site = Site(name, "activation", parts, parent, slot, activation, first, second, second.in_channels, 1)
-        _follows(site)
-        return site
+        return self.tried(
+            Site(name, "activation", parts, parent, slot, activation, first, second, second.in_channels, 1)
+        )
 
     def in_next_module(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """The second linear layer is in the module behind: BERT's intermediate and output."""
@@ -285,16 +522,37 @@ class _Finder:
         width = (linear_width(second) or (0, 0))[0]
         parts: dict[str, str | None] = {"fc1": fc1, "act": act or _join(name, slot), "fc2": fc2}
         site = Site(name, "linear", parts, parent, slot, activation, first, second, width)
-        if act is None and not _follows(site):
+        return self.tried(site)
+
+    def tried(self, site: Site) -> Site:
+        """What can be said of a site where no run has shown it."""
+        if self.seen is not None:
+            return site
+        names = [self.names[id(site.parent)]]
+        while names[-1] and len(names) < 4:
+            names.append(names[-1].rpartition(".")[0])
+        follows = try_alone(site, [self.modules[n] for n in names if n in self.modules])
+        if follows is None:
+            site.share()
+        elif not follows and site.layout == "linear":
             site.keep_linear()
+        return site
+
+    def alone(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site:
+        """An activation between linear layers of which no more is known."""
+        site = Site(name, "activation", {"act": _join(name, slot)}, parent, slot, activation, None, None, 1)
+        site.share()
         return site
 
     def gate(
         self, name: str, parent: nn.Module, slot: str, activation: Activation, first: str | None, width: int
     ) -> Site:
         parts: dict[str, str | None] = {"act": _join(name, slot)}
-        module = None if first is None else parent._modules[first]
-        return Site(name, "activation", parts, parent, slot, activation, module, None, width)
+        module = parent._modules[first] if first is not None else self.first_linear(parent)
+        return self.tried(Site(name, "activation", parts, parent, slot, activation, module, None, width))
+
+    def first_linear(self, parent: nn.Module) -> nn.Module | None:
+        return next((child for child in parent.children() if linear_kind(child) is not None), None)
 
     def norms_before(self, site: Site) -> list[nn.Module]:
         """Norms of the input's width in the nearest module around that has any.
@@ -361,23 +619,30 @@ def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv:
         return isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(x, y, 1e-3, 1e-5)
 
 
-def _follows(site: Site) -> bool:
-    """Whether the input of the second linear layer is the output of the activation; true where it cannot be tried.
+def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
+    """Run the modules around a site by themselves, until one of them calls the activation.
+
+    Returns:
+        Whether the input of the second linear layer is the output of the activation; None if nothing was seen.
 
     Raises:
         _NotFoundError: the activation gets inputs of another width, too.
     """
     inputs = (linear_width(site.first) or (0, 0))[0]
-    x = _probe(site.first, (1, 2, inputs) if site.channel_dim == -1 else (1, inputs, 3, 2))
-    if x is None:
-        return True
-    seen: list[Tensor] = []
-    watched = Watched(site, seen.append)
-    with contextlib.suppress(Exception), evaluating(site.parent), watched:  # it may need more arguments
-        site.parent(x)
-    if any(x.dim() < -site.channel_dim or x.shape[site.channel_dim] != site.width for x in seen):
-        raise _NotFoundError(f"it is used for inputs of other shapes, too: {tuple(seen[-1].shape)}")
-    return watched.agrees is not False
+    for module in around:
+        for shape in [(1, 2, inputs), (2, inputs)] if site.channel_dim == -1 else [(1, inputs, 3, 2)]:
+            x = _probe(site.first, shape)
+            if x is None:
+                return None
+            seen: list[Tensor] = []
+            watched = Watched(site, seen.append)
+            with contextlib.suppress(Exception), evaluating(module), watched:  # it may need more arguments
+                module(x)
+            if any(x.dim() < -site.channel_dim or x.shape[site.channel_dim] != site.width for x in seen):
+                raise _NotFoundError(f"it is used for inputs of other shapes, too: {tuple(seen[-1].shape)}")
+            if watched.calls and (site.second is None or watched.followed or watched.strangers):
+                return watched.agrees
+    return None
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
@@ -408,7 +673,7 @@ class Watched(nn.Module):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the activation does."""
         if isinstance(x, Tensor):
-            self.record(x)
+            self.record(x.reshape(-1, 1) if self.site.shared and not x.is_nested else x)
         y = vars(self)["activation"](x, *args, **kwargs)
         if self.watching:
             self.calls, self.output = self.calls + 1, y

@@ -177,7 +177,10 @@ def know_styles(tensor_parallel: ModuleType) -> None:
 def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
     """Whether the modules that a layer of a recipe names are there, and not converted."""
     parent, _, slot = layer.activation.rpartition(".")
-    parts = [getattr(modules.get(parent), slot, None)]
+    owner = modules.get(parent)
+    if layer.call is not None and (owner is None or hasattr(owner, slot)):
+        return False
+    parts = [getattr(owner, slot, None) if layer.call is None else owner]
     if layer.linear is not None:
         parts.append(modules.get(layer.linear))
     return not any(part is None or isinstance(part, (GroupRational, RationalLinear)) for part in parts)

@@ -1,0 +1,341 @@
+"""A function that `forward` computes becomes a child of the module: `F.gelu(x)` becomes `self.act(x)`.
+
+A function has no place in a model where another one could be put. So the module gets what its author would have written
+for one: a child, and a class whose method calls that child. The class is a subclass of the module's own, under the same
+name, and the method is compiled from the same source, with that one expression changed. So torch.compile, exporters and
+activation checkpointing see plain code, and copies and pickles keep it.
+"""
+
+import __future__
+
+import ast
+import copy
+import copyreg
+import inspect
+import linecache
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from ..errors import GrkanValueError
+
+_FUTURE = 0
+for _name in __future__.all_feature_names:
+    _FUTURE |= getattr(__future__, _name).compiler_flag
+
+
+@dataclass(frozen=True)
+class CallRecipe:
+    """A function of one tensor in the source of a method."""
+
+    method: str
+    """The method's name, mostly "forward"."""
+    source: str
+    """The expression, as `ast.unparse` writes it: "F.gelu(self.fc1(x))"."""
+    argument: str
+    """What in it is the tensor: "self.fc1(x)"."""
+    index: int
+    """Which of the expressions with this very source, 0 for the first."""
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method of a class, and its source."""
+
+    attribute: Any
+    """What the class has: the function, or a decorator's around it."""
+    function: FunctionType
+    tree: ast.FunctionDef
+    first_line: int
+    """Of the file: that of the first line of `tree` less 1."""
+
+    def expressions(self) -> list[ast.expr]:
+        """All that may be a function, in the order of the source."""
+        found = [node for node in ast.walk(self.tree) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp))]
+        return sorted(found, key=lambda node: (node.lineno, node.col_offset, -(node.end_col_offset or 0)))
+
+    def recipe(self, node: ast.expr, tensor: ast.expr) -> CallRecipe:
+        """An expression of the method as data."""
+        source = ast.unparse(node)
+        same = [other for other in self.expressions() if ast.unparse(other) == source]
+        return CallRecipe(self.function.__name__, source, ast.unparse(tensor), same.index(node))
+
+
+def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
+    """The call that is at an instruction of a method's code, and the method.
+
+    Raises:
+        ValueError: there is none that could be changed, and why.
+    """
+    method = _method(kind, _name_of(kind, code))
+    if code not in _codes(method.function.__code__):
+        raise GrkanValueError(f"{code.co_name} is called through super()")
+    calls = [node for node in method.expressions() if isinstance(node, ast.Call)]
+    if sys.version_info >= (3, 11):
+        where = next(p for i, p in enumerate(code.co_positions()) if i == offset // 2)
+        first = method.first_line
+        places = [(c.lineno + first, (c.end_lineno or 0) + first, c.col_offset, c.end_col_offset) for c in calls]
+        wanted = [call for call, place in zip(calls, places, strict=True) if place == where]
+    else:
+        wanted = _at_offset(method, calls, code, offset)
+    if len(wanted) != 1:
+        raise GrkanValueError(f"it cannot be told which call of {code.co_name} it is")
+    return method, wanted[0]
+
+
+def _at_offset(method: _Method, calls: list[ast.Call], code: CodeType, offset: int) -> list[ast.Call]:
+    """The call at an instruction, for Python 3.10, which knows the lines alone: so each call gets one of its own."""
+    wrapped = _wrapped(method)
+    copies = [node for node in ast.walk(wrapped) if isinstance(node, ast.Call)]
+    places = [(node.lineno, node.col_offset, node.end_col_offset) for node in copies]
+    for number, node in enumerate(copies, 10_000):
+        for part in (node, node.func):
+            part.lineno = part.end_lineno = number
+    whole = _inside(compile(wrapped, "<grkan>", "exec", flags=code.co_flags & _FUTURE, dont_inherit=True))
+    compiled = _codes(whole)[_codes(method.function.__code__).index(code)]
+    if compiled.co_code != code.co_code:
+        return []
+    line = next((line for start, end, line in compiled.co_lines() if start <= offset < end), None)
+    wanted = dict(enumerate(places, 10_000)).get(line or 0)
+    return [call for call in calls if (call.lineno, call.col_offset, call.end_col_offset) == wanted]
+
+
+def check(kind: type, call: CallRecipe) -> None:
+    """Whether the expression is there, and can be changed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    _class_with(_origin(kind)[0], ((call, "act"),))
+
+
+def lift(module: nn.Module, call: CallRecipe, name: str, child: nn.Module, undo: ExitStack) -> None:
+    """Let a child of a module be called in place of a function; `undo` takes it back.
+
+    Raises:
+        ValueError: it is not possible.
+    """
+    kind = type(module)
+    base, others = _origin(kind)
+    if "forward" in vars(module):
+        raise GrkanValueError("its forward is replaced, as hooks of Accelerate do")
+    if hasattr(module, name):
+        raise GrkanValueError(f"it has something of the name {name} already")
+    module.__class__ = _class_with(base, (*others, (call, name)))
+    undo.callback(setattr, module, "__class__", kind)
+    module.add_module(name, child)
+    undo.callback(module._modules.pop, name)
+
+
+def _origin(kind: type) -> tuple[type, tuple[tuple[CallRecipe, str], ...]]:
+    """The class before any call was changed, and the changes."""
+    return vars(kind).get("_grkan_calls", (kind, ()))
+
+
+@cache
+def _class_with(base: type, calls: tuple[tuple[CallRecipe, str], ...]) -> type:
+    if base.__reduce_ex__ is not object.__reduce_ex__ or base.__reduce__ is not object.__reduce__:
+        raise GrkanValueError(f"a {base.__name__} is pickled in a way of its own")
+    members: dict[str, Any] = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce, "_grkan_calls": (base, calls),
+    }  # fmt: skip
+    for name in dict.fromkeys(call.method for call, _ in calls):
+        members[name] = _rewritten(base, name, [(call, child) for call, child in calls if call.method == name])
+    return type(base)(base.__name__, (base,), members)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickles name the class from before, and the calls."""
+    reduced: Any = object.__reduce_ex__(self, max(2, protocol))
+    function, arguments, *rest = reduced
+    assert function is copyreg.__newobj__  # type: ignore[attr-defined]
+    return (_new, (*_origin(type(self)), arguments[1:]), *rest)
+
+
+def _new(base: type, calls: tuple[tuple[CallRecipe, str], ...], arguments: tuple[Any, ...]) -> Any:
+    kind: Any = _class_with(base, calls)
+    return kind.__new__(kind, *arguments)
+
+
+def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> Any:
+    """The method, with the calls changed."""
+    method = _method(base, name)
+    changes: dict[ast.expr, tuple[str, ast.expr]] = {}
+    for call, child in calls:
+        same = [node for node in method.expressions() if ast.unparse(node) == call.source]
+        if call.index >= len(same):
+            raise GrkanValueError(f"its {name} has no {call.source}")
+        node = same[call.index]
+        inside = (part for part in ast.walk(node) if isinstance(part, ast.expr) and part is not node)
+        tensor = next((part for part in inside if ast.unparse(part) == call.argument), None)
+        if tensor is None:
+            raise GrkanValueError(f"{call.source} has no {call.argument}")
+        changes[node] = child, tensor
+    positional = [*method.tree.args.posonlyargs, *method.tree.args.args]
+    if not positional:
+        raise GrkanValueError(f"its {name} has no argument for the module itself")
+    _Rewriter(changes, positional[0].arg).visit(method.tree)
+    code = _compile(method, f"<grkan {base.__module__}.{base.__qualname__}.{name} {len(linecache.cache)}>")
+    return _around(method.attribute, method.function, _with_code(method.function, code))
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, changes: dict[ast.expr, tuple[str, ast.expr]], module: str) -> None:
+        self.changes, self.module = changes, module
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Expr) and node.value in self.changes:
+            raise GrkanValueError(f"{ast.unparse(node)} works in place")
+        if not isinstance(node, ast.expr) or node not in self.changes:
+            return self.generic_visit(node)
+        child, tensor = self.changes[node]
+        function = ast.Attribute(ast.Name(self.module, ast.Load()), child, ast.Load())
+        return ast.copy_location(ast.Call(function, [self.visit(tensor)], []), node)
+
+
+def argument(call: ast.Call) -> ast.expr:
+    """The tensor that a call is about: its first argument, or what has the method.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    if call.args and not isinstance(call.args[0], ast.Starred):
+        return call.args[0]
+    if not call.args and call.keywords and call.keywords[0].arg is not None:
+        return call.keywords[0].value
+    if not call.args and not call.keywords and isinstance(call.func, ast.Attribute):
+        return call.func.value
+    raise GrkanValueError(f"the arguments of {ast.unparse(call)} cannot be told")
+
+
+def _method(kind: type, name: str) -> _Method:
+    attribute = next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None)
+    function = next((f for f in _inner(attribute) if f.__code__.co_name == name), None)
+    if function is None:
+        raise GrkanValueError(f"its {name} is no method written in Python")
+    found = _Method(attribute, function, *_parsed(function.__code__))
+    if _outline(_compile(found, "<grkan>")) != _outline(function.__code__):
+        raise GrkanValueError(f"the source of {name} is not what runs")
+    return found
+
+
+def _outline(code: CodeType) -> tuple[Any, ...]:
+    """What the source alone decides; the instructions depend on what is imported around it."""
+    # In Python 3.10 the names of functions within are constants, and begin with those of what is around.
+    constants = {repr(c) for c in code.co_consts if not isinstance(c, CodeType) and ".<locals>." not in str(c)}
+    return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+
+
+def _parsed(code: CodeType) -> tuple[ast.FunctionDef, int]:
+    """The syntax tree of a method, and what makes its lines those of the file."""
+    try:
+        lines, _ = inspect.getsourcelines(code)
+        tree = ast.parse("if True:\n" + "".join(lines) if lines[0][:1].isspace() else "\n" + "".join(lines))
+    except (OSError, SyntaxError, TypeError, IndexError) as error:
+        raise GrkanValueError(f"the source of {code.co_name} is not at hand") from error
+    node: Any = tree.body[0]
+    node = node.body[0] if isinstance(node, ast.If) else node
+    if not isinstance(node, ast.FunctionDef):
+        raise GrkanValueError(f"{code.co_name} is no plain method")
+    return node, code.co_firstlineno - 2
+
+
+def _name_of(kind: type, code: CodeType) -> str:
+    """The method of a class that some code belongs to."""
+    for member in dict.fromkeys(name for k in kind.__mro__ for name in vars(k)):
+        attribute = next(vars(k)[member] for k in kind.__mro__ if member in vars(k))
+        for function in _inner(attribute):
+            if function.__code__.co_name == member and code in _codes(function.__code__):
+                return member
+    raise GrkanValueError(f"{code.co_name} is no method of it, or is called through super()")
+
+
+def _inner(attribute: Any) -> Iterator[FunctionType]:
+    """A function, and those that a decorator has around it."""
+    if isinstance(attribute, FunctionType):
+        yield attribute
+        for cell in attribute.__closure__ or ():
+            yield from _inner(_content(cell))
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    """A function's code, and that of the functions inside of it."""
+    inner = [_codes(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [code, *chain.from_iterable(inner)]
+
+
+def _compile(method: _Method, filename: str) -> CodeType:
+    """The code of a method's tree, in which names mean what they mean in the method."""
+    text = ast.unparse(_wrapped(method))
+    # For tracebacks and TorchScript, which read the source.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    flags = method.function.__code__.co_flags & _FUTURE
+    return _inside(compile(text, filename, "exec", flags=flags, dont_inherit=True))
+
+
+def _wrapped(method: _Method) -> ast.Module:
+    """A copy of a method's tree, in a class in a function."""
+    function, tree = method.function, copy.deepcopy(method.tree)
+    tree.decorator_list, tree.returns = [], None
+    arguments = tree.args
+    for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if one is not None:
+            one.annotation = None
+    # The values are those that the function has.
+    arguments.defaults = [ast.copy_location(ast.Constant(None), value) for value in arguments.defaults]
+    arguments.kw_defaults = [value and ast.copy_location(ast.Constant(None), value) for value in arguments.kw_defaults]
+    # Names with two underscores belong to the class, and those of functions around it have to be there.
+    owner = (function.__qualname__.split(".")[-2:-1] or ["_"])[0]
+    outer = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
+    wrapped = ast.parse(f"def outer({outer}):\n class {owner if owner.isidentifier() else '_'}:\n  pass")
+    wrapped.body[0].body[0].body = [tree]  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _inside(code: CodeType) -> CodeType:
+    for _ in range(3):
+        code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return code
+
+
+def _with_code(function: FunctionType, code: CodeType) -> FunctionType:
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return _copy(function, code, tuple(cells[name] for name in code.co_freevars))
+
+
+def _copy(function: FunctionType, code: CodeType, closure: tuple[CellType, ...]) -> FunctionType:
+    new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__module__", "__doc__"):
+        setattr(new, name, getattr(function, name))
+    vars(new).update(vars(function))
+    return new
+
+
+def _around(attribute: Any, old: FunctionType, new: FunctionType) -> Any:
+    """What decorators made of the old function, of the new one."""
+    if attribute is old:
+        return new
+    cells = attribute.__closure__
+    changed = tuple(
+        CellType(_around(f, old, new)) if isinstance(f := _content(cell), FunctionType) and old in _inner(f) else cell
+        for cell in cells
+    )
+    wrapper = _copy(attribute, attribute.__code__, changed)
+    if vars(wrapper).get("__wrapped__") is old:
+        wrapper.__wrapped__ = new  # type: ignore[attr-defined]
+    return wrapper

@@ -1,0 +1,424 @@
+"""What elementwise functions a model computes, and where: seen while it runs.
+
+Every operation of the run is seen as PyTorch dispatches it, so nothing escapes, however the model was written. Each
+result remembers where it comes from: from a linear layer (a product with weights of the model, a 1x1 convolution), with
+nothing but cheap operations behind (norms, products, dropout, views, depthwise convolutions), or from anything else. An
+activation belongs to a feed-forward part if its input comes from a linear layer, and all that is made of its output
+goes into one. A convolutional stem, the gates of a state space and a router do not have that.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import calls
+
+# Operators that an activation may be, without the underscore of those that work in place.
+ELEMENTWISE = frozenset(
+    (
+        "relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardtanh", "tanh", "sigmoid", "hardsigmoid", "elu",
+        "celu", "selu", "leaky_relu", "softplus", "prelu", "erf", "_prelu_kernel", "log_sigmoid_forward",
+        "threshold", "softshrink", "hardshrink", "rrelu_with_noise", "clamp_min",
+    )
+)  # fmt: skip
+_LINEAR = frozenset(
+    (
+        "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "_grouped_mm", "_scaled_mm", "addbmm",
+    )
+)  # fmt: skip
+# An activation may be made of them.
+_PARTS = ("sigmoid", "tanh", "erf", "softplus")
+# They lead from a linear layer to the next.
+_CHEAP = ELEMENTWISE | frozenset(
+    (
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "slice", "select", "split",
+        "split_with_sizes", "unbind", "expand", "squeeze", "unsqueeze", "clone", "contiguous", "_to_copy", "detach",
+        "alias", "as_strided", "cat", "stack", "index", "index_select", "gather", "narrow", "constant_pad_nd", "pad",
+        "roll", "masked_fill", "where", "native_dropout", "dropout", "mul", "div", "add", "sub", "rsub", "neg",
+        "pow", "square", "sqrt", "rsqrt", "mean", "sum", "var", "std", "linalg_vector_norm", "norm", "abs",
+        "reciprocal", "addcmul", "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training", "native_group_norm", "cudnn_batch_norm", "_batch_norm_impl_index",
+        "_fused_rms_norm", "rms_norm", "glu", "unfold", "lift_fresh", "movedim", "chunk", "flip", "bernoulli",
+        "maximum", "minimum", "clamp", "repeat", "copy", "index_put", "exp",
+    )
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Node:
+    """A tensor of the run, for those made of it."""
+
+    origin: str
+    """Of what it is made: "linear", "weight" (weights alone), "input" (what is given), or what else, for a message."""
+    channels: int | None = None
+    """The dimension of the channels of the linear layer, from the end."""
+    fresh: bool = False
+    """Whether a linear layer made it."""
+    users: list[tuple[str, "_Node", str]] = field(default_factory=list)
+    """Operation; its result; the origin of what the tensor is combined with."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """A place at which an elementwise operation runs."""
+
+    operation: str
+    owner: nn.Module
+    """The module whose method it is."""
+    code: CodeType
+    offset: int
+    """The instruction of the code."""
+    outer: nn.Module | None
+    """The module that calls the owner."""
+    function: Callable[[Tensor], Any] | None = None
+    """What is called there, as a function of its tensor alone."""
+    slot: str | None = None
+    """The attribute of the owner that is called there, if it is one."""
+    label: str = ""
+    call: calls.CallRecipe | None = None
+    problem: str = ""
+    """Why the call cannot be changed."""
+    inputs: list[_Node] = field(default_factory=list)
+    outputs: list[_Node] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Those of the inputs, () for a nested tensor."""
+
+
+class Observation:
+    """What a run has shown."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, Seen] = {}
+        self.called: set[nn.Module] = set()
+
+    def of_module(self, module: nn.Module, parent: nn.Module) -> list[Seen]:
+        """What ran inside of a module, or of its parts, where that parent called it."""
+        inside = set(module.modules())
+        found = [seen for seen in self.places.values() if seen.owner in inside]
+        return [seen for seen in found if seen.outer is parent] or found
+
+    def of_attribute(self, owner: nn.Module, slot: str) -> list[Seen]:
+        """The calls of a function that is an attribute."""
+        return [seen for seen in self.places.values() if seen.owner is owner and seen.slot == slot]
+
+
+def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
+    """Run a model, and say what was seen.
+
+    Raises:
+        Exception: whatever the run raises.
+    """
+    recorder = _Recorder(model)
+    called = recorder.observation.called
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which calls none of the parts of an encoder layer
+    try:
+        with torch.compiler.set_stance("force_eager"), recorder:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        hook.remove()
+    return recorder.observation
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = {id(module) for module in model.modules()}
+        self.nodes: Any = WeakTensorKeyDictionary()
+        for weight in (*model.parameters(), *model.buffers()):
+            self.nodes[weight] = _Node("weight")
+        self.observation = Observation()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        inputs = [(t, self.node(t)) for t in _tensors((*args, *(kwargs or {}).values()))]
+        made = _node(name, func, args, inputs, output)
+        results = list(_tensors((output,)))
+        for tensor in results:
+            channels = made.channels if made.channels is None or -made.channels <= tensor.dim() else None
+            child = _Node(made.origin, channels, made.fresh)
+            for _, node in inputs:
+                others = [n.origin for _, n in inputs if n is not node]
+                foreign = next((origin for origin in others if origin not in ("linear", "weight", "input")), "")
+                node.users.append((name, child, foreign))
+            self.nodes[tensor] = child
+        if (name in ELEMENTWISE or (name == "clamp" and _is_relu(args))) and inputs and inputs[0][0].numel() > 1:
+            self.note(name, inputs[0], [self.nodes[tensor] for tensor in results], func)
+        return output
+
+    def node(self, tensor: Tensor) -> _Node:
+        found = self.nodes.get(tensor)
+        if found is None:
+            found = self.nodes[tensor] = _Node("input")
+        return found
+
+    def note(self, name: str, source: tuple[Tensor, _Node], results: list[_Node], func: Any) -> None:
+        frames = list(self.frames())
+        if not frames:
+            return
+        frame, owner = frames[0]
+        outer = next((module for _, module in frames if module is not owner), None)
+        key = id(owner), id(outer), frame.f_code, frame.f_lasti
+        places = self.observation.places
+        if key not in places:
+            places[key] = _examine(name, frame, owner, outer)
+        seen = places[key]
+        seen.inputs.append(source[1])
+        seen.outputs += results[:1]
+        seen.shapes.append(() if source[0].is_nested else tuple(source[0].shape))
+
+    def frames(self) -> Iterator[tuple[FrameType, nn.Module]]:
+        """The methods of modules of the model that are running, the innermost first."""
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_varnames and not code.co_filename.endswith(("nn/modules/module.py", "nn\\modules\\module.py")):
+                owner = frame.f_locals.get(code.co_varnames[0])
+                if not isinstance(owner, nn.Module):  # a function in a method
+                    owner = frame.f_locals.get("self")
+                if isinstance(owner, nn.Module) and id(owner) in self.modules:
+                    yield frame, owner
+            frame = frame.f_back
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _is_relu(args: Any) -> bool:
+    return len(args) > 1 and args[1] == 0 and (len(args) < 3 or args[2] is None)
+
+
+def _node(name: str, func: Any, args: Any, inputs: list[tuple[Tensor, _Node]], output: Any) -> _Node:
+    """What the results of an operation are."""
+    if name == "embedding":
+        return _Node("an embedding")
+    result = next(_tensors((output,)), None)
+    data = [(tensor, node) for tensor, node in inputs if node.origin != "weight" and tensor.is_floating_point()]
+    if not data:
+        weights = any(node.origin == "weight" for _, node in inputs)
+        return _Node("weight" if weights else "input")
+    if name.endswith("_like") or name.startswith("new_") or result is None or not result.is_floating_point():
+        return _Node("input")
+    if name in _LINEAR:
+        if len(data) == len(inputs):
+            return _Node(f"a product of activations ({name})")
+        left = inputs[1 if name.startswith(("add", "badd")) else 0][1]
+        return _Node("linear", -2 if left.origin == "weight" and "mv" not in name else -1, fresh=True)
+    if name in ("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution"):
+        weight = inputs[1][0]
+        if all(size == 1 for size in weight.shape[2:]):
+            return _Node("linear", 1 - weight.dim(), fresh=True)
+        if weight.shape[1] != 1 or weight.shape[0] == 1:
+            return _Node("a convolution")
+        return _Node(data[0][1].origin, data[0][1].channels)  # depthwise
+    strange = next((node.origin for _, node in data if node.origin not in ("linear", "input")), None)
+    if name not in _CHEAP:
+        return _Node(name)
+    if strange is not None:
+        return _Node(strange)
+    source, node = next(((t, n) for t, n in data if n.origin == "linear"), data[0])
+    if node.origin != "linear" or node.channels is None:
+        return _Node(node.origin)
+    return _Node(node.origin, _moved(name, args, source, node.channels, result))
+
+
+def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) -> int | None:
+    """Where the channels of a tensor are in what a cheap operation makes of it, from the end."""
+    rank = source.dim()
+    at = rank + channels
+    if name == "t":
+        return -1 if rank == 2 and at == 0 else -2
+    if name == "transpose":
+        order = list(range(rank))
+        a, b = args[1] % rank, args[2] % rank
+        order[a], order[b] = b, a
+        return order.index(at) - rank
+    if name == "permute":
+        return [d % rank for d in args[1]].index(at) - rank
+    if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"):
+        inner = source.shape[at + 1 :].numel()
+        for d in range(result.dim()):  # they may be split, as those of all experts or heads
+            if source.shape[at] % result.shape[d] == 0 and result.shape[d + 1 :].numel() == inner:
+                return d - result.dim()
+        return None
+    if name == "unsqueeze":
+        position = args[1] % (rank + 1)
+        return channels if position <= at else channels - 1
+    if name in ("squeeze", "select", "unbind"):
+        if len(args) < 2 or not isinstance(args[1], int):
+            return channels if at == rank - 1 and result.dim() and result.shape[-1] == source.shape[-1] else None
+        gone = args[1] % rank
+        return None if gone == at else (channels if gone < at else channels + 1)
+    if result.dim() == rank:
+        return channels
+    return -1 if channels == -1 and result.dim() and result.shape[-1] == source.shape[-1] else None
+
+
+def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | None) -> Seen:
+    """A place, and what is called there."""
+    seen = Seen(name, owner, frame.f_code, frame.f_lasti, outer)
+    try:
+        method, node = calls.find(type(owner), frame.f_code, frame.f_lasti)
+    except ValueError as error:
+        seen.problem = str(error)
+        return seen
+    seen.label = ast.unparse(node.func).rpartition(".")[2] if isinstance(node.func, ast.Attribute) else name
+    target = node.func
+    if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+        of_owner = frame.f_locals.get(target.value.id) is owner and not hasattr(type(owner), target.attr)
+        seen.slot = target.attr if of_owner else None
+    try:
+        seen.call = method.recipe(node, calls.argument(node))
+        seen.function = _function(node, frame)
+    except Exception as error:  # whatever the expression does without its surroundings
+        seen.problem = f"{ast.unparse(node)} cannot be called by itself: {error}"
+    if name in _PARTS and seen.slot is None and (found := _around(method.tree, node, frame)) is not None:
+        whole, tensor, seen.function = found
+        seen.call, seen.problem = method.recipe(whole, tensor), ""
+        seen.label = seen.call.source
+    return seen
+
+
+def _around(
+    tree: ast.AST, node: ast.expr, frame: FrameType
+) -> tuple[ast.expr, ast.expr, Callable[[Tensor], Any]] | None:
+    """The largest expression around one that is a function of one variable: x * sigmoid(1.702 * x)."""
+    parents: Any = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    start, found = node, None
+    while isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)):
+        names = {part.id: part for part in ast.walk(node) if isinstance(part, ast.Name)}
+        tensors = [name for name in names if isinstance(frame.f_locals.get(name), Tensor)]
+        called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+        if len(tensors) != 1 or not all(_is_of_torch(function, frame) for function in called):
+            break
+        function = partial(_evaluate, _compiled(node), frame.f_globals, dict(frame.f_locals), tensors[0])
+        if node is not start and _is_elementwise(function):
+            found = node, names[tensors[0]], function
+        node = parents[node]
+        while isinstance(node, ast.Attribute):  # a method of it
+            node = parents[node]
+    return found
+
+
+def _compiled(node: ast.expr) -> CodeType:
+    return compile(ast.Expression(node), "<grkan>", "eval")
+
+
+def _evaluate(code: CodeType, names: dict[str, Any], values: dict[str, Any], name: str, x: Tensor) -> Any:
+    """An expression with another value for one of its variables."""
+    return eval(code, names, {**values, name: x})
+
+
+def _is_elementwise(function: Callable[[Tensor], Any]) -> bool:
+    x = torch.linspace(-2.0, 2.0, 5, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x)
+        return all(torch.allclose(function(x[i : i + 1]), y[i : i + 1]) for i in range(5)) and y.shape == x.shape
+    except Exception:  # it wants tensors of another kind
+        return False
+
+
+def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
+    """Whether a function in an expression is PyTorch's, or a method of a tensor."""
+    base: ast.expr = function
+    while isinstance(base, ast.Attribute):
+        base = base.value
+    if not isinstance(base, ast.Name) or isinstance(frame.f_locals.get(base.id), Tensor):
+        return True  # a method of a tensor, or of another expression that is looked at, too
+    value = eval(_compiled(function), frame.f_globals, frame.f_locals)
+    of_torch = str(getattr(value, "__module__", None) or "torch").startswith(("torch", "math"))
+    return of_torch and not isinstance(value, nn.Module)
+
+
+def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
+    """What a call does, as a function of its tensor: all else has the values that it has now."""
+
+    def value(node: ast.expr) -> Any:
+        for part in ast.walk(node):
+            plain = (ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.UnaryOp, ast.USub, ast.Load)
+            if not isinstance(part, plain):
+                raise ValueError(f"{ast.unparse(node)} is no name and no number")
+        return eval(_compiled(node), frame.f_globals, frame.f_locals)
+
+    tensor = calls.argument(call)
+    rest = [value(node) for node in call.args if node is not tensor]
+    named = {str(k.arg): value(k.value) for k in call.keywords if k.value is not tensor}
+    if isinstance(call.func, ast.Attribute) and (tensor is call.func.value or _is_tensor(call.func.value, frame)):
+        method = getattr(Tensor, call.func.attr)
+        if tensor is not call.func.value:
+            raise ValueError(f"{ast.unparse(call)} has a tensor for an argument")
+        return lambda x: method(x, *rest, **named)
+    function = value(call.func)
+    keyword = next((str(k.arg) for k in call.keywords if k.value is tensor), None)
+    if keyword is not None:
+        return lambda x: function(**{keyword: x}, **named)
+    return lambda x: function(x, *rest, **named)
+
+
+def _is_tensor(node: ast.expr, frame: FrameType) -> bool:
+    if not isinstance(node, ast.Name):
+        return not isinstance(node, (ast.Attribute, ast.Subscript))
+    return isinstance(frame.f_locals.get(node.id), Tensor)
+
+
+def why_not(places: list[Seen]) -> str:
+    """Why what was seen is no activation of a feed-forward part; "" if it is one, at one of its calls at least."""
+    calls_seen = [pair for place in places for pair in zip(place.inputs, place.outputs, strict=True)]
+    reasons = [_why_not(source, result) for source, result in calls_seen]
+    return "" if "" in reasons else reasons[0]
+
+
+def _why_not(source: _Node, result: _Node) -> str:
+    if source.origin in ("input", "weight"):
+        return "its input comes from no linear layer"
+    if source.origin != "linear":
+        return f"its input comes from {source.origin}, not from a linear layer"
+    return _leads_astray(result)
+
+
+def _leads_astray(node: _Node) -> str:
+    """Why the output of an activation is not what linear layers take, and nothing else."""
+    ahead, known, arrived = [node], {id(node)}, False
+    while ahead:
+        for name, result, foreign in ahead.pop().users:
+            if result.fresh:
+                arrived = True
+            elif result.origin not in ("linear", "input"):
+                return f"its output meets that of {foreign} in {name}" if foreign else f"its output goes into {name}"
+            elif id(result) not in known:
+                known.add(id(result))
+                ahead.append(result)
+    return "" if arrived else "no linear layer follows it"
+
+
+def channel_dim(places: list[Seen]) -> tuple[int, int] | None:
+    """(dimension, number) of the channels, if they are where a rational function can have them; None: not known."""
+    found = set()
+    for seen in places:
+        for node, shape in zip(seen.inputs, seen.shapes, strict=True):
+            channels, rank = node.channels, len(shape)
+            if channels == -1 and rank:
+                found.add((-1, shape[-1]))
+            elif channels is not None and channels == 1 - rank:
+                found.add((1, shape[1]))
+            else:
+                return None
+    return found.pop() if len(found) == 1 else None
