@@ -59,10 +59,15 @@ def _of_contests(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | N
     for values in itertools.product(*map(_alternatives, bar["in"].values())):
         job = dict(zip(bar["in"], values, strict=True))
         rivals: Mapping[str, Any] = next((c["rivals"] for c in report["contests"] if c["job"] == job), {})
-        if not {bar["of"], bar["to"]} <= rivals.keys():
+        if not {bar["of"], bar.get("to", bar["of"])} <= rivals.keys():
             return None
+        if "to" not in bar:
+            figures.append(rivals[bar["of"]][bar["figure"]])
+            continue
         one, other = rivals[bar["of"]], rivals[bar["to"]]
-        if bar["figure"] == "time":
+        if bar["figure"] == "least time":
+            figures.append(Ratio.of(one["seconds"], other["seconds"]).minima)
+        elif bar["figure"] == "time":
             figures.append(Ratio.of(one["seconds"], other["seconds"]).median)
         else:
             figures.append(one[bar["figure"]] / other[bar["figure"]])
@@ -96,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if suite == "kernels":
                     run_kernels(path=files[-1])
                 else:
-                    run_suite(suite, path=files[-1])
+                    run_suite(suite, path=files[-1], threads=1 if suite == "deploy" else None)
         reports = [json.loads(Path(file).read_text()) for file in files]
     if any("gpu" in report for report in reports):
         parser.error("the bars are those of a CPU, and this was measured on a GPU")

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import bars
-from grkan.bench import kernels, suites
+from grkan.bench import deploy, kernels, suites
 from grkan.bench.report import kernels_as_json
 from grkan.bench.rivals import INFERENCE
 
@@ -20,6 +20,7 @@ NAMES = {
     "ops": ["GELU", "grkan", "grkan (5,4)", "grkan (7,6)", "Horner, compiled", "B-spline"],
     "layers": ["Mlp", "GRKAN"],
     "models": ["vit_tiny_patch16_224", "kat_tiny_patch16_224"],
+    "deploy": ["vit_tiny_patch16_224", "kat_tiny_patch16_224", f"kat_tiny_patch16_224{deploy.WITH_LIBRARY}"],
 }
 """The rivals that the bars name."""
 
@@ -32,6 +33,8 @@ def report_of(suite, change=lambda job, name: 1.0):
         for name in NAMES[suite]:
             figure = change(contest.job, name)
             figures[name] = {"seconds": [figure, 3 * figure, 2 * figure], "bytes kept": figure}
+            if suite == "deploy":
+                figures[name] |= {"nodes": figure, "difference": figure}
         contests.append({"job": contest.job, "rivals": figures})
     return {"suite": suite, "command": f"grkan bench {suite}", "contests": contests}
 
@@ -43,6 +46,7 @@ def report_of_kernels(*found):
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     monkeypatch.setattr(suites.rivals, "why_no_compiler", lambda device: None)  # nothing is run here
+    monkeypatch.setattr(deploy, "missing", lambda runtime: None)
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -78,6 +82,17 @@ def test_a_figure_is_a_geometric_mean_over_the_contests_that_are_named():
     last = next(verdict for verdict in others if verdict.bar["of"] == "B-spline")
     assert (last.figure, last.met) == (pytest.approx(2.0), False)  # "at least"
     assert all(verdict.figure == pytest.approx(1) for verdict in others if verdict is not last)
+
+
+def test_a_figure_alone_and_a_ratio_of_least_times():
+    name = NAMES["deploy"][1]
+    report = report_of("deploy", lambda job, rival: 2.0 if rival == name else 1.0)
+    report["contests"][0]["rivals"][name]["seconds"] = [9.0, 1.25]
+    verdicts = {(v.bar["figure"], v.bar["of"], v.bar.get("to"), v.bar["in"]["batch"]): v for v in bars.judge(report)
+                if v.bar["in"]["runtime"] == deploy.ONNX_RUNTIME}  # fmt: skip
+    assert verdicts["least time", name, NAMES["deploy"][0], 1].figure == pytest.approx(1.25)
+    assert verdicts["nodes", name, None, 8].figure == pytest.approx(2.0)
+    assert str(verdicts["nodes", name, None, 8]).endswith(f"nodes, {name}; ONNX Runtime; float32; 8")
 
 
 def test_a_ratio_of_times_is_taken_within_a_round():
@@ -144,15 +159,16 @@ def test_the_command_prints_each_bar_and_fails_if_one_is_missed(tmp_path, capsys
 def test_without_files_everything_is_measured(monkeypatch, capsys):
     measured = []
 
-    def write(suite, path):
+    def write(suite, path, threads=None):
+        assert (threads == 1) == (suite == "deploy")
         measured.append(suite)
         path.write_text(json.dumps(report_of_kernels(GOOD) if suite == "kernels" else report_of(suite)))
 
     monkeypatch.setattr(bars, "run_suite", write)
     monkeypatch.setattr(bars, "run_kernels", lambda path: write("kernels", path))
     assert bars.main([]) == 1
-    assert measured == ["kernels", "ops", "layers", "models"]
-    assert capsys.readouterr().out.count("kat_tiny_patch16_224 / vit_tiny_patch16_224") == 6
+    assert measured == ["kernels", "ops", "layers", "models", "deploy"]
+    assert capsys.readouterr().out.count("kat_tiny_patch16_224 / vit_tiny_patch16_224") == 6 + 4
 
 
 def test_figures_of_a_gpu_are_refused(tmp_path, capsys):

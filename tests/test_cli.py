@@ -1,6 +1,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,36 @@ def test_plot_writes_a_picture(run, tmp_path, data, capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
+def _report(path):
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(content[1])
+
+
+def test_plot_writes_a_page_of_a_run(run, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run), "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    report = _report(path)
+    assert report["title"].endswith(" on digits")
+    assert all(sum(function["counts"]) > 0 for function in report["functions"])
+    assert sum(map(sum, report["confusion"])) == 355
+    top1 = 100 * sum(row[i] for i, row in enumerate(report["confusion"])) / 355
+    assert top1 == pytest.approx(report["epochs"][-1]["top1"])
+
+
+def test_a_page_says_what_it_lacks(run, tmp_path):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run / "best.safetensors"), "--output", str(path)]) == 0
+    report = _report(path)
+    assert "give --data" in report["notes"][0]
+    assert (report["epochs"], report["confusion"]) == ([], None)
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text("model: kat_micro_patch2_8\ndata: /nowhere\n")
+    assert main(["plot", str(moved), "--output", str(path)]) == 0
+    assert "/nowhere" in _report(path)["notes"][0]
+
+
 def test_info_shows_the_twin(capsys):
     assert main(["info", "kat_micro_patch2_8"]) == 0
     out = capsys.readouterr().out
@@ -130,6 +162,34 @@ def test_fit_prints_coefficients_and_draws(tmp_path, capsys):
     assert len(out.split("numerator")[1].split("denominator")[0].split()) == 6
     assert "on [-8, 8]" in out
     assert Image.open(tmp_path / "fit.png").width > 500
+
+
+def test_a_folder_of_classes_is_split_told_and_found_again(tmp_path, capsys):
+    folder = tmp_path / "images"
+    for i, name in enumerate(["dark"] * 20 + ["bright"] * 20):
+        path = folder / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 100 + i + 60 * (name == "bright"), np.uint8)).save(path)
+    (folder / ".ipynb_checkpoints").mkdir()
+    line = _fails(capsys, ["train", *TINY, f"--data={folder}", "--output", tmp_path / "none"])
+    assert "--val-split 0.1" in line
+    arguments = [*TINY, "--epochs=1", "--batch-size=8", "--workers=0", f"--output={tmp_path / 'run'}", "--seed=3"]
+    assert main(["train", *arguments, f"--data={folder}", "--val-split=0.25"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    told = out.splitlines()[:3]
+    assert told[0] == f"{folder}: 30 images of 2 classes; passed over: 1 hidden"
+    assert told[1] == f"0.25 of each class of {folder}, by seed 3: 10 images of 2 classes"
+    assert told[2].startswith("small images, of about 8 x 8 pixels: shift 1, hflip 0.0, color_jitter 0.0")
+    for given, images in (([], 10), (["--split=train"], 30), (["--val-split=0.5"], 20), (["--split=dark"], None)):
+        arguments = ["eval", str(tmp_path / "run"), f"--data={folder}", "--workers=0", *given]
+        if images is None:
+            assert "must hold a folder for each class; it has none" in _fails(capsys, arguments)
+        else:
+            assert main(arguments) == 0
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == images
+    line = _fails(capsys, ["eval", tmp_path / "run", f"--data={folder}", "--val-split=2"])
+    assert line == "grkan: val_split must be in (0, 1); got 2.0"
 
 
 def test_resume_of_a_finished_run(run, capsys):
@@ -447,3 +507,67 @@ def test_convert_looks_for_its_folders_before_the_work(option, vit, tmp_path, ca
     assert out == ""  # no report
     assert err == f"grkan: {tmp_path / 'nowhere'}: there is no such folder\n"
     assert not any(path.exists() for path in written.values())
+
+
+@pytest.fixture
+def onnxruntime():
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    return pytest.importorskip("onnxruntime")
+
+
+def test_export(run, tmp_path, capsys, monkeypatch, onnxruntime):
+    library = tmp_path / "lib" / "libgrkan.so"
+    library.parent.mkdir()
+    library.write_bytes(b"code")
+    monkeypatch.setattr(grkan, "onnx_library", lambda: library, raising=False)
+    path = tmp_path / "model.onnx"
+    assert main(["export", str(run), f"--output={path}", "--with-library"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(path), str(tmp_path / "libgrkan.so")]
+    assert err == ""
+    assert (tmp_path / "libgrkan.so").read_bytes() == b"code"
+    model, x = grkan.load_model(run / "best.safetensors"), torch.randn(3, 1, 8, 8)
+    session = onnxruntime.InferenceSession(str(path))
+    (y,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
+
+
+def test_export_of_a_run_for_timm(run, tmp_path, capsys):
+    assert main(["export", str(run), "--format=timm", f"--output={tmp_path / 'kat'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'kat'}\n"
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    card = (tmp_path / "kat" / "README.md").read_text()
+    assert f"| {line['top1']:.2f} % | {line['loss']:.4f} |" in card
+    settings = (tmp_path / "kat" / "train.yaml").read_text()
+    assert "epochs: 1\n" in settings
+    assert str(run) not in settings + card
+    line = _fails(capsys, ["export", run, "--format=timm", "--output", tmp_path / "kat"])
+    assert "is there already; a new or an empty folder is wanted" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "tflite"], "--format must be 'onnx' or 'openvino' or 'pt2' or .*; got 'tflite'"),
+        (["--format", "pt2"], r"path must end in \.pt2 for format 'pt2'; got 'out/model'"),
+        (["--format", "pt2", "--with-library"], "--with-library is for --format onnx, not pt2"),
+        (["--format", "pt2", "--int8"], "int8 is for format 'onnx'; got format 'pt2'"),
+        (["--output", "out"], "out: is a folder, not a file"),
+        (["--output", "missing/model.onnx"], "missing: there is no such folder"),
+    ],
+)
+def test_mistakes_in_export(run, tmp_path, capsys, monkeypatch, onnxruntime, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    line = _fails(capsys, ["export", run, "--output", "out/model", *arguments])
+    assert re.search(message, line), line
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_export_names_a_missing_package(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.delitem(sys.modules, "grkan.export.onnx", raising=False)
+    line = _fails(capsys, ["export", run, "--output", tmp_path / "model.onnx"])
+    assert line == "grkan: format 'onnx' needs onnxscript; install it with: pip install \"grkan[onnx]\""

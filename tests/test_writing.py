@@ -9,7 +9,15 @@ import threading
 
 import pytest
 
-from grkan.writing import check_writable, naming, remove_leftovers, replacing, write_bytes
+from grkan.writing import (
+    check_writable,
+    naming,
+    new_folder,
+    remove_leftovers,
+    replacing,
+    replacing_files,
+    write_bytes,
+)
 
 
 @pytest.fixture
@@ -221,3 +229,65 @@ with replacing(Path(sys.argv[1], "file")), replacing(Path(sys.argv[1], "inner/pi
     assert len(list(tmp_path.rglob(".grkan-*.tmp*"))) == 2
     remove_leftovers(tmp_path)
     assert sorted(tmp_path.rglob("*")) == sorted([*kept, tmp_path / "inner"])
+
+
+def test_several_files_take_their_places_together(tmp_path, umask):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with replacing_files(path) as file:
+        assert file.name == path.name
+        file.write_bytes(b"new")
+        file.with_name("model.onnx.data").write_bytes(b"data")
+        file.with_name("model.onnx.data").chmod(0o600)
+        assert path.read_bytes() == b"old"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        "model.onnx": b"new",
+        "model.onnx.data": b"data",
+    }
+    assert [mode(path), mode(tmp_path / "model.onnx.data")] == [0o600, 0o640]
+
+
+def test_of_several_files_none_is_left_if_their_writer_fails(tmp_path):
+    def fail():
+        with replacing_files(tmp_path / "model.onnx") as file:
+            file.write_bytes(b"new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, exists):
+    path = tmp_path / "folder"
+    if exists:
+        path.mkdir()
+
+    def fail():
+        with new_folder(path) as folder:
+            (folder / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == [path] * exists
+    with new_folder(path) as folder:
+        (folder / "file").write_text("whole")
+    assert (path / "file").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileExistsError, match="a new or an empty folder is wanted"), new_folder(path):
+        pass
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "missing" / "folder"):
+        pass
+
+
+def test_leftovers_of_several_files_are_removed_too(tmp_path):
+    kept = tmp_path / "file"
+    kept.touch()
+    left = tmp_path / ".grkan-0123456789abcdef.tmp"
+    left.mkdir()
+    (left / "model.onnx").touch()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -488,6 +488,56 @@ def fsdp1():
     mixed = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mixed._module_classes_to_ignore = (*mixed._module_classes_to_ignore, grkan.GroupRational)
     train(shard(kat(), mixed_precision=mixed))
+
+
+@check
+def sharded_layers_start_themselves():
+    def in_order(model):
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def by_layer(model):
+        for layer in model:
+            layer.init_weights()
+
+    width = 192
+    for start in (in_order, by_layer):
+        with torch.device("meta"):
+            layers = grkan.GRKAN(width, 4 * width), grkan.RationalLinear(width, width), grkan.GroupRational(3, "gelu")
+            model = nn.Sequential(*layers)
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh).to_empty(device="cpu")
+        torch.manual_seed(dist.get_rank())
+        start(model[:2])
+        model[2].init_weights()
+        expected = grkan.GRKAN(8).state_dict()
+        for name, value in model[0].state_dict().items():
+            if "erator" in name or "_extra_state" in name:
+                assert torch.equal(whole(value), expected[name]), name
+        assert torch.equal(whole(model[2].numerator), grkan.GroupRational(3, "gelu").numerator)
+        x = numbers(1024, width)
+        for layer in model[:2]:
+            y = layer(x)
+            assert 0.8 < y.square().mean() / x.square().mean() < 1.25
+            x = y
+        x.sum().backward()
+        assert whole(model[0].act2.numerator.grad).any()
+
+
+@check
+def a_sharded_kat_starts_itself():
+    with torch.device("meta"):
+        model = timm.create_model("kat_micro_patch2_8", depth=1, attn_init="mimetic")
+    fully_shard(model, mesh=mesh).to_empty(device="cpu")
+    torch.manual_seed(dist.get_rank())
+    model.init_weights()
+    state = {name: whole(t) for name, t in model.state_dict().items()}
+    assert all(t.isfinite().all() for t in state.values())
+    value = state["blocks.0.attn.qkv.weight"][2 * 96 :].T
+    product = value @ state["blocks.0.attn.proj.weight"].T
+    assert -0.5 < product.diagonal().mean() < -0.3, product.diagonal().mean()  # 0.4 Z - 0.4 I
 
 
 def main(results, names):

@@ -17,7 +17,7 @@ from .rational.op import group_rational, rational_linear, set_backend
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
-    from .export import plain
+    from .export import export, plain
     from .export.library import onnx_library
     from .models.files import load_model, save_model
     from .models.operations import count_operations
@@ -33,6 +33,7 @@ _LAZY = {
     "apply_conversion_": ("grkan.convert.recipe", "fit"),
     "convert_": ("grkan.convert", "fit"),
     "count_operations": ("grkan.models.operations", "models"),
+    "export": ("grkan.export", "models"),
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
@@ -52,6 +53,7 @@ __all__ = [
     "apply_conversion_",
     "convert_",
     "count_operations",
+    "export",
     "fit",
     "group_rational",
     "load_model",
@@ -99,6 +101,7 @@ def _tell_timm(models: Any) -> None:
 # Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
 # Accelerate their functions, as soon as either is imported, by whomever.
 when_imported("timm.models", _tell_timm)
+when_imported("timm.models._manipulate", lambda module: _integration("initialisers").know_named_apply(module))
 # DTensors know no operator without a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,79 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     _synchronise_folder(target.parent)
 
 
+@contextlib.contextmanager
+def replacing_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `replacing`, for writers that put further files beside theirs, as that of the weights.
+
+    The block gets a path of the same name in a folder of its own. What it leaves there takes the place of the files of
+    these names, that of `path` last.
+
+    Raises:
+        OSError: as for `replacing`.
+    """
+    check_writable(path)
+    target = Path(os.path.realpath(path))
+    with naming(path), _temporary_folder(target) as folder:
+        yield folder / target.name
+        usual = _usual_mode(folder)
+        for written in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
+            place = target.with_name(written.name)
+            with open(written, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(written, stat.S_IMODE(place.stat().st_mode if place.exists() else usual))
+            os.replace(written, place)
+    _synchronise_folder(target.parent)
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Raise if no folder can be made there: something is there already, but for an empty folder.
+
+    Raises:
+        FileExistsError, FileNotFoundError, PermissionError: that, or its parent is not there, or cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OSError(errno.EEXIST, "is there already; a new or an empty folder is wanted", str(path))
+    check_writable(target / "file" if target.is_dir() else target)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder for the block to fill, which then is `path`; nothing is left of it if the block fails.
+
+    Raises:
+        OSError: as for `check_new_folder`.
+    """
+    check_new_folder(path)
+    target = Path(os.path.realpath(path))
+    with naming(path), _temporary_folder(target) as folder:
+        filled = folder / target.name
+        filled.mkdir()
+        yield filled
+        os.replace(filled, target)
+    _synchronise_folder(target.parent)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Of a new file, as the umask has it."""
+    probe = folder / "probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside a file or folder, and in the same file system; gone after the block."""
+    folder = target.with_name(_TEMPORARY.format(token=secrets.token_hex(8), suffix=""))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """`replacing` for content that is at hand.
 
@@ -93,8 +167,11 @@ def naming(path: str | os.PathLike[str], temporary: Path | None = None) -> Itera
 
 def remove_leftovers(folder: Path) -> None:
     """Delete, in a folder and all in it, the temporary files of processes that were killed while they wrote."""
-    for temporary in folder.rglob(_TEMPORARY.format(token="*", suffix="*")):
-        temporary.unlink()
+    for temporary in list(folder.rglob(_TEMPORARY.format(token="*", suffix="*"))):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _synchronise_folder(folder: Path) -> None:

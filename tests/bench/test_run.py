@@ -119,7 +119,7 @@ def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, c
 
 
 def test_errors_of_the_function():
-    with pytest.raises(ValueError, match="suite must be 'ops' or 'layers' or 'models'; got 'kernels'"):
+    with pytest.raises(ValueError, match="suite must be 'ops' or 'layers' or 'models' or 'deploy'; got 'kernels'"):
         run_suite("kernels")
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
         run_suite("ops", rounds=0)

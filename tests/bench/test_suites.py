@@ -3,14 +3,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grkan.bench import rivals, suites
+from grkan.bench import deploy, rivals, suites
 from grkan.bench.contest import hold
 from grkan.bench.rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
 from grkan.rational import op
 
 OPS = [
-    "clone", "GELU", "SiLU", "powers in a loop", "powers at once", "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)",
-    "Horner, compiled", "B-spline, compiled",
+    "clone", "GELU", "SiLU", "ReLU squared", "SwiGLU", "PolyNorm", "xIELU", "powers in a loop", "powers at once",
+    "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)", "PolyNorm, compiled", "xIELU, compiled", "Horner, compiled",
+    "B-spline, compiled",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -59,7 +60,39 @@ def test_models():
         assert bool(result.facts["kat_micro_patch2_8"]) == (contest.job["pass"] == TRAIN_STEP)
 
 
-@pytest.mark.parametrize("suite", suites.SUITES)
+def test_deploy(monkeypatch):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(deploy, "onnx_library", lambda: None)
+    suite = suites.SUITES["deploy"]("cpu")
+    assert suite.notes == ["this installation has no library for ONNX Runtime"]
+    assert jobs(suite) == [("ONNX Runtime", "float32", 2)]
+    result = hold(suite.contests[0], rounds=1)
+    assert list(result.measurements) == ["grkan_vit_micro_patch2_8", "kat_micro_patch2_8"]
+    for facts in result.facts.values():
+        assert 0 < facts["difference"] < 1e-5
+        assert 100 < facts["nodes"] < 200
+
+
+def test_deploy_leaves_out_what_is_not_there(monkeypatch):
+    monkeypatch.setattr(deploy, "missing", lambda runtime: None if runtime[0] == deploy.EXECUTORCH else "a thing")
+    suite = suites.deploy()
+    assert jobs(suite) == [("ExecuTorch", "float32", 1)]
+    assert "ONNX Runtime int8 is left out, for it needs a thing" in suite.notes
+    with pytest.raises(ValueError, match="deploy runs on the CPU; got device 'cuda'"):
+        suites.deploy("cuda")
+
+
+def test_the_packages_of_a_runtime(monkeypatch):
+    found = {"onnx", "onnxscript"}
+    monkeypatch.setattr(deploy, "find_spec", lambda package: package if package in found else None)
+    monkeypatch.setattr(deploy.shutil, "which", lambda program: None)
+    assert deploy.missing((deploy.ONNX_RUNTIME, deploy.INT8)) == "onnxruntime"
+    assert deploy.missing((deploy.OPENVINO, deploy.FLOAT32)) == "openvino"
+    assert deploy.missing((deploy.AOT_INDUCTOR, deploy.FLOAT32)) == "a C++ compiler"
+
+
+@pytest.mark.parametrize("suite", [name for name in suites.SUITES if name != "deploy"])
 def test_all_is_on_the_device(suite):
     """On the meta device, as there may be no other: what meets a tensor of the CPU raises, or is seen."""
 
@@ -94,6 +127,6 @@ def test_without_a_compiler(monkeypatch):
 
     monkeypatch.setattr(rivals, "_compiled", fail)
     suite = suites.ops(shapes=((2, 16),), dtypes=(torch.float32,))
-    assert list(suite.contests[0].enter()) == OPS[:9]
+    assert list(suite.contests[0].enter()) == OPS[:13]
     assert len(suite.notes) == 1
     assert suite.notes[0].endswith("the compiled rivals are left out: g++ is not there")

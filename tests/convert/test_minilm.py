@@ -83,3 +83,18 @@ def test_embeddings_stay(encoder, order, calibrated, mean, least):
     assert [name for name, _ in report.skipped] == ["pooler.activation"]
     assert cosine.mean() >= mean
     assert least is None or cosine.min() >= least
+
+
+@pytest.mark.slow
+def test_trained_coefficients_survive_a_folder(encoder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, batch = copy.deepcopy(encoder[0]), encoder[1][0]
+    convert_(model, calibration=batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "erator" in name:
+                parameter.mul_(1.01)
+        before = model(**batch).last_hidden_state
+        model.save_pretrained(tmp_path)
+        after = transformers.AutoModel.from_pretrained(tmp_path).eval()(**batch).last_hidden_state
+    assert torch.equal(before, after)

@@ -92,6 +92,7 @@ class TestSaveForHf:
         assert "RuntimeError: Unknown model (grkan_converted)" in result.stderr
 
     def test_it_is_no_model_of_its_own(self):
+        assert "grkan_converted" not in timm.list_models()
         with pytest.raises(ValueError, match=r"timm\.create_model\('local-dir:FOLDER'\)"):
             timm.create_model("grkan_converted")
 

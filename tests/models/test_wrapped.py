@@ -214,3 +214,15 @@ class TestConversion:
             fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
             with pytest.raises(ValueError, match="before it is sharded; its cls_token is a DTensor"):
                 grkan.convert_(model)
+
+    def test_of_what_fsdp1_holds(self):
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+        with one_process():
+            cpu = torch.device("cpu")
+            with pytest.raises(ValueError, match="before it is wrapped: FullyShardedDataParallel keeps a list"):
+                grkan.convert_(FSDP(self.model(), device_id=cpu))
+            model = self.model()
+            model.blocks[0] = FSDP(model.blocks[0], device_id=cpu)
+            with pytest.raises(ValueError, match=r"its parts are wrapped: blocks\.0 is a FullyShardedDataParallel"):
+                grkan.convert_(model)

@@ -4,9 +4,6 @@ import copy
 import functools
 import io
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -331,14 +328,6 @@ def test_whoever_initialises_in_whatever_order(start, copied):
     assert not torch.equal(layer.fc1.weight, before["fc1.weight"])
     if layer is not original:  # which stays as it was: its copy has functions of its own
         assert all(torch.equal(t, before[name]) for name, t in original.state_dict().items())
-
-
-@pytest.mark.slow
-def test_sharded_layers_start_themselves():
-    script = Path(__file__).with_name("two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_the_linear_layers_are_plain():

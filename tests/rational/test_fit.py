@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from importlib import resources
 
@@ -290,7 +291,13 @@ def test_hard_fits_end(target, interval, abs_of_sum, sum_of_abs):
     assert fit(target, interval=interval, form="sum_of_abs").max_error <= sum_of_abs
 
 
-@pytest.mark.parametrize("order", [(20, 20), (30, 0), (0, 12)])
+@pytest.mark.parametrize("order", [(17, 4), (0, 17), (99_999_999_999, 2)])
+def test_an_order_beyond_float64_is_refused(order):
+    with pytest.raises(ValueError, match=re.escape(f"order must be at most (16, 16) for a fit; got {order}")):
+        fit("tanh", order)
+
+
+@pytest.mark.parametrize("order", [(16, 16), (16, 0), (0, 12)])
 def test_high_orders_end(order):
     assert fit(lambda x: np.sin(9 * x) / (0.1 + x * x), order, interval=(-1, 2)).max_error < 8
 

@@ -6,12 +6,13 @@ wrong; `--seed` runs one. In a test GRKAN_FUZZ_CASES says how many cases there a
 The promise, for arithmetic with unit roundoff u (2^-24; for float64 x 2^-53) and smallest normal number t:
 
     |F - exact|     <= k u (S + t),              S = the sum of the absolute terms of P over Q
-    |dx - exact|    <= k u (|g| + t) (S' + t),   S' the same for F'
+    |dx - exact|    <= k u (|g| + t) (S' + t),   S' the same for F', with t added to P and A', too
     |da_i - exact|  <= k u sum (|g| + t) S_i + t u N,   S_i the same for the derivative by a_i, and likewise for db_j
 
 where k = m + n + 8, N is the number of scalars, and every S takes the error of Q into account: it is multiplied by
 1 + (the sum of the absolute terms of A) / Q. Where A is 0 within its rounding error, either sign of A will do. What is
-computed is then rounded to the dtype of the result.
+computed is then rounded to the dtype of the result. Sums of float64, than which nothing wider is at hand, may be off by
+N u more.
 """
 
 import argparse
@@ -215,7 +216,7 @@ def _wrong(case: Case, found: dict[str, Tensor]) -> list[str]:
 
     f, f_scale = c.p / q, c.p_sum / low * of_q
     f_error = k * (f_scale + tiny)
-    kink = c.p_sum / low * c.slope_sum / low
+    kink = (c.p_sum / low + tiny) * (c.slope_sum + tiny) / low
     df = c.dp / q - c.p / q * sign * c.slope / q
     df_error = k * ((c.dp_sum / low + kink) * of_q + tiny) + np.where(uncertain, 2 * kink, 0)
     limit, slope = _at_infinity(case, x)
@@ -244,8 +245,9 @@ def _wrong(case: Case, found: dict[str, Tensor]) -> list[str]:
     compare("dx", found["dx"], dx, dx_error)
 
     inverse, inverse_scale = 1 / q, of_q / low
-    v, v_scale = -sign * c.p / q, c.p_sum / low
+    v, v_scale = -sign * c.p / q, c.p_sum / low + tiny
     of_a, of_b = ([], []), ([], [])
+    k += x.size * unit * (case.x.dtype == torch.float64)
     for power in _powers(z, m + 1):
         of_a[0].append(grad * inverse * power)
         of_a[1].append(k * size * inverse_scale * np.abs(power))

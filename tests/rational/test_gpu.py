@@ -31,6 +31,8 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 if HAS_TRITON:
     from grkan.rational import gpu
 
+    LONGEST_CHUNK = gpu.LONGEST_CHUNK
+
 
 def runs_kernels(test):
     """Of the numbers of the kernels: on a GPU, or in the interpreter."""
@@ -157,6 +159,33 @@ def test_indices_of_64_bits(monkeypatch):
 
     monkeypatch.setattr(gpu, "plan", long_plan)
     assert_right(*inputs((40, 3, 24)), "abs_of_sum")
+
+
+@needs_triton
+@runs_kernels
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grad", [1.0, 1e-20, 1e-25, 1e-30])
+@pytest.mark.parametrize("x", [5e3, 5e5])
+def test_small_gradients_of_large_x(x, grad, form):
+    """g / Q underflows long before dx does."""
+    x, grad = (torch.full((1, 1, 1), value, device=DEVICE) for value in (x, grad))
+    a = torch.tensor([[0.1, 0.9, -0.4, 0.3, 0.2, 0.05]], device=DEVICE)
+    b = torch.tensor([[0.3, -0.5, 0.2, 0.7]], device=DEVICE)
+    found, wanted = run(x, grad, a, b, form), wanted_of(x, grad, a, b, form)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(found[2][0, 4:].double(), wanted[2][0, 4:], rtol=2e-6, atol=0)
+    torch.testing.assert_close(found[3][0, 2:].double(), wanted[3][0, 2:], rtol=2e-6, atol=0)
+
+
+@needs_triton
+@runs_kernels
+def test_sums_of_equal_terms(monkeypatch):
+    """In the longest chunk, where float32 may round every one of them to the same side."""
+    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(gpu, "LONGEST_CHUNK", LONGEST_CHUNK)
+    x, grad, a, b = inputs((4, 1, 1024))
+    _, _, da, _ = run(x.zero_(), grad.fill_(1.2), a, b, "abs_of_sum")
+    torch.testing.assert_close(da[0, 0].double(), grad.double().sum(), rtol=1e-6, atol=0)
 
 
 EXTREMES = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-30, -1e-30, 9e3, -6e5, 1e7, -1e20, 3e38, torch.inf, -torch.inf]

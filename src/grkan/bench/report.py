@@ -89,7 +89,9 @@ def contest_tables(result: Result) -> Iterator[Table]:
     if result.facts[result.baseline]:
         facts = _table(None, left=[""], right=result.facts[result.baseline])
         for name, values in result.facts.items():
-            facts.add_row(name, *(f"{value:,}" for value in values.values()))
+            facts.add_row(
+                name, *(f"{value:,}" if isinstance(value, int) else f"{value:.2g}" for value in values.values())
+            )
         yield facts
 
 

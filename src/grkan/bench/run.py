@@ -28,7 +28,7 @@ def run_suite(
     """Run a suite, with a progress bar on a terminal; print its tables, and write everything that was measured as JSON.
 
     Args:
-        suite: "ops", "layers" or "models".
+        suite: "ops", "layers", "models" or "deploy".
         rounds: how often the rivals take turns.
         threads: of PyTorch; None: as many as it takes by itself.
         device: "cpu", or "cuda", which is PyTorch's name for AMD's GPUs, too.

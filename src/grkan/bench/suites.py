@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from ..errors import GrkanValueError
 from ..rational import op
 from . import rivals
 from .contest import Contest
@@ -90,6 +91,31 @@ def models(
     return Suite(contests, _notes(device))
 
 
+def deploy(
+    device: str = "cpu",
+    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"),
+    batches: Sequence[int] = (1, 8),
+    runtimes: Sequence[tuple[str, str]] | None = None,
+) -> Suite:
+    """A Vision Transformer against the KAT of its size, out of Python: in every runtime that is installed."""
+    if device != "cpu":
+        raise GrkanValueError(f"deploy runs on the CPU; got device {device!r}")
+    from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
+    from . import deploy as rivals
+
+    files, contests, notes = rivals.Files(names), [], _notes(device)
+    for runtime in runtimes or rivals.RUNTIMES:
+        if package := rivals.missing(runtime):
+            notes.append(f"{' '.join(runtime)} is left out, for it needs {package}")
+            continue
+        for batch in batches if runtime[0] != rivals.EXECUTORCH else (1,):  # whose sizes are fixed
+            job = {"runtime": runtime[0], "precision": runtime[1], "batch": batch}
+            contests.append(Contest(job, names[0], partial(rivals.rivals, files, runtime, batch)))
+    if rivals.onnx_library() is None:
+        notes.append("this installation has no library for ONNX Runtime")
+    return Suite(contests, notes)
+
+
 def _notes(device: str) -> list[str]:
     if op.find_kernel(device):
         return []
@@ -97,5 +123,5 @@ def _notes(device: str) -> list[str]:
     return [f"this installation has no native kernel: grkan is plain PyTorch here; to get it: {command}"]
 
 
-SUITES: dict[str, Callable[[str], Suite]] = {"ops": ops, "layers": layers, "models": models}
+SUITES: dict[str, Callable[[str], Suite]] = {"ops": ops, "layers": layers, "models": models, "deploy": deploy}
 """By the names that `grkan bench` knows; each takes a device."""

@@ -5,6 +5,7 @@ largest x, and computes in float64 where float32 would overflow. An exported gra
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,18 +36,31 @@ def plain(model: nn.Module) -> nn.Module:
         ValueError: a rational function has hooks or a forward of its own, which the copy would leave out.
     """
     copied = copy.deepcopy(check_module("model", model)).eval().requires_grad_(False)
-    replaced: dict[nn.Module, nn.Module] = {}  # a shared function stays shared
-    if isinstance(copied, GroupRational):
-        _check_plain("it", copied)
-        return PlainRational(copied).eval()
-    for name, module in list(copied.named_modules()):
+    return replace_functions(copied, lambda _, act: PlainRational(act)).eval()
+
+
+def replace_functions(model: nn.Module, make: Callable[[str, GroupRational], nn.Module]) -> nn.Module:
+    """Put make(name, function) in the place of every rational function of a model; a shared one stays shared.
+
+    Returns:
+        The model, or what stands for it if it is a rational function itself.
+
+    Raises:
+        ValueError: a function has hooks or a forward of its own, which would be lost.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    if isinstance(model, GroupRational):
+        _check_plain("it", model)
+        return make("", model)
+    for name, module in list(model.named_modules()):
         for slot, child in module._modules.items():
             if isinstance(child, GroupRational):
                 if child not in replaced:
-                    _check_plain(f"{name}.{slot}".lstrip("."), child)
-                    replaced[child] = PlainRational(child)
+                    full = f"{name}.{slot}".lstrip(".")
+                    _check_plain(full, child)
+                    replaced[child] = make(full, child)
                 module._modules[slot] = replaced[child]
-    return copied
+    return model
 
 
 def _check_plain(name: str, act: GroupRational) -> None:

@@ -25,6 +25,9 @@ _NAME = "grkan_converted"
 def know_conversions(models: ModuleType) -> None:
     """Let `save_for_hf` and `push_to_hf_hub` write what was converted, and `create_model` read it."""
     put_around(sys.modules[f"{models.__name__}._hub"], "save_config_for_hf", _saving)
+    # Keeps it out of `list_models`: who makes every model by its name alone cannot make this one.
+    hidden = getattr(sys.modules[f"{models.__name__}._registry"], "_deprecated_models", {})
+    hidden[_NAME] = None
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:

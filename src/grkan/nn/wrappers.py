@@ -45,6 +45,12 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
                 f"inside, .{_WRAPPERS[kind]}, and wrap that anew"
             )
         inner = getattr(inner, _WRAPPERS[kind])
+    for name, module in inner.named_modules():
+        if (kind := _kind(module)) is not None and kind not in _OPEN:
+            raise GrkanValueError(
+                f"model must be converted before its parts are wrapped: {name} is a {kind}, which keeps a list of its "
+                "parameters"
+            )
     if sharded := [name for name, parameter in inner.named_parameters() if is_sharded(parameter)]:
         raise GrkanValueError(f"model must be converted before it is sharded; its {sharded[0]} is a DTensor")
     return inner

@@ -117,7 +117,7 @@ def fit(
     Args:
         target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
             that maps a 1-D float64 numpy array, or else a tensor, to one of the same shape.
-        order: (m, n), the degrees of numerator and denominator; either may be 0.
+        order: (m, n), the degrees of numerator and denominator; either may be 0, and neither be above 16.
         form: "abs_of_sum" or "sum_of_abs", the denominator's form (see `grkan.group_rational`).
         interval: (low, high). Without samples it is where the error is minimised and measured; None means (-10, 10) for
             a callable, and for a name the fit that the table holds: on the table's interval, and held near the target
@@ -135,6 +135,8 @@ def fit(
             returns another shape or values that are not finite.
     """
     m, n = check_order(order)
+    if max(m, n) > _LARGEST_ORDER:
+        raise GrkanValueError(f"order must be at most ({_LARGEST_ORDER}, {_LARGEST_ORDER}) for a fit; got ({m}, {n})")
     check_form(form)
     f = _as_function(target)
     if samples is not None:
@@ -159,6 +161,9 @@ def fit(
 
 # The smallest Q(0), relative to the largest coefficient of Q. It bounds b where the best F has Q(0) = 0.
 _SMALLEST_CONSTANT = 1e-6
+
+# Beyond it float64 cannot tell the powers apart: tanh at (20, 20) came out worse than at (5, 4).
+_LARGEST_ORDER = 16
 
 # The error that is allowed outside, in (largest |f| on the interval) (distance to it) / (its length).
 _GUARD = 1.5

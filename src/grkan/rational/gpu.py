@@ -1,17 +1,17 @@
-"""The Triton kernels, in the form that `op.py` wants: float16 to float64 on a GPU, any order, both forms, any width.
+"""The Triton kernels behind `op.py`: float16 to float64 on a GPU, any order, both forms, any width.
 
-The scalars of a group are rows x width. They are walked in vectors of the largest power of two of scalars, up to 16
-bytes, that divides the width. A lane takes one vector at a time, a tile is one vector for each lane, and a program,
-which is a single warp, walks a chunk of successive tiles. The length of a chunk follows from the shape alone, and its
-sums for the coefficients' gradients go to memory, where a second kernel adds them in a fixed order: no atomics, and the
-same bits each time, whatever the number of multiprocessors.
+A group holds rows x width scalars. The kernels read them in vectors: the vector size is the largest power of two
+scalars that divides the width, up to 16 bytes. A lane processes one vector at a time. A tile is one vector for each
+lane. A program is a single warp and processes a chunk of consecutive tiles. The chunk length depends only on the shape.
+Each chunk writes its sums for the coefficients' gradients to memory, and a second kernel adds them in a fixed order. So
+there are no atomics, and the bits are the same each time, whatever the number of multiprocessors.
 
-Shapes are ordinary arguments: a new batch, image or layer needs no compilation. What is compiled anew is another dtype,
-order, form or vector, and an index of 64 bits where a tensor needs one.
+Shapes are ordinary arguments: a new batch, image or layer size needs no compilation. Only another dtype, order, form or
+vector size does, and tensors that need 64-bit indices.
 
-Arithmetic is float64 for float64 and float32 otherwise. The loop that does the work knows nothing of `reference.py`'s
-care for extreme x: it keeps the largest |x| that each lane has met, and where one turns out to be infinite, NaN, or so
-large that a power of it may overflow, the program does its chunk once more in float64.
+float64 inputs are computed in float64, all others in float32. The main loop skips the care that `reference.py` takes
+with extreme x. It records the largest |x| that each lane meets. If one is infinite, NaN, or so large that a power may
+overflow, the program computes its chunk once more in float64.
 """
 
 import functools
@@ -25,20 +25,21 @@ from torch import Tensor
 from ..errors import GrkanRuntimeError
 
 VECTOR_BYTES = 16
-"""What one instruction reads or writes at most."""
+"""The most that one instruction reads or writes."""
 
-SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 16384, 4096
-"""Scalars of a chunk: x is cut into 4096, about what a GPU works on at once, if they are not too short or too long.
-The sums of a short one are below 2 % of what it reads and writes for order (7, 6)."""
+SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 4096, 4096
+"""Chunk lengths in scalars. x is cut into 4096 chunks, about what a GPU processes at once, within these two limits. At
+the lower limit, the sums are below 2 % of the bytes that a chunk reads and writes at order (7, 6). At the upper limit,
+a lane adds at most 32 partial sums, one for each vector: float32 is right to 1e-6 even if all roundings go one way."""
 
 SUM_BLOCK = 1024
-"""Sums that the second kernel adds side by side."""
+"""The number of sums that the second kernel adds in parallel."""
 
 SAFE_BITS = tl.constexpr(96)
-"""|x|^m and |x|^n may reach 2^96 in float32, so that 2^31 remain for the coefficients."""
+"""In float32, |x|^m and |x|^n may reach 2^96. That leaves a factor of 2^31 for the coefficients."""
 
 SMALL_B = tl.constexpr(2.0**-64)
-"""A smaller |b_1| may leave the sign of A(x) near 0 to the other coefficients, where float32 underflows."""
+"""If |b_1| is smaller, the other coefficients may decide the sign of A(x) near 0, where float32 underflows."""
 
 
 # Where things are. An offset counts vectors from the start of x, so every address is a multiple of a vector's size.
@@ -46,7 +47,7 @@ SMALL_B = tl.constexpr(2.0**-64)
 
 @triton.jit
 def _first(chunk, tiles, group, groups, units, LANES: tl.constexpr, LONG: tl.constexpr):
-    """The offset of each lane's first vector, and the vector's number within its row of the group."""
+    """Return the offset of each lane's first vector, and the index of that vector within its row of the group."""
     if LONG:
         chunk, group = chunk.to(tl.int64), group.to(tl.int64)
         groups, units = groups.to(tl.int64), units.to(tl.int64)
@@ -58,7 +59,7 @@ def _first(chunk, tiles, group, groups, units, LANES: tl.constexpr, LONG: tl.con
 
 @triton.jit
 def _next(offset, column, groups, units, LANES: tl.constexpr):
-    """The same for the vector LANES further on; a division at each step would cost more than these few additions."""
+    """Advance both by LANES vectors. A division at each step would cost more than these few additions."""
     groups, units = groups.to(offset.dtype), units.to(offset.dtype)
     rows = LANES // units
     columns = LANES - rows * units
@@ -70,7 +71,7 @@ def _next(offset, column, groups, units, LANES: tl.constexpr):
 
 @triton.jit
 def _end(rows, groups, units, LONG: tl.constexpr):
-    """What the offset of every vector of x is less than, and that of every vector behind the last row is not."""
+    """Exclusive upper bound on valid vector offsets."""
     if LONG:
         rows, groups, units = rows.to(tl.int64), groups.to(tl.int64), units.to(tl.int64)
     return rows * groups * units
@@ -83,7 +84,7 @@ def _addresses(offset, VECTOR: tl.constexpr):
 
 @triton.jit
 def _split(vectors, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """[LANES, VECTOR] -> a tuple of VECTOR tensors [LANES], in an order that `_join` knows; all within a lane."""
+    """[LANES, VECTOR] -> VECTOR tensors [LANES], in the order that `_join` expects. No data leave their lane."""
     if VECTOR == 1:
         return (tl.reshape(vectors, [LANES]),)
     else:
@@ -93,7 +94,7 @@ def _split(vectors, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def _join(scalars, LANES: tl.constexpr, VECTOR: tl.constexpr, FIRST: tl.constexpr):
-    """The inverse of `_split`, of the VECTOR tensors from FIRST on."""
+    """Undo `_split` for the VECTOR tensors from index FIRST on."""
     if VECTOR == 1:
         return tl.reshape(scalars[FIRST], [LANES, 1])
     else:
@@ -107,19 +108,19 @@ def _join(scalars, LANES: tl.constexpr, VECTOR: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def _coefficients(pointer, COUNT: tl.constexpr, ABSOLUTE: tl.constexpr, DTYPE: tl.constexpr):
-    """The COUNT scalars at a pointer, each a value of its own."""
+    """Load COUNT scalars into a tuple."""
     values = ()
     for i in tl.static_range(COUNT):
         value = tl.load(pointer + i).to(DTYPE)
         if ABSOLUTE:
             value = tl.abs(value)
-        values = values + (value + 0.0,)  # +0 for both zeros, whose sign A takes on
+        values = values + (value + 0.0,)  # -0 becomes +0, because A inherits the sign
     return values
 
 
 @triton.jit
 def _horner(c, x, COUNT: tl.constexpr):
-    """c[0] + c[1] x + ... of COUNT >= 1 coefficients, and the derivative."""
+    """Evaluate c[0] + c[1] x + ... with COUNT >= 1 coefficients, and its derivative."""
     value = tl.zeros_like(x) + c[COUNT - 1]
     slope = tl.zeros_like(x)
     for k in tl.static_range(1, COUNT):
@@ -133,7 +134,7 @@ def _horner(c, x, COUNT: tl.constexpr):
 
 @triton.jit
 def _inverse(q):
-    """1 / q for q >= 1. Two instructions and 3 ulp, where a division of float32 takes seven."""
+    """1 / q for q >= 1: two instructions and 3 ulp. A float32 division takes seven instructions."""
     if q.dtype == tl.float64:
         return 1.0 / q
     else:
@@ -143,7 +144,7 @@ def _inverse(q):
 
 @triton.jit
 def _sign_bit(x):
-    """As an integer of the size of x, all other bits zero."""
+    """Return the sign bit of x as an integer of the same size."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & -(2**63)
     else:
@@ -173,46 +174,61 @@ def _value(x, a, b, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr):
 
 @triton.jit
 def _gradient(g, x, a, b, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr):
-    """dx, F(x), and sums with the terms of da and db added; b stands for |b| in the form sum_of_abs.
+    """Return dx, F(x), and the sums plus the terms of da and db. In the form sum_of_abs, b is |b|.
 
-    With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = u (P' + v A'). Products in this order underflow no
-    sooner than their results; g F / Q would.
+    With r = 1 / Q and v = -s F: da_i += g (r x^i), db_j += g v (r x^j), dx = g (r (P' + v A')). In this order a product
+    underflows only if its result does; g / Q would underflow earlier. If `sums` is empty, return the terms themselves.
     """
     value, slope = _horner(a, x, M + 1)
-    u, v, odd = g, x, x
     if N > 0:
         t = tl.abs(x) if ABSOLUTE else x
         last, of_last = _horner(b, t, N)
-        # Fused, so that what underflows keeps its sign, and an exact zero is +0, whose sign is +1 by convention.
+        # Fused, so that an underflow keeps its sign. An exact zero is +0, whose sign is +1 by convention.
         inner = tl.fma(last, t, 0.0)
         of_inner = tl.fma(of_last, t, last)
         inverse = _inverse(1.0 + tl.abs(inner))
-        u = g * inverse
         value *= inverse
         if ABSOLUTE:
             v = -value
             sign = _sign_bit(x + 0.0)
-            odd = _flip(v, sign)  # for the odd powers of |x|, of which the sums below have those of x
+            odd = _flip(v, sign)  # the sums below use powers of x, not of |x|: odd powers differ in sign
             slope = tl.fma(odd, of_inner, slope)
+            odd_gv = g * odd
         else:
             v = _flip(-value, _sign_bit(inner))
-            odd = v
             slope = tl.fma(v, of_inner, slope)
-    elif M == 0:
-        value += 0.0 * x
-    term = u
-    added = (sums[0] + term,)
+            odd_gv = g * v
+        gv = _flip(odd_gv, sign) if ABSOLUTE else odd_gv
+        slope *= inverse
+        term = inverse
+        added = (_plus(term, g, sums, 0),)
+    else:
+        gv, odd_gv = g, g
+        if M == 0:
+            value += 0.0 * x
+        term = x * 0.0 + 1.0
+        added = (g + sums[0],) if len(sums) > 0 else (g,)
     for i in tl.static_range(1, M + 1):
         term *= x
-        added = added + (sums[i] + term,)
-    term = u
+        added = added + (_plus(term, g, sums, i),)
+    if N > 0:
+        term = inverse
     for j in tl.static_range(1, N + 1):
         term *= x  # the same products again, which are computed once
         if j % 2 == 1:
-            added = added + (tl.fma(term, odd, sums[M + j]),)
+            added = added + (_plus(term, odd_gv, sums, M + j),)
         else:
-            added = added + (tl.fma(term, v, sums[M + j]),)
-    return u * slope, value, added
+            added = added + (_plus(term, gv, sums, M + j),)
+    return g * slope, value, added
+
+
+@triton.jit
+def _plus(x, y, sums, AT: tl.constexpr):
+    """The product x y, added to one of the sums if there are any."""
+    if len(sums) > 0:
+        return tl.fma(x, y, sums[AT])
+    else:
+        return x * y
 
 
 @triton.jit
@@ -224,8 +240,16 @@ def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _add(first, second, COUNT: tl.constexpr):
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (first[i] + second[i],)
+    return values
+
+
+@triton.jit
 def _narrow(x, DTYPE: tl.constexpr):
-    """float64 to what is stored; there is no instruction from it to 16 bits."""
+    """Convert float64 to DTYPE. No instruction converts it to 16 bits directly."""
     if DTYPE == tl.float64:
         return x
     else:
@@ -242,7 +266,7 @@ def _larger(largest, x):
 
 @triton.jit
 def _exceeds(largest, M: tl.constexpr, N: tl.constexpr):
-    """Whether some lane has met what the arithmetic of `largest` is not made for: NaN, infinity, or a too large x."""
+    """Whether some lane has met NaN, infinity, or an x too large for the arithmetic of `largest`."""
     if largest.dtype == tl.float64:
         limit: tl.constexpr = 1.7976931348623157e308
     else:
@@ -252,7 +276,7 @@ def _exceeds(largest, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _sign_is_open(b, N: tl.constexpr):
-    """Whether other coefficients than b_1 decide the sign of A(x) near 0; form abs_of_sum."""
+    """Whether coefficients other than b_1 decide the sign of A(x) near 0. For the form abs_of_sum."""
     others = False
     for j in tl.static_range(1, N):
         others = others | (b[j] != 0)
@@ -261,7 +285,7 @@ def _sign_is_open(b, N: tl.constexpr):
 
 @triton.jit
 def _limits(negative, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr):
-    """How F behaves as x goes to infinity, see `reference.py`: the limit, the slope, and whether it grows."""
+    """Return the limit of F at infinity, its slope, and whether F grows there. See `reference.py`."""
     top_a, degree_a = tl.load(a_ptr).to(tl.float64), 0
     for i in tl.static_range(1, M + 1):
         a = tl.load(a_ptr + i).to(tl.float64)
@@ -276,8 +300,9 @@ def _limits(negative, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr):
     return tl.where(degree_a == degree_b, signed, 0.0), slope, degree_a > degree_b
 
 
-# The kernels. x, grad, y and dx: [rows, groups, units, VECTOR] without gaps. a: M + 1 coefficients every a_step, which
-# is 0 if the groups share them; b: N every b_step. Grid: chunks x groups, the groups of a chunk together.
+# The kernels. x, grad, y and dx are contiguous [rows, groups, units, VECTOR]. Group g has M + 1 coefficients at
+# a + g * a_step and N at b + g * b_step; a step is 0 if the groups share a row. Grid: chunks x groups, groups
+# innermost.
 
 
 @triton.jit(do_not_specialize=["a_step", "b_step", "rows", "groups", "units", "tiles"])
@@ -319,7 +344,7 @@ def backward_kernel(
     M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr, OUTPUT: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """dx, with OUTPUT F(x), and the sums of each chunk for da and db: float64 [M + 1 + N, groups, chunks]."""
+    """dx, F(x) if OUTPUT, and each chunk's sums for da and db: float64 [M + 1 + N, groups, chunks]."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
     DTYPE: tl.constexpr = tl.float64 if STORED == tl.float64 else tl.float32
     chunk, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -335,11 +360,12 @@ def backward_kernel(
         inside = at < end * VECTOR
         xs = _split(tl.load(x_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
         gs = _split(tl.load(grad_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
-        dxs, ys = (), ()
+        dxs, ys, terms = (), (), ()
         for k in tl.static_range(VECTOR):
             largest = _larger(largest, xs[k])
-            dx, y, sums = _gradient(gs[k], xs[k], a, b, sums, M, N, ABSOLUTE)
+            dx, y, terms = _gradient(gs[k], xs[k], a, b, terms, M, N, ABSOLUTE)
             dxs, ys = dxs + (dx,), ys + (y,)
+        sums = _add(sums, terms, M + 1 + N)
         tl.store(dx_ptr + at, _join(dxs, LANES, VECTOR, 0).to(STORED), inside)
         if OUTPUT:
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
@@ -356,7 +382,7 @@ def backward_kernel(
         )  # fmt: skip
     else:
         for i in tl.static_range(M + 1 + N):
-            tl.store(sums_ptr + i * stride, tl.sum(sums[i], 0).to(tl.float64))
+            tl.store(sums_ptr + i * stride, tl.sum(sums[i].to(tl.float64), 0))
 
 
 @triton.jit
@@ -365,9 +391,9 @@ def _careful(
     M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, OUTPUT: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """A chunk once more, in float64: scalar by scalar, then the infinities, so as to need no more registers."""
+    """Compute a chunk once more in float64, one scalar at a time, then the infinities: this needs few registers."""
     STORED: tl.constexpr = x_ptr.dtype.element_ty
-    tl.debug_barrier()  # other lanes have stored what is stored anew
+    tl.debug_barrier()  # the stores below overwrite what other lanes have stored
     sums = _zeros(M + 1 + N if GRADIENT else 0, LANES, tl.float64)
     for k in tl.range(VECTOR):
         offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
@@ -407,7 +433,7 @@ def _careful(
 
 @triton.jit
 def _load_wide(pointer, inside):
-    """As float64, by way of float32 from 16 bits."""
+    """Load as float64; 16-bit types are converted through float32."""
     value = tl.load(pointer, inside, 0.0)
     if value.dtype == tl.float64:
         return value
@@ -420,7 +446,7 @@ def sum_kernel(
     sums_ptr, b_ptr, da_ptr, db_ptr, groups, chunks, a_rows, b_rows,
     M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the sums of `backward_kernel` to da and db. Grid: rows x (M + 1 + N)."""
+    """Add up the sums of `backward_kernel`. Grid: rows x (M + 1 + N)."""
     row, i = tl.program_id(0), tl.program_id(1)
     rows = tl.where(i <= M, a_rows, b_rows)
     if row < rows:
@@ -456,7 +482,7 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
 def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients, and with `output` F(x) from the same pass over x; see `op.Kernel`."""
+    """The gradients and, if `output`, F(x) from the same pass over x. See `op.Kernel`."""
     a, b, dx = _readable(numerator), _readable(denominator), torch.empty_like(x)
     y = torch.empty_like(x) if output else None
     if not x.numel():
@@ -476,14 +502,14 @@ def backward(
 
 
 def try_out() -> None:
-    """Compile and run the smallest of cases on the current GPU, so that whatever is broken breaks here."""
+    """Compile and run the smallest case on the current GPU, so that a broken setup fails here."""
     x, a = torch.ones(1, device="cuda"), torch.ones(1, 2, device="cuda")
     if not abs(forward(x, a, a[:, :1], "abs_of_sum", 1).item() - 1.0) < 1e-6:
         raise GrkanRuntimeError("its kernel gives a wrong result")
 
 
 def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:
-    """How many programs, their shape (rows, groups, units, tiles, chunks), and what the kernels are compiled for."""
+    """Return the number of programs, (rows, groups, units, tiles, chunks), and the compile-time options."""
     groups = max(a.shape[0], b.shape[0])
     vector, lanes = math.gcd(width, VECTOR_BYTES // x.itemsize), _warp_size(x.device)
     units, rows = width // vector, x.numel() // (groups * width)
@@ -510,7 +536,7 @@ def _warp_size(device: torch.device) -> int:
 
 
 def _readable(coefficients: Tensor) -> Tensor:
-    """Contiguous, and of a type that the kernels read."""
+    """Make contiguous, in a dtype that the kernels can read."""
     return (coefficients if coefficients.itemsize > 1 else coefficients.float()).contiguous()
 
 

@@ -23,7 +23,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -694,14 +694,39 @@ def _rational_linear_backward_fake(
 
 @register_decomposition(torch.ops.grkan.group_rational.default)
 def _group_rational_decomposition(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    return _composite(x, numerator, denominator, form, dim % x.dim())
+    # What the reference does about extreme x, an ONNX graph would do for every x: in float64, three times as slow.
+    composite = _exported if torch.onnx.is_in_onnx_export() else _composite
+    return composite(x, numerator, denominator, form, dim % x.dim())
 
 
 @register_decomposition(torch.ops.grkan.rational_linear.default)
 def _rational_linear_decomposition(
     x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
 ) -> Tensor:
-    return F.linear(_composite(x, numerator, denominator, form, x.dim() - 1), weight, bias)
+    return F.linear(_group_rational_decomposition(x, numerator, denominator, form, x.dim() - 1), weight, bias)
+
+
+def _exported(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
+    """F by Horner's method in float32 alone, as `grkan.plain` has it: with a coefficient for every channel."""
+    groups, width = _groups_and_channels(x, numerator, denominator, dim)
+
+    def columns(rows: Tensor) -> tuple[Tensor, ...]:
+        wide = rows.float().expand(groups, -1).unsqueeze(1).expand(groups, width, -1).reshape(groups * width, -1)
+        return tuple(column.reshape(-1, *(1,) * (x.dim() - dim - 1)) for column in wide.unbind(1))
+
+    def horner(coefficients: Sequence[Tensor], z: Tensor) -> Tensor:
+        *others, value = coefficients
+        for coefficient in reversed(others):
+            value = value * z + coefficient
+        return value
+
+    z = x.float()
+    y = horner(columns(numerator), z).expand(x.shape)
+    if denominator.shape[1]:
+        t = z.abs() if form == "sum_of_abs" else z
+        inner = t * horner(columns(denominator.abs() if form == "sum_of_abs" else denominator), t)
+        y = y / (1.0 + inner.abs())
+    return y.to(x.dtype)
 
 
 register_decomposition(torch.ops.grkan.group_rational.default, type="meta")(_group_rational_fake)
@@ -862,8 +887,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _autocasts(device_type: str) -> bool:
-    # Asking for a device that has no autocast, as meta, raises.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Asking for meta raises; torch.compile of PyTorch 2.10 cannot trace torch.amp.is_autocast_available.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,267 @@
+"""What is to be exported: a model, what it is called with, which sizes may change, and what it has to compute."""
+
+import contextlib
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
+from ..models.metadata import ModelMetadata, describe_model
+from ..nn import GroupRational
+from ..nn.wrappers import unwrap
+from ..rational.arguments import check_module
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far an output may be from PyTorch's, relative to the largest number in it, by the dtype of the model."""
+
+BATCH, _LENGTH = "batch", "length"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model is called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """In the order in which PyTorch's exporters have them as inputs."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    def map(self, function: Callable[[Tensor], Any]) -> "Call":
+        """With something else for every tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs)
+
+    def of(self, model: Callable[..., Any]) -> Any:
+        """What a model gives for it."""
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to be exported.
+
+    `model` is a copy, on the CPU and in eval mode. `example` is what to trace it with. `sizes` are, for every tensor of
+    the example, the names of the dimensions that may change. `calls` are those that are checked.
+    """
+
+    model: nn.Module
+    example: Call
+    sizes: Sequence[Mapping[int, str]]
+    calls: Sequence[Call]
+    expected: Sequence[Mapping[str, Tensor]]
+    metadata: ModelMetadata
+    dtype: torch.dtype
+
+    def shapes(self, of: Callable[[str], Any]) -> tuple[Any, dict[str, Any]]:
+        """The dimensions that may change, as `torch.export` wants them; of(name) is what stands for one."""
+        sizes = iter(self.sizes)
+
+        def shape(leaf: Any) -> Any:
+            return {dim: of(name) for dim, name in next(sizes).items()} if isinstance(leaf, Tensor) else None
+
+        return pytree.tree_map(shape, (self.example.args, dict(self.example.kwargs)))
+
+    def dynamic_shapes(self, of: Callable[[str], Any]) -> Any:
+        """The argument of that name, of `torch.export.export` and `torch.onnx.export`."""
+        args, kwargs = self.shapes(of)
+        if not any(self.sizes):
+            return None
+        return args if not kwargs else kwargs if not args else {**self._by_name(args), **kwargs}
+
+    def _by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        names = list(inspect.signature(self.model.forward).parameters)
+        return dict(zip(names, args, strict=False))
+
+    def check(self, what: str, run: Callable[[Call], Sequence[Any]], tolerance: float | None = None) -> float:
+        """Hold what was exported against PyTorch; the largest difference, relative to the largest number of an output.
+
+        Raises:
+            RuntimeError: they differ by more than the tolerance; None: that of the model's dtype.
+        """
+        tolerance = TOLERANCE[self.dtype] if tolerance is None else tolerance
+        worst = 0.0
+        for call, expected in zip(self.calls, self.expected, strict=True):
+            shapes = ", ".join(str(tuple(t.shape)) for t in call.tensors())
+            for (name, wanted), found in zip(expected.items(), run(call), strict=True):
+                got = torch.as_tensor(found).double()
+                if got.shape != wanted.shape:
+                    raise GrkanRuntimeError(
+                        f"{what} gives {name} of shape {tuple(got.shape)} for inputs of shape {shapes}, and PyTorch "
+                        f"{tuple(wanted.shape)}; nothing was written"
+                    )
+                scale = float(wanted.double().abs().max()) if wanted.numel() else 0.0
+                difference = float((got - wanted.double()).abs().max()) / (scale or 1.0) if wanted.numel() else 0.0
+                if not difference <= tolerance:
+                    raise GrkanRuntimeError(
+                        f"{what} does not compute what PyTorch does: {name} differs by {difference:.2g} of its largest "
+                        f"number, for inputs of shape {shapes}; {tolerance:g} is allowed; nothing was written"
+                    )
+                worst = max(worst, difference)
+        return worst
+
+
+def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2) -> Job:
+    """Raises TypeError and ValueError as `grkan.export` does; batch: of images, where no example is given."""
+    original = unwrap(check_module("model", model))
+    if any(t.is_meta for t in original.state_dict().values()):
+        raise GrkanValueError("model must hold data; it is on the meta device")
+    metadata = describe_model(original, None, None, None)
+    copied = copy.deepcopy(original).cpu().eval().requires_grad_(False)
+    config: Any = getattr(copied, "config", None)
+    if getattr(config, "use_cache", False):  # keys and values of earlier tokens are no outputs
+        config.use_cache = False
+    dtype = _dtype(copied)
+    if dtype not in TOLERANCE:
+        raise GrkanTypeError(f"model must be of a floating dtype; got {dtype}")
+    given = _default_example(copied, metadata, dtype, batch) if example is None else _as_call(example)
+    given = given.map(lambda t: t.detach().cpu())
+    if not given.tensors():
+        raise GrkanValueError(f"example must hold a tensor; got {example!r}")
+    varying = [_sizes(copied, t) if dynamic else {} for t in given.tensors()]
+    calls = [given]
+    if any(varying):
+        calls += [_resized(given, varying, {BATCH: 3, _LENGTH: 7}, _patch(copied))]
+    job_example = _resized(given, varying, {BATCH: 2, _LENGTH: 5}, _patch(copied)) if any(varying) else given
+    expected = [outputs(_run(copied, call)) for call in calls]
+    return Job(copied, job_example, varying, calls, expected, metadata, dtype)
+
+
+def outputs(y: Any) -> dict[str, Tensor]:
+    """The tensors that a model gave, by name."""
+    leaves = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+    if isinstance(y, Tensor):
+        return {"output": y}
+    if isinstance(y, Mapping) and len(leaves) == sum(isinstance(value, Tensor) for value in y.values()):
+        return {name: value for name, value in y.items() if isinstance(value, Tensor)}
+    return {f"output_{i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _as_call(example: Any) -> Call:
+    if isinstance(example, Tensor):
+        return Call((example,))
+    if isinstance(example, Mapping):
+        return Call((), dict(example))
+    if isinstance(example, (tuple, list)):
+        return Call(tuple(example))
+    raise GrkanTypeError(
+        f"example must be a Tensor, a tuple of arguments or a mapping of keyword arguments; got {example!r}"
+    )
+
+
+def _run(model: nn.Module, call: Call) -> Any:
+    try:
+        with torch.no_grad():
+            return call.of(model)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a model has errors of its own
+        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in call.tensors())
+        raise GrkanValueError(
+            f"example must be what the model takes; for {shapes} it raises {one_line(error)}"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error of a library in a line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def cause(error: BaseException) -> str:
+    """What the errors of PyTorch's exporters, which are pages long, were raised for."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep from the user what exporters say about their own work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of the weights; coefficients are float32 in any model."""
+    coefficients = {id(p) for m in model.modules() if isinstance(m, GroupRational) for p in m.parameters()}
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    weights = [p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in coefficients]
+    return next(iter(weights or floats), torch.float32)
+
+
+# Examples.
+
+
+def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, batch: int) -> Call:
+    generator = torch.Generator().manual_seed(0)
+
+    def images(*size: int) -> Tensor:
+        return torch.randn(batch, *size, generator=generator).to(dtype)
+
+    preprocessing = metadata["preprocessing"]
+    if preprocessing and "input_size" in preprocessing:
+        return Call((images(*preprocessing["input_size"]),))
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) == "pixel_values" and isinstance(
+        size := getattr(config, "image_size", None), int
+    ):
+        return Call((), {"pixel_values": images(getattr(config, "num_channels", 3), size, size)})
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping):
+        kwargs = dict(dummy)
+        tokens = kwargs.get("input_ids")
+        if isinstance(tokens, Tensor) and "attention_mask" in inspect.signature(model.forward).parameters:
+            mask = torch.ones_like(tokens)
+            mask[0, -1] = 0  # a sentence that is shorter than another
+            kwargs.setdefault("attention_mask", mask)
+        return Call((), kwargs)
+    raise GrkanValueError(
+        "example must be given, what the model is called with: it is neither of timm's models, which say the size of "
+        "their images, nor has it dummy_inputs, as those of transformers"
+    )
+
+
+def _sizes(model: Any, t: Tensor) -> dict[int, str]:
+    """The dimensions of an input that may change: batch, length of a text, height and width where the model allows."""
+    names = {0: BATCH} if t.dim() else {}
+    if t.dim() == 2 and not t.is_floating_point():
+        names[1] = _LENGTH
+    if t.dim() == 4 and t.is_floating_point() and getattr(model, "dynamic_img_size", False):
+        names |= {2: "height", 3: "width"}
+    return names
+
+
+def _patch(model: Any) -> tuple[int, int]:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def _resized(
+    call: Call, varying: Sequence[Mapping[int, str]], sizes: Mapping[str, int], patch: tuple[int, int]
+) -> Call:
+    """A call of other sizes: numbers are repeated; an image grows by a patch one way, and by two the other."""
+    names = iter(varying)
+
+    def resize(t: Tensor) -> Tensor:
+        for dim, name in next(names).items():
+            wanted = sizes.get(name) or t.shape[dim] + (patch[0] if name == "height" else 2 * patch[1])
+            t = t.index_select(dim, torch.arange(wanted) % t.shape[dim])
+        return t
+
+    return call.map(resize)

@@ -1,0 +1,327 @@
+"""ONNX: a node `grkan::GroupRational` for every rational function, and in the same file what it means.
+
+The meaning is a function of standard operators, which a runtime puts in the place of the node unless it knows a faster
+way to compute it, as ONNX Runtime does with `grkan.onnx_library()`.
+"""
+
+import copy
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
+import onnxscript.rewriter.pattern
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..errors import GrkanTypeError, GrkanValueError
+from ..nn import GroupRational
+from ..writing import replacing_files
+from .job import Call, Job, cause, quietly
+from .plain import plain, replace_functions
+
+DOMAIN, NODE, VERSION = "grkan", "GroupRational", 1
+
+OPSET = 20
+"""Of what is written; the functions need 18."""
+
+_PARAMETERS = ("numerator", "denominator")
+
+_LARGE = 2**31 - 2**20
+"""Bytes of weights from which they lie in a file of their own: a protocol buffer holds less than 2 GiB."""
+
+_INT8_TOLERANCE = 0.2
+
+_NUMPY = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+
+
+def write_onnx(job: Job, path: Path, inline: bool = False, int8: bool = False) -> None:
+    """Write a job to a file, whose weights are in another, PATH.data, from 2 GiB on."""
+    model = to_onnx(job, inline)
+    with replacing_files(path) as file:
+        if int8:
+            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                save(model, Path(folder, "model.onnx"))
+                _quantise(Path(folder, "model.onnx"), file)
+        else:
+            save(model, file)
+        what = f"the ONNX file, in ONNX Runtime {onnxruntime.__version__},"
+        job.check(what, runner(file), _INT8_TOLERANCE if int8 else None)
+
+
+def to_onnx(job: Job, inline: bool) -> ir.Model:
+    """A job as an ONNX model; inline: in standard operators alone."""
+    if job.dtype not in _NUMPY:
+        raise GrkanTypeError(f"model must be float16 or float32 for ONNX; got {str(job.dtype).removeprefix('torch.')}")
+    functions: dict[str, GroupRational] = {}
+    if inline:
+        traced = plain(job.model)
+    else:
+
+        def node(name: str, act: GroupRational) -> nn.Module:
+            functions[name] = act
+            return _Node(name, act)
+
+        traced = replace_functions(copy.deepcopy(job.model), node)
+    model = _trace(traced, job)
+    if functions:
+        _complete(model, functions)
+    _describe(model, job)
+    return model
+
+
+class _Node(nn.Module):
+    """What a rational function is to PyTorch's exporter: one node, which says what its coefficients are called."""
+
+    def __init__(self, name: str, act: GroupRational) -> None:
+        super().__init__()
+        self.name, self.form, self.channel_dim = name, act.form, act.channel_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F(x)."""
+        dim = self.channel_dim if self.channel_dim < 0 else self.channel_dim - x.dim()
+        attributes: Any = {"form": self.form, "channel_dim": dim, "of": self.name}
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{NODE}", (x,), attributes, dtype=x.dtype, shape=x.shape, version=VERSION
+        )
+
+
+def _trace(model: nn.Module, job: Job) -> ir.Model:
+    args, kwargs = job.example.args, dict(job.example.kwargs)
+    try:
+        with quietly(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                dynamic_shapes=job.dynamic_shapes(lambda name: name),
+                output_names=list(job.expected[0]),
+            )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of torch.export, of the exporter, or of the model
+        raise GrkanValueError(
+            f"model cannot be traced by torch.onnx.export: {cause(error)}; dynamic=False asks for less"
+        ) from error
+    model_: ir.Model = program.model
+    _transpose_keys_at_once(model_)
+    return model_
+
+
+def _transpose_keys_at_once(model: ir.Model) -> None:
+    """One transposition for the nine nodes that the exporter makes of it in attention, where sizes may change."""
+    whole = 2**63
+
+    def nine(op: Any, x: Any) -> Any:
+        sizes = op.Shape(x, start=0)
+        last, last_but_one = op.Slice(sizes, [-1], [whole - 1]), op.Slice(sizes, [-2], [-1])
+        others = op.Slice(sizes, [-whole], [-2])
+        matrices = op.Reshape(x, op.Concat([-1], last_but_one, last, axis=0))
+        return op.Reshape(op.Transpose(matrices, perm=[0, 2, 1]), op.Concat(others, last, last_but_one, axis=0))
+
+    def known_rank(_: Any, x: Any, **__: Any) -> bool:
+        return x.shape is not None and len(x.shape) > 1
+
+    def one(op: Any, x: Any, **_: Any) -> Any:
+        rank = len(x.shape)
+        return op.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
+
+    onnxscript.rewriter.rewrite(model, [onnxscript.rewriter.pattern.RewriteRule(nine, one, known_rank)])
+
+
+def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
+    """Give the nodes their coefficients, and the file what they mean."""
+    graph, coefficients = model.graph, {}
+    for name, act in functions.items():
+        for parameter, rows in zip(_PARAMETERS, act.coefficients(), strict=True):
+            full = f"{name}.{parameter}".lstrip(".")
+            value = ir.Value(name=full, const_value=ir.tensor(rows.detach().float().numpy(), name=full))
+            value.shape, value.dtype = ir.Shape(rows.shape), ir.DataType.FLOAT
+            coefficients[name, parameter] = value
+    nodes = [node for node in graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, NODE)]
+    kinds = {node: _kind(functions[node.attributes["of"].as_string()]) for node in nodes}
+    # What most functions are needs no overload, which older runtimes do not know.
+    overloads = {
+        kind: _overload(*kind) if i else "" for i, (kind, _) in enumerate(Counter(kinds.values()).most_common())
+    }
+    for number, node in enumerate(nodes):
+        name = node.attributes.pop("of").as_string()
+        inputs = [coefficients[name, parameter] for parameter in _PARAMETERS]
+        for value in inputs:
+            graph.register_initializer(value)
+        overload = overloads[kinds[node]]
+        new = ir.Node(
+            DOMAIN, NODE, [node.inputs[0], *inputs], list(node.attributes.values()),
+            overload=overload, version=VERSION, name=f"{name or NODE}/{number}",
+        )  # fmt: skip
+        old, value = node.outputs[0], new.outputs[0]
+        value.name, value.shape, value.type = old.name, old.shape, old.type
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], [old], [value])
+    for kind, overload in overloads.items():
+        text = function_text(*kind, model.graph.opset_imports[""])
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+        function.overload = overload
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def _kind(act: GroupRational) -> tuple[int, int, str]:
+    return *act.order, act.form
+
+
+def _overload(m: int, n: int, form: str) -> str:
+    return f"order_{m}_{n}_{form}"
+
+
+def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
+    """What a node of order (m, n) means (arXiv 2409.10594, Eq. 11 and 12), as a function in ONNX's textual syntax.
+
+    P and Q are computed by Horner's method in float32, as in `grkan.plain`. The coefficients of a power become a tensor
+    of shape (C, 1, ..., 1), with a 1 for each dimension behind the channels: C from x's shape, which a runtime knows.
+    """
+    lines = [
+        "z = Cast <to: int = 1> (x)",
+        "dim = Constant <value_int: int = @channel_dim> ()",
+        "sizes = Shape <start: int = @channel_dim> (x)",
+        "channels = Slice (sizes, zeros, ones)",
+        "shape_a = Shape <start: int = 0, end: int = 1> (numerator)",
+        "shape_b = Shape <start: int = 0, end: int = 1> (denominator)",
+        "groups = Max (shape_a, shape_b)",
+        "width = Div (channels, groups)",
+        "behind = Sub (minus_ones, dim)",
+        "tail = Expand (ones, behind)",
+        "spread = Concat <axis: int = 0> (ones, groups, width)",
+        "shape = Concat <axis: int = 0> (minus_ones, channels, tail)",
+    ]
+    constants = [
+        "zeros = Constant <value_ints: ints = [0]> ()",
+        "ones = Constant <value_ints: ints = [1]> ()",
+        "minus_ones = Constant <value_ints: ints = [-1]> ()",
+        "twos = Constant <value_ints: ints = [2]> ()",
+        "unit = Constant <value_float: float = 1.0> ()",
+    ]
+
+    def columns(letter: str, name: str, count: int) -> None:
+        lines.append(f"{letter}_columns = Transpose <perm: ints = [1, 0]> ({name})")
+        lines.append(f"{letter}_deep = Unsqueeze ({letter}_columns, twos)")
+        lines.append(f"{letter}_wide = Expand ({letter}_deep, spread)")
+        lines.append(f"{letter}_all = Reshape ({letter}_wide, shape)")
+        for i in range(count):
+            constants.append(f"{letter}{i}_at = Constant <value_int: int = {i}> ()")
+            lines.append(f"{letter}{i} = Gather <axis: int = 0> ({letter}_all, {letter}{i}_at)")
+
+    def horner(letter: str, count: int, variable: str) -> str:
+        value = f"{letter}{count - 1}"
+        for i in reversed(range(count - 1)):
+            lines.append(f"{letter}{i}_product = Mul ({value}, {variable})")
+            value = f"{letter}{i}_sum"
+            lines.append(f"{value} = Add ({letter}{i}_product, {letter}{i})")
+        return value
+
+    columns("a", "numerator", m + 1)
+    result = horner("a", m + 1, "z")
+    if m == 0:  # of the shape of x
+        lines += ["shape_x = Shape (x)", f"constant = Expand ({result}, shape_x)"]
+        result = "constant"
+    if n:
+        absolute = form == "sum_of_abs"
+        source = "denominator"
+        if absolute:
+            lines += ["t = Abs (z)", "b_absolute = Abs (denominator)"]
+            source = "b_absolute"
+        variable = "t" if absolute else "z"
+        columns("b", source, n)
+        inner = horner("b", n, variable)
+        lines.append(f"inner = Mul ({inner}, {variable})")
+        lines += [] if absolute else ["size = Abs (inner)"]
+        lines.append(f"Q = Add ({'inner' if absolute else 'size'}, unit)")
+        lines.append(f"F = Div ({result}, Q)")
+        result = "F"
+    lines.append(f"y = CastLike ({result}, x)")
+    body = "\n".join(constants + lines)
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+    return f"{head}\n{NODE} <form, channel_dim> (x, numerator, denominator) => (y)\n{{\n{body}\n}}"
+
+
+def _describe(model: ir.Model, job: Job) -> None:
+    """Say in the file what the model is; and not where on this machine its code lies, as the exporter does."""
+    model.producer_name, model.producer_version = "grkan", __version__
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    record = job.metadata
+    properties: dict[str, Any] = {
+        "model": record["model"] or type(job.model).__name__,
+        "classes": record["classes"],
+        "preprocessing": record["preprocessing"],
+        "arguments": record["arguments"] or None,
+        "grkan_version": __version__,
+        "torch_version": torch.__version__,
+    }
+    for name, value in properties.items():
+        if value is not None:
+            model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
+
+
+def save(model: ir.Model, file: Path) -> None:
+    """Write the file, and from 2 GiB of weights on another for these, beside it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, file, external_data=_data(file).name if size >= _LARGE else None)
+
+
+def _quantise(source: Path, file: Path) -> None:
+    """Matrix products with weights in 8 bits, a scale for each column; the other factor is quantised as it comes."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with quietly():
+        quantize_dynamic(
+            source,
+            file,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            use_external_data_format=_data(source).exists(),
+        )
+
+
+def _data(file: Path) -> Path:
+    """Where the weights are that do not lie in the file itself."""
+    return file.with_name(f"{file.name}.data")
+
+
+def runner(file: Path, library: Path | None = None, threads: int = 0) -> Any:
+    """A function that runs a file for a Call, in ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(call: Call) -> Sequence[Any]:
+        return session.run(None, feeds(names, call))
+
+    return run
+
+
+def feeds(names: Sequence[str], call: Call) -> dict[str, Any]:
+    """The tensors of a call by the names of a graph's inputs."""
+    named = {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor) and name in names}
+    others = iter(name for name in names if name not in named)
+    ids = {id(value) for value in named.values()}
+    feeds = {next(others): t for t in call.tensors() if id(t) not in ids} | named
+    return {name: t.numpy() for name, t in feeds.items()}

@@ -1,0 +1,38 @@
+"""OpenVINO: its converter reads the ONNX file, in standard operators alone, for it has no use for functions."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino
+
+from ..writing import replacing_files
+from .job import Call, Job
+from .onnx import feeds, save, to_onnx
+
+
+def write_openvino(job: Job, path: Path) -> None:
+    """Write an .xml file, and the weights beside it, in the dtype that they have, in a .bin file."""
+    onnx_model = to_onnx(job, inline=True)
+    with replacing_files(path) as file:
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            save(onnx_model, Path(folder, "model.onnx"))
+            model = openvino.convert_model(Path(folder, "model.onnx"))
+            for name, value in onnx_model.metadata_props.items():
+                model.set_rt_info(value, ["grkan", name])
+            openvino.save_model(model, file, compress_to_fp16=False)
+        job.check(f"the OpenVINO file, in OpenVINO {openvino.__version__},", runner(file))
+
+
+def runner(file: Path, threads: int = 0) -> Any:
+    """A function that runs a file for a Call, in float32: some processors would choose bfloat16."""
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    model = openvino.Core().compile_model(file, "CPU", settings)
+    names = [value.any_name for value in model.inputs]
+
+    def run(call: Call) -> Sequence[Any]:
+        result = model(feeds(names, call))
+        return [result[output] for output in model.outputs]
+
+    return run

@@ -1,0 +1,36 @@
+"""OpenVINO's files compute what the model does."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import grkan
+
+openvino = pytest.importorskip("openvino", reason="the format openvino needs OpenVINO")
+for package in ("onnx", "onnxruntime", "onnxscript", "timm"):
+    pytest.importorskip(package)
+
+SPEC = importlib.util.spec_from_file_location("export_models", Path(__file__).parent / "models.py")
+models = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(models)
+agree, images, kat = models.agree, models.images, models.kat
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{}, {"dynamic_img_size": True}], ids=["batch", "batch and size"])
+def test_any_batch(tmp_path, arguments):
+    model = kat(**arguments)
+    path = grkan.export(model, tmp_path / "model.xml", format="openvino")
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for x in (images(1), images(5)):
+        agree(compiled({"x": x.numpy()})["output"], model(x), 1e-4)
+    read = openvino.Core().read_model(path)
+    assert read.get_rt_info(["grkan", "model"]).astype(str) == "kat_micro_patch2_8"
+
+
+def test_the_ending(tmp_path):
+    with pytest.raises(ValueError, match=r"path must end in \.xml for format 'openvino'"):
+        grkan.export(kat(), tmp_path / "model.onnx", format="openvino")
