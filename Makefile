@@ -32,7 +32,7 @@ docs: $(VENV)/docs.done
 # What a release uploads, in dist, and whether it may.
 dist: $(VENV)/release.done
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel show dist/*.whl; fi
 
@@ -68,12 +68,14 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/test.done
 	rm -rf $(SANITIZED)
+	$(BIN)/pip install --quiet "setuptools>=77"
 	CXXFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build \
 		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
-	nm -D $(SANITIZED)/lib/grkan/_C.abi3.so | grep -q __asan_report  # or nothing would be watched
+	nm -D $(SANITIZED)/lib/grkan/libgrkan.so | grep -q __asan_report  # or nothing would be watched
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest tests/rational/test_cpu.py tests/rational/test_reference.py tests/rational/test_op.py \
+		tests/export/test_library.py \
 		-k "not compile and not export and not opcheck" -p no:cacheprovider
 
 clean:
@@ -81,13 +83,12 @@ clean:
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "setuptools>=77" wheel
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
 # An editable install with one extra: train.done, test.done, lint.done, docs.done, release.done.
 $(VENV)/%.done: $(VENV)/torch.done pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	$(BIN)/pip install --quiet --editable ".[$*]"
 	touch $@
 
 # uv can choose the lowest version of whatever pyproject.toml names; pip cannot.
@@ -95,6 +96,5 @@ $(OLDEST)/test.done: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct -r pyproject.toml --extra test
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) "setuptools>=77" wheel
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-build-isolation --no-deps --editable .
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-deps --editable .
 	touch $@

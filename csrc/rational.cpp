@@ -1,31 +1,25 @@
-// The operators: they cut the work into tiles, let the vector code do it on PyTorch's threads, and mend what it leaves.
-//
-// Built on PyTorch's stable ABI: one binary serves PyTorch 2.10 and every later release.
+// F and its gradients: the work is cut into tiles, the vector code does it on the threads of whoever calls, and what it
+// leaves is mended.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "rational.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
-#include <optional>
+#include <new>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "grkan.h"
 #include "plan.h"
 
 namespace grkan {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The scalars of a tile: enough for its own cost to vanish, few enough for its data to stay in a core's cache.
 constexpr int64_t kTile = 32768;
@@ -47,10 +41,15 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+// What the caller is told.
+struct Mistake {
+  const char* text;
+};
+
 template <class T>
 struct Aligned {
   explicit Aligned(size_t count) : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
-    STD_TORCH_CHECK(data != nullptr, "out of memory");
+    if (data == nullptr) throw std::bad_alloc();
   }
   Aligned(const Aligned&) = delete;
   ~Aligned() { std::free(data); }
@@ -68,23 +67,21 @@ struct Coefficients {
   bool are_finite(int64_t group) const { return are_finite(a, m + 1, group) && are_finite(b, n, group); }
   bool denominator_is_finite(int64_t group) const { return are_finite(b, n, group); }
 
-  Coefficients(const Tensor& numerator, const Tensor& denominator, int64_t groups, bool absolute)
-      : groups(groups),
-        m(static_cast<int>(numerator.size(1)) - 1),
-        n(static_cast<int>(denominator.size(1))),
-        absolute(absolute),
-        a(read(numerator)),
-        b(read(denominator)) {}
+  explicit Coefficients(const Call& call)
+      : groups(std::max(call.numerator.rows, call.denominator.rows)),
+        m(static_cast<int>(call.numerator.columns) - 1),
+        n(static_cast<int>(call.denominator.columns)),
+        absolute(call.absolute),
+        a(read(call.numerator)),
+        b(read(call.denominator)) {}
 
  private:
-  std::vector<double> read(const Tensor& t) const {
-    const int64_t rows = t.size(0), columns = t.size(1);
-    const bool wide = t.scalar_type() == ScalarType::Double;
-    const void* data = t.const_data_ptr();
-    std::vector<double> values(groups * columns);
-    for (int64_t i = 0; i < rows * columns; ++i)
-      values[i] = wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
-    for (int64_t g = rows; g < groups; ++g) std::copy_n(values.begin(), columns, values.begin() + g * columns);
+  std::vector<double> read(const Matrix& t) const {
+    const bool wide = t.type == kGrkanFloat64;
+    std::vector<double> values(groups * t.columns);
+    for (int64_t i = 0; i < t.rows * t.columns; ++i)
+      values[i] = wide ? static_cast<const double*>(t.data)[i] : static_cast<const float*>(t.data)[i];
+    for (int64_t g = t.rows; g < groups; ++g) std::copy_n(values.begin(), t.columns, values.begin() + g * t.columns);
     return values;
   }
 
@@ -284,6 +281,15 @@ S smallest_of(const Coefficients& c) {
   return smallest > Limits::min() ? static_cast<S>(smallest) : S(0);
 }
 
+Storage storage_of(int64_t type) {
+  switch (type) {
+    case kGrkanFloat32: return Storage::float32;
+    case kGrkanFloat64: return Storage::float64;
+    case kGrkanFloat16: return Storage::float16;
+    default: return Storage::bfloat16;
+  }
+}
+
 // A plan with what it points to, and the tiles.
 template <class S>
 struct Work {
@@ -298,13 +304,9 @@ struct Work {
   std::vector<Tile> tiles;
   std::unique_ptr<Aligned<S>> table;
 
-  Work(
-      Storage type, int64_t scalars, int64_t width, const Tensor& numerator, const Tensor& denominator, bool absolute,
-      bool derivatives)
-      : storage(type),
-        groups(std::max(numerator.size(0), denominator.size(0))),
-        width(width),
-        coefficients(numerator, denominator, groups, absolute) {
+  Work(const Call& call, bool derivatives)
+      : storage(storage_of(call.type)), groups(0), width(call.width), coefficients(call) {
+    groups = coefficients.groups;
     const int m = coefficients.m, n = coefficients.n;
     lanes = sizeof(S) == 8 ? kernels().lanes_double : kernels().lanes_float;
     // The scalars of a pair have to be of one group.
@@ -315,7 +317,7 @@ struct Work {
     make_table(derivatives);
     const S smallest = derivatives ? smallest_of<S>(coefficients) : S(0), limit = limit_of<S>(coefficients, derivatives);
     const int64_t size = groups * width;
-    plan = Plan<S>{scalars / size, size, m, n, absolute, smallest, limit, runs.data(), table->data};
+    plan = Plan<S>{call.scalars / size, size, m, n, call.absolute, smallest, limit, runs.data(), table->data};
     make_tiles();
   }
 
@@ -352,9 +354,12 @@ struct Work {
 
   void add_entry(int64_t start, bool shared) {
     mixed.push_back(shared);
+    const int64_t step = unit / lanes;
+    int64_t group = start / width, channel = start;
     for (int lane = 0; lane < lanes; ++lane) {
-      const int64_t channel = shared ? start + lane * (unit / lanes) : start;
-      groups_of_lanes.push_back(std::min(channel, groups * width - 1) / width);
+      while (shared && channel >= (group + 1) * width && group + 1 < groups) ++group;
+      groups_of_lanes.push_back(group);
+      channel += step;
     }
   }
 
@@ -376,13 +381,13 @@ struct Work {
     }
     table = std::make_unique<Aligned<S>>(entries() * columns * lanes);
     S* to = table->data;
-    for (int64_t entry = 0; entry < entries(); ++entry) {
+    for (int64_t entry = 0; entry < entries(); ++entry, to += columns * lanes) {
       const int64_t* group = &groups_of_lanes[entry * lanes];
-      for (int k = 0; k < columns; ++k, to += lanes) {
-        if (mixed[entry])
-          for (int lane = 0; lane < lanes; ++lane) to[lane] = rows[group[lane] * columns + k];
-        else
-          std::fill_n(to, lanes, rows[group[0] * columns + k]);
+      for (int lane = 0, end = 0; lane < lanes; lane = end) {  // lanes of one group
+        end = mixed[entry] ? lane + 1 : lanes;
+        while (end < lanes && group[end] == group[lane]) ++end;
+        const S* from = &rows[group[lane] * columns];
+        for (int k = 0; k < columns; ++k) std::fill_n(to + k * lanes + lane, end - lane, from[k]);
       }
     }
   }
@@ -464,11 +469,34 @@ bool fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vec
   return true;
 }
 
+// f(from, to) for pieces of [0, count).
+template <class F>
+void parallel_for(const Threads& threads, int64_t count, const F& f) {
+  struct Data {
+    const F& f;
+    std::atomic<bool> failed;
+  } data{f, false};
+  // What the threads belong to need not know C++'s exceptions.
+  auto body = [](int64_t from, int64_t to, void* data_) {
+    Data& data = *static_cast<Data*>(data_);
+    try {
+      data.f(from, to);
+    } catch (const std::bad_alloc&) {
+      data.failed = true;
+    }
+  };
+  if (count == 1 || threads.run == nullptr)
+    body(0, count, &data);
+  else if (!threads.run(threads.pool, count, body, &data))
+    throw Mistake{"the threads that were to do the work did not"};
+  if (data.failed) throw std::bad_alloc();
+}
+
 template <class T>
-void run_forward(const Work<typename T::Arithmetic>& work, const void* x_, void* y_) {
+void run_forward(const Work<typename T::Arithmetic>& work, const Threads& threads, const void* x_, void* y_) {
   const auto* x = static_cast<const typename T::type*>(x_);
   auto* y = static_cast<typename T::type*>(y_);
-  torch::stable::parallel_for(0, work.tiles.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, work.tiles.size(), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (kernels().forward(work.storage, &work.plan, work.tiles[t], x, y)) continue;
       for_each_scalar(work, work.tiles[t], [&](int64_t i, int64_t group) {
@@ -482,7 +510,8 @@ void run_forward(const Work<typename T::Arithmetic>& work, const void* x_, void*
 // The sums of every group, [groups, m + 1 + n].
 template <class T>
 std::vector<double> run_backward(
-    const Work<typename T::Arithmetic>& work, const void* grad_, const void* x_, void* dx_, void* y_) {
+    const Work<typename T::Arithmetic>& work, const Threads& threads, const void* grad_, const void* x_, void* dx_,
+    void* y_) {
   typedef typename T::Arithmetic S;
   const auto* grad = static_cast<const typename T::type*>(grad_);
   const auto* x = static_cast<const typename T::type*>(x_);
@@ -491,7 +520,7 @@ std::vector<double> run_backward(
   const int64_t all = work.groups * work.sums, tiles = static_cast<int64_t>(work.tiles.size());
   const int64_t vectors_of_entry = work.sums * work.lanes;
   Aligned<double> partial(tiles * all);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, tiles, [&](int64_t begin, int64_t end) {
     Aligned<S> vectors((work.entries() + 1) * vectors_of_entry);
     for (int64_t t = begin; t < end; ++t) {
       const Tile& tile = work.tiles[t];
@@ -528,127 +557,107 @@ std::vector<double> run_backward(
   return total;
 }
 
-Storage storage_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    case ScalarType::Half: return Storage::float16;
-    default: STD_TORCH_CHECK(false, "x must be float16, bfloat16, float32 or float64");
-  }
+void require(bool condition, const char* text) {
+  if (!condition) throw Mistake{text};
 }
 
-// grkan.group_rational has checked the arguments, with better messages: this keeps a call of the operator from reading
-// what is not there.
-void check(const Tensor& x, const Tensor& numerator, const Tensor& denominator, int64_t width) {
-  for (const Tensor* c : {&numerator, &denominator}) {
-    STD_TORCH_CHECK(c->is_cpu() && c->dim() == 2 && c->is_contiguous(), "coefficients must be 2-D, contiguous, on the CPU");
-    STD_TORCH_CHECK(
-        c->scalar_type() == ScalarType::Float || c->scalar_type() == ScalarType::Double,
-        "coefficients must be float32 or float64");
-  }
-  const int64_t rows = numerator.size(0), other = denominator.size(0), groups = std::max(rows, other);
-  STD_TORCH_CHECK(rows > 0 && other > 0, "coefficients must have a row");
-  STD_TORCH_CHECK(std::min(rows, other) == 1 || rows == other, "coefficients must have the same number of rows, or one");
-  STD_TORCH_CHECK(numerator.size(1) > 0, "numerator must have a column");
-  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  const int64_t scalars = x.numel();
-  if (scalars == 0) return;
-  STD_TORCH_CHECK(
-      width > 0 && width <= scalars / groups && scalars % (groups * width) == 0,
+// What sizes can tell: this keeps a mistaken call from reading what is not there.
+void check(const Call& call) {
+  const auto& [type, scalars, width, absolute, a, b] = call;
+  require(type >= kGrkanFloat32 && type <= kGrkanBFloat16, "x must be float16, bfloat16, float32 or float64");
+  for (const Matrix* matrix : {&a, &b})
+    require(matrix->type == kGrkanFloat32 || matrix->type == kGrkanFloat64, "coefficients must be float32 or float64");
+  const int64_t groups = std::max(a.rows, b.rows);
+  require(a.rows > 0 && b.rows > 0, "coefficients must have a row");
+  require(std::min(a.rows, b.rows) == 1 || a.rows == b.rows, "coefficients must have the same number of rows, or one");
+  require(a.columns > 0, "numerator must have a column");
+  require(b.columns >= 0, "denominator must not have fewer columns than none");
+  require(
+      scalars == 0 || (width > 0 && width <= scalars / groups && scalars % (groups * width) == 0),
       "x must have a multiple of groups * width scalars");
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  STD_TORCH_CHECK(last == scalars - 1, "x must lie in memory without gaps");
+  require(a.data && (b.data || b.columns == 0), "there is no memory at an address of coefficients");
 }
 
-void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == x.dim() && t.scalar_type() == x.scalar_type(), name, " must be like x");
-  for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(t.size(d) == x.size(d) && (x.size(d) == 1 || t.stride(d) == x.stride(d)), name, " must lie in memory like x");
+// Of tensors like x.
+void check_memory(const Call& call, std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses) require(address || call.scalars == 0, "there is no memory at an address");
 }
 
 template <class F>
-void with_storage(Storage storage, const F& f) {
-  switch (storage) {
-    case Storage::float32: return f(Float32());
-    case Storage::float64: return f(Float64());
-    case Storage::float16: return f(Float16());
+void with_type(int64_t type, const F& f) {
+  switch (type) {
+    case kGrkanFloat32: return f(Float32());
+    case kGrkanFloat64: return f(Float64());
+    case kGrkanFloat16: return f(Float16());
     default: return f(BFloat16());
   }
 }
 
-Tensor forward(Tensor x, Tensor numerator, Tensor denominator, bool absolute, int64_t width) {
-  check(x, numerator, denominator, width);
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
-  const Storage storage = storage_of(x);
-  with_storage(storage, [&](auto type) {
-    typedef decltype(type) T;
-    const Work<typename T::Arithmetic> work(storage, x.numel(), width, numerator, denominator, absolute, false);
-    run_forward<T>(work, x.const_data_ptr(), y.mutable_data_ptr());
-  });
-  return y;
-}
-
 // Columns of the sums, from `first` on, as the gradient of coefficients; a row that is shared gets the sums of all groups.
 template <class C>
-void gather(const std::vector<double>& sums, int64_t columns, int64_t first, const Tensor& like, bool absolute, void* to) {
-  const int64_t rows = like.size(0), count = like.size(1), groups = static_cast<int64_t>(sums.size()) / columns;
-  const C* coefficients = static_cast<const C*>(like.const_data_ptr());
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t k = 0; k < count; ++k) {
+void gather(const std::vector<double>& sums, int64_t columns, int64_t first, const Matrix& like, bool absolute, void* to) {
+  const int64_t groups = static_cast<int64_t>(sums.size()) / columns;
+  const C* coefficients = static_cast<const C*>(like.data);
+  for (int64_t row = 0; row < like.rows; ++row)
+    for (int64_t k = 0; k < like.columns; ++k) {
       double sum = 0;
-      for (int64_t g = row; g < (rows == 1 ? groups : row + 1); ++g) sum += sums[g * columns + first + k];
-      const int64_t i = row * count + k;
+      for (int64_t g = row; g < (like.rows == 1 ? groups : row + 1); ++g) sum += sums[g * columns + first + k];
+      const int64_t i = row * like.columns + k;
       static_cast<C*>(to)[i] = static_cast<C>(absolute && coefficients[i] < 0 ? -sum : sum);  // d|b| = sign(b) db
     }
 }
 
-Tensor gradient_of(
-    const Tensor& coefficients, const std::vector<double>& sums, int64_t columns, int64_t first, bool absolute) {
-  Tensor result = torch::stable::empty_like(coefficients);
-  void* to = result.mutable_data_ptr();
-  if (coefficients.scalar_type() == ScalarType::Double)
-    gather<double>(sums, columns, first, coefficients, absolute, to);
+void write_gradient(
+    const std::vector<double>& sums, int64_t columns, int64_t first, const Matrix& like, bool absolute, void* to) {
+  if (like.type == kGrkanFloat64)
+    gather<double>(sums, columns, first, like, absolute, to);
   else
-    gather<float>(sums, columns, first, coefficients, absolute, to);
-  return result;
+    gather<float>(sums, columns, first, like, absolute, to);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, Tensor numerator, Tensor denominator, bool absolute, int64_t width, std::optional<Tensor> y) {
-  check(x, numerator, denominator, width);
-  check_like("grad", grad, x);
-  if (y) check_like("y", *y, x);
-  Tensor dx = torch::stable::empty_like(x);
-  const int64_t columns = numerator.size(1) + denominator.size(1);
-  std::vector<double> sums(std::max(numerator.size(0), denominator.size(0)) * columns, 0.0);
-  const Storage storage = storage_of(x);
-  if (x.numel() > 0)
-    with_storage(storage, [&](auto type) {
-      typedef decltype(type) T;
-      const Work<typename T::Arithmetic> work(storage, x.numel(), width, numerator, denominator, absolute, true);
-      sums = run_backward<T>(
-          work, grad.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), y ? y->mutable_data_ptr() : nullptr);
-    });
-  return {
-      dx,
-      gradient_of(numerator, sums, columns, 0, false),
-      gradient_of(denominator, sums, columns, numerator.size(1), absolute)};
+template <class F>
+const char* with_mistakes_told(const F& f) {
+  try {
+    f();
+    return nullptr;
+  } catch (const Mistake& mistake) {
+    return mistake.text;
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
 }
 
 }  // namespace
+
+const char* forward(const Call& call, const Threads& threads, const void* x, void* y) {
+  return with_mistakes_told([&] {
+    check(call);
+    check_memory(call, {x, y});
+    if (call.scalars == 0) return;
+    with_type(call.type, [&](auto type) {
+      typedef decltype(type) T;
+      run_forward<T>(Work<typename T::Arithmetic>(call, false), threads, x, y);
+    });
+  });
+}
+
+const char* backward(
+    const Call& call, const Threads& threads, const void* grad, const void* x, void* dx, void* da, void* db, void* y) {
+  return with_mistakes_told([&] {
+    check(call);
+    check_memory(call, {grad, x, dx});
+    const Matrix &a = call.numerator, &b = call.denominator;
+    require(da && (db || b.columns == 0), "there is no memory for the gradients of coefficients");
+    const int64_t columns = a.columns + b.columns;
+    std::vector<double> sums(std::max(a.rows, b.rows) * columns, 0.0);
+    if (call.scalars > 0)
+      with_type(call.type, [&](auto type) {
+        typedef decltype(type) T;
+        sums = run_backward<T>(Work<typename T::Arithmetic>(call, true), threads, grad, x, dx, y);
+      });
+    write_gradient(sums, columns, 0, a, false, da);
+    write_gradient(sums, columns, a.columns, b, call.absolute, db);
+  });
+}
+
 }  // namespace grkan
-
-STABLE_TORCH_LIBRARY_FRAGMENT(grkan, m) {
-  m.def("cpu_forward(Tensor x, Tensor numerator, Tensor denominator, bool absolute, int width) -> Tensor");
-  m.def(
-      "cpu_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, bool absolute, int width, Tensor(a!)? y) -> "
-      "(Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(grkan, CPU, m) {
-  m.impl("cpu_forward", TORCH_BOX(&grkan::forward));
-  m.impl("cpu_backward", TORCH_BOX(&grkan::backward));
-}

@@ -88,7 +88,7 @@ def installed(package):
 def has_library():
     try:
         return grkan.onnx_library().is_file()
-    except (AttributeError, RuntimeError):
+    except RuntimeError:
         return False
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
     from .export import export, plain
+    from .export.library import onnx_library
     from .models.files import load_model, save_model
     from .models.operations import count_operations
     from .models.released import load_released_checkpoint
@@ -36,6 +37,7 @@ _LAZY = {
     "fit": ("grkan.rational.fit", "fit"),
     "load_model": ("grkan.models.files", "models"),
     "load_released_checkpoint": ("grkan.models.released", "models"),
+    "onnx_library": ("grkan.export.library", "onnx"),
     "plain": ("grkan.export", "models"),
     "save_model": ("grkan.models.files", "models"),
 }
@@ -57,6 +59,7 @@ __all__ = [
     "load_model",
     "load_released_checkpoint",
     "no_weight_decay",
+    "onnx_library",
     "param_groups",
     "plain",
     "rational_linear",

@@ -1,9 +1,11 @@
 """The C++ kernel: what the grid of `test_op.py` and the exact arithmetic of `test_reference.py` do not ask."""
 
+import ctypes
 import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -266,34 +268,115 @@ def test_sign_of_both_zeros_is_plus_one(order, form, zero):
     assert_right(x, grad, a, b, form)
 
 
-def test_mistakes_in_calling_the_operator_do_not_reach_memory():
+def test_mistakes_in_calling_the_operators_do_not_reach_memory():
     x, grad, a, b = inputs((3, 4, 8))
-    forward, backward = torch.ops.grkan.cpu_forward, torch.ops.grkan.cpu_backward
+    x, grad = x.flatten(1), grad.flatten(1)
+    forward, backward = torch.ops.grkan.group_rational, torch.ops.grkan.group_rational_backward
     for arguments, message in [
-        ((x.long(), a, b, False, 8), "x must be float16"),
-        ((x, a.half(), b, False, 8), "float32 or float64"),
-        ((x, a[:2], b, False, 8), "same number of rows"),
-        ((x, a[:, :0], b, False, 8), "numerator must have a column"),
-        ((x, a[:0], b[:0], False, 8), "must have a row"),
-        ((x, a[:0], b, False, 8), "must have a row"),
-        ((x, a[:1], b[:0], False, 8), "must have a row"),
-        ((x, a, b, False, 2**62), "multiple of groups"),
-        ((x, a, b, False, 2**63 - 1), "multiple of groups"),
-        ((x, a, b, False, -8), "multiple of groups"),
-        ((x, a, b[0], False, 8), "2-D"),
-        ((x, a, b.T.contiguous().T, False, 8), "contiguous"),
-        ((x, a, b, False, 5), "multiple of groups"),
-        ((x, a, b, False, 0), "multiple of groups"),
-        ((x[:, :, ::2], a, b, False, 4), "without gaps"),
-        ((x[:1].expand(3, 4, 8), a, b, False, 8), "without gaps"),
+        ((x.long(), a, b), "x must be float16"),
+        ((x, a[:2], b), "same number of rows"),
+        ((x, a[:, :0], b), "numerator must have shape"),
+        ((x, a[:0], b[:0]), "numerator must have shape"),
+        ((x, a[:1], b[:0]), "denominator must have shape"),
+        ((x, a, b[0]), "denominator must have shape"),
+        ((x[:, :30], a, b), "divisible by the number of groups"),
     ]:
-        with pytest.raises(RuntimeError, match=message):
-            forward(*arguments)
-    for bad in (grad[:2], grad.double(), grad.transpose(0, 1).contiguous().transpose(0, 1)):
-        with pytest.raises(RuntimeError, match="grad must"):
-            backward(bad, x, a, b, False, 8, None)
-    with pytest.raises(RuntimeError, match="y must"):
-        backward(grad, x, a, b, False, 8, x[:1].clone())
+        with pytest.raises(ValueError if "x must be" not in message else TypeError, match=message):
+            forward(*arguments, "abs_of_sum", -1)
+        with pytest.raises(ValueError if "x must be" not in message else TypeError, match=message):
+            backward(grad, *arguments, "abs_of_sum", -1)
+    for bad in (grad[:2], grad.double(), grad[:, :8]):
+        with pytest.raises(ValueError, match="grad must be like x, "):
+            backward(bad, x, a, b, "abs_of_sum", -1)
+    # Not even tensors that lie otherwise do.
+    y, gradients = forward(x, a, b, "abs_of_sum", -1), backward(grad, x, a, b, "abs_of_sum", -1)
+    odd = [torch.stack([t, t], -1)[..., 0] for t in (grad, x, a, b)]
+    torch.testing.assert_close(forward(*odd[1:], "abs_of_sum", -1), y)
+    torch.testing.assert_close(backward(*odd, "abs_of_sum", -1), gradients)
+
+
+def test_mistakes_in_calling_the_library_do_not_reach_memory():
+    """As far as sizes can tell; with memory that there is, lest a mistake of the library's go unnoticed."""
+    room = torch.zeros(1000)
+    good = {"threads": None, "type": 0, "scalars": 96, "width": 8, "absolute": 0}
+    good |= {"a": room.data_ptr(), "a_type": 0, "a_rows": 4, "a_columns": 6}
+    good |= {"b": room.data_ptr(), "b_type": 0, "b_rows": 4, "b_columns": 4}
+    forward, backward = [room.data_ptr()] * 2, [room.data_ptr()] * 6
+    for change, message in [
+        ({}, None),
+        ({"type": 4}, "x must be float16"),
+        ({"type": -1}, "x must be float16"),
+        ({"a_type": 2}, "float32 or float64"),
+        ({"a_rows": 2}, "same number of rows"),
+        ({"a_columns": 0}, "numerator must have a column"),
+        ({"b_columns": -1}, "denominator must not have"),
+        ({"a_rows": 0, "b_rows": 0}, "must have a row"),
+        ({"a_rows": 1, "b_rows": 0}, "must have a row"),
+        ({"a_rows": 2**62, "b_rows": 2**62}, "multiple of groups"),
+        ({"width": 2**62}, "multiple of groups"),
+        ({"width": 2**63 - 1}, "multiple of groups"),
+        ({"width": -8}, "multiple of groups"),
+        ({"width": 5}, "multiple of groups"),
+        ({"width": 0}, "multiple of groups"),
+        ({"scalars": -96}, "multiple of groups"),
+        ({"a": None}, "no memory"),
+        ({"b": None}, "no memory"),
+    ]:
+        for function, memory in ((cpu._forward, forward), (cpu._backward, backward)):
+            problem = function(*(good | change).values(), *memory)
+            assert problem is None if message is None else message in problem.decode()
+    for k in range(2):
+        memory = [None if i == k else place for i, place in enumerate(forward)]
+        assert b"no memory" in cpu._forward(*good.values(), *memory)
+    for k in range(5):  # the sixth, y, may be missing
+        memory = [None if i == k else place for i, place in enumerate(backward)]
+        assert b"no memory" in cpu._backward(*good.values(), *memory)
+
+
+def test_threads_that_fail_are_reported():
+    room = torch.zeros(1000)
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p)
+    def fail(begin, end, grain, body, data):
+        return 1
+
+    x = torch.zeros(200_000)
+    coefficients = (room.data_ptr(), 0, 1, 6, room.data_ptr(), 0, 1, 4)
+    threads = ctypes.cast(fail, ctypes.c_void_p)
+    problem = cpu._forward(threads, 0, x.numel(), x.numel(), 0, *coefficients, x.data_ptr(), x.data_ptr())
+    assert problem == b"the threads that were to do the work did not"
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "_INTERFACE", 0)
+    with pytest.raises(OSError, match="was built for another version of grkan"):
+        cpu.load()
+    monkeypatch.setattr(cpu, "LIBRARY", Path(torch._C.__file__))
+    with pytest.raises(OSError, match="grkan_interface"):
+        cpu.load()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_after_a_fork():
+    """On one thread, for PyTorch's others are not in the child; the kernel adds nothing that could break."""
+    program = (
+        "import os, torch, grkan; torch.set_num_threads(1)\n"
+        "x, a, b = torch.randn(3000, 64), torch.randn(8, 6), torch.randn(8, 4)\n"
+        "y = grkan.group_rational(x, a, b)\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(grkan.group_rational(x, a, b), y) else 1)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout == "0\n"
+
+
+def test_many_python_threads_at_once():
+    arguments = inputs((64, 8, 24))
+    wanted = run(*arguments, "abs_of_sum")
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: run(*arguments, "abs_of_sum"), range(64)):
+            assert all(torch.equal(t, first) for t, first in zip(found, wanted, strict=True))
 
 
 @pytest.mark.slow

@@ -832,6 +832,40 @@ def test_zero_tensors(backend):
     torch.testing.assert_close(grkan.group_rational(zero, a, b), grkan.group_rational(torch.zeros(3, 8), a, b))
 
 
+def test_a_profiler_sees_the_kernel():
+    x, a, b = torch.randn(3, 8, requires_grad=True), *coefficients(4, (5, 4))
+    with torch.profiler.profile() as profile:
+        grkan.group_rational(x, a, b).sum().backward()
+    assert {"grkan::forward", "grkan::backward"} <= {event.name for event in profile.events()}
+
+
+def test_tensors_whose_memory_holds_other_numbers(backend):
+    """The real and imaginary parts of a conjugate number are views with a sign that the memory does not have."""
+    x, grad = torch.complex(torch.randn(3, 8), torch.randn(3, 8)), torch.randn(3, 8)
+    a, b = torch.randn(4, 6), torch.randn(4, 4)
+
+    def negated(t):
+        view = torch.complex(torch.zeros_like(t), -t).conj().imag
+        assert view.is_neg()
+        torch.testing.assert_close(view, t)
+        return view
+
+    inputs = [t.requires_grad_() for t in (x.imag.clone(), a, b)]
+    wanted = grkan.group_rational(*inputs)
+    gradients = torch.autograd.grad(wanted, inputs, grad)
+    others = [negated(t.detach()).requires_grad_() for t in inputs]
+    y = grkan.group_rational(*others)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(torch.autograd.grad(y, others, negated(grad)), gradients)
+    with torch.no_grad():
+        for k in range(3):
+            one = [other if i == k else t for i, (t, other) in enumerate(zip(inputs, others, strict=True))]
+            torch.testing.assert_close(grkan.group_rational(*one), wanted)
+    zeros = torch._efficientzerotensor((4, 4))
+    expected = grkan.group_rational(x.real.detach(), a, torch.zeros(4, 4))
+    torch.testing.assert_close(grkan.group_rational(x.real.detach(), a, zeros), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0), (0, 0)], ids=str)
 def test_a_weight_without_rows_or_columns(backend, shape):
     a, b = coefficients(4, (5, 4))
@@ -1201,8 +1235,8 @@ def test_every_pair_of_shared_rows():
 
 
 def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
-    """Built for another PyTorch, say: the reference computes, and a warning says what to do."""
-    broken = tmp_path / "_C.abi3.so"
+    """Built for another machine, say: the reference computes, and a warning says what to do."""
+    broken = tmp_path / "libgrkan.so"
     broken.write_bytes(b"no library")
     program = (
         "import warnings; from pathlib import Path; from grkan.rational import cpu\n"
@@ -1215,13 +1249,13 @@ def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("0 grkan's kernel cannot be loaded")
-    assert "pip install --no-build-isolation" in result.stdout
+    assert "pip install --force-reinstall" in result.stdout
 
 
 def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
     monkeypatch.setattr(op, "KERNELS", {})
     monkeypatch.setattr(op, "_noticed", set())
-    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --no-build-isolation"):
+    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --force-reinstall"):
         op.group_rational(X, A, B)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

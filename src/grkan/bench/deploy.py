@@ -134,8 +134,8 @@ def rivals(files: Files, runtime: tuple[str, str], batch: int) -> dict[str, Riva
 def onnx_library() -> Path | None:
     """Grkan's kernel for ONNX Runtime; None where it was not built."""
     try:
-        return Path(grkan.onnx_library())
-    except (AttributeError, RuntimeError):
+        return grkan.onnx_library()
+    except RuntimeError:
         return None
 
 

@@ -1,10 +1,12 @@
 """The C++ kernel of `csrc/`, in the form that `op.py` wants: float16 to float64 on the CPU, any order, both forms.
 
-It is built when grkan is installed with a compiler and PyTorch at hand, and loaded here. It picks AVX-512, AVX2 or
-portable vectors when it is first called; PyTorch's variable ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for less
-than the machine has.
+It is a library with the C interface of `csrc/grkan.h`, which knows nothing of PyTorch: it is called with addresses and
+sizes, and with PyTorch's own function to run the parts of the work on its threads. It picks AVX-512, AVX2 or portable
+vectors when it is first called; PyTorch's variable ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for less than the
+machine has.
 """
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,25 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+from ..errors import GrkanRuntimeError, GrkanValueError
 
-# The library's two operators, without what Python puts around an operator: 1 us of the 10 that a small call takes.
-_forward: Callable[..., Tensor]
-_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+LIBRARY = Path(__file__).parents[1] / "libgrkan.so"
+
+_INTERFACE = 1  # kGrkanInterface of csrc/grkan.h
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+_forward: Callable[..., bytes | None]
+_backward: Callable[..., bytes | None]
+_parallel_for: int
 
 
 def load() -> bool:
-    """Make the operators grkan::cpu_forward and grkan::cpu_backward known to PyTorch; False if they were not built.
+    """Load the library; False if it was not built.
 
     Raises:
-        OSError: the library is there and cannot be loaded; the message says why.
+        OSError: the library is there and cannot be used; the message says why.
     """
-    global _forward, _backward
+    global _forward, _backward, _parallel_for
     if not LIBRARY.exists():
         return False
-    torch.ops.load_library(str(LIBRARY))
-    operators: Any = torch.ops.grkan
-    _forward, _backward = operators.cpu_forward.default._op, operators.cpu_backward.default._op
+    library = ctypes.CDLL(str(LIBRARY))
+    try:
+        interface, forward, backward = library.grkan_interface(), library.grkan_forward, library.grkan_backward
+    except AttributeError as error:
+        raise OSError(str(error)) from error
+    if interface != _INTERFACE:
+        raise OSError(f"{LIBRARY} was built for another version of grkan")
+    for function, count in ((forward, 15), (backward, 19)):
+        # Whatever has 64 bits goes as an address, which ctypes converts twice as fast as an integer.
+        function.argtypes = [ctypes.c_void_p] * count
+        function.restype = ctypes.c_char_p
+    # A library finds what it was linked with: here libtorch_cpu, wherever it lies.
+    threads: Any = ctypes.CDLL(torch._C.__file__).torch_parallel_for  # of PyTorch's stable C interface, since 2.10
+    _forward, _backward, _parallel_for = forward, backward, ctypes.cast(threads, ctypes.c_void_p).value or 0
     return True
 
 
@@ -38,20 +56,70 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
     """F(x), see `op.Kernel`."""
     if not _are_readable(numerator, denominator):
         numerator, denominator = _readable(numerator), _readable(denominator)
-    return _forward(x, numerator, denominator, form == "sum_of_abs", width)
+    y = torch.empty_like(x)
+    problem = _forward(
+        _parallel_for,
+        _TYPES[x.dtype],
+        x.numel(),
+        width,
+        form == "sum_of_abs",
+        numerator.data_ptr(),
+        _TYPES[numerator.dtype],
+        *numerator.shape,
+        denominator.data_ptr(),
+        _TYPES[denominator.dtype],
+        *denominator.shape,
+        x.data_ptr(),
+        y.data_ptr(),
+    )
+    if problem is not None:
+        raise _error(problem)
+    return y
 
 
 def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients, and with `output` F(x) from the same pass over x; see `op.Kernel`."""
+    if grad.shape != x.shape or grad.dtype != x.dtype or not grad.is_cpu:
+        raise GrkanValueError(
+            f"grad must be like x, {x.dtype} of shape {tuple(x.shape)} on the CPU; "
+            f"got {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}"
+        )
+    a, b = numerator, denominator
+    readable = _are_readable(a, b)
+    if not readable:
+        a, b = _readable(a), _readable(b)
+    dx, da, db = torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
     y = torch.empty_like(x) if output else None
-    if _are_readable(numerator, denominator):
-        dx, da, db = _backward(grad, x, numerator, denominator, form == "sum_of_abs", width, y)
+    problem = _backward(
+        _parallel_for,
+        _TYPES[x.dtype],
+        x.numel(),
+        width,
+        form == "sum_of_abs",
+        a.data_ptr(),
+        _TYPES[a.dtype],
+        *a.shape,
+        b.data_ptr(),
+        _TYPES[b.dtype],
+        *b.shape,
+        grad.data_ptr(),
+        x.data_ptr(),
+        dx.data_ptr(),
+        da.data_ptr(),
+        db.data_ptr(),
+        None if y is None else y.data_ptr(),
+    )
+    if problem is not None:
+        raise _error(problem)
+    if readable:
         return dx, da, db, y
-    a, b = _readable(numerator), _readable(denominator)
-    dx, da, db = _backward(grad, x, a, b, form == "sum_of_abs", width, y)
     return dx, da.to(numerator.dtype), db.to(denominator.dtype), y
+
+
+def _error(problem: bytes) -> Exception:
+    return GrkanRuntimeError(f"the CPU kernel: {problem.decode()}")
 
 
 def _are_readable(numerator: Tensor, denominator: Tensor) -> bool:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.autograd.profiler as profiler
 import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import register_decomposition
@@ -49,7 +50,7 @@ TRITON = (3, 6)
 
 _TRITON = ".".join(map(str, TRITON))
 TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
-BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+BUILD_COMMAND = "pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _load_cpu_kernel() -> None:
             KERNELS["cpu"] = Kernel(cpu.forward, cpu.backward)
     except OSError as error:
         warnings.warn(
-            f"grkan's kernel cannot be loaded, so F is computed by plain PyTorch operations: {error}; to build it for "
-            f"this version of PyTorch: {BUILD_COMMAND}",
+            f"grkan's kernel cannot be loaded, so F is computed by plain PyTorch operations: {error}; to build it "
+            f"anew, in the folder of grkan's source: {BUILD_COMMAND}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -279,7 +280,13 @@ def _is_eager(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
         or type(denominator) not in _PLAIN
         or x.is_meta
         or x.is_nested
+        # Tensors whose memory does not hold their numbers: none at all, or those of the other sign.
         or x._is_zerotensor()
+        or numerator._is_zerotensor()
+        or denominator._is_zerotensor()
+        or x.is_neg()
+        or numerator.is_neg()
+        or denominator.is_neg()
         or torch._C._functorch.is_legacy_batchedtensor(x)
     )
 
@@ -494,6 +501,9 @@ def _as_rows(numerator: Tensor, denominator: Tensor, call: _Call) -> tuple[Tenso
     return numerator.view(call.shapes[0]), denominator.view(call.shapes[1])
 
 
+_UNSEEN = contextlib.nullcontext()
+
+
 # F and the linear layer by plain, differentiable operations.
 
 
@@ -532,7 +542,10 @@ def _evaluate(x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, ke
     if call.shapes is not None:
         numerator, denominator = _as_rows(numerator, denominator, call)
     x, width = (x, call.width) if x.is_contiguous() else _dense(x, call)
-    return kernel.forward(x, numerator, denominator, call.form, width)
+    if not profiler._is_profiler_enabled:  # which would see none of this, for a kernel is no operator of PyTorch's
+        return kernel.forward(x, numerator, denominator, call.form, width)
+    with profiler.record_function("grkan::forward"):
+        return kernel.forward(x, numerator, denominator, call.form, width)
 
 
 def _evaluate_linear(
@@ -558,7 +571,8 @@ def _gradients(
     else:
         x, width = _dense(x, call)
         grad = _with_strides(grad, x.stride())
-    dx, da, db, y = kernel.backward(grad, x, numerator, denominator, call.form, width, output)
+    with profiler.record_function("grkan::backward") if profiler._is_profiler_enabled else _UNSEEN:
+        dx, da, db, y = kernel.backward(grad, x, numerator, denominator, call.form, width, output)
     if call.shapes is not None:
         da, db = da.view(-1), db.view(-1)
     return dx, da, db, y
