@@ -6,19 +6,35 @@ VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench bars sanitize gpu clean
+.PHONY: demo test test-oldest lint docs dist bench bars sanitize gpu clean
 
 demo: $(VENV)/train.done
 	$(BIN)/grkan compare --config configs/demo.yaml --output runs/demo
 
 # One thread a worker: the tests are many and small.
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 10
+
+# With the oldest versions that pyproject.toml allows: make test-oldest PYTHON=python3.10
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/test.done
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --durations 10
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/docs.
+docs: $(VENV)/docs.done
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
+
+# What a release uploads, in dist, and whether it may.
+dist: $(VENV)/release.done
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel show dist/*.whl; fi
 
 # Rivals side by side; nothing else should run meanwhile. docs/benchmarks.md explains the tables.
 bench: $(VENV)/train.done
@@ -54,7 +70,7 @@ sanitize: $(VENV)/test.done
 		-k "not compile and not export and not opcheck" -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/grkan/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist src/*.egg-info src/grkan/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -62,7 +78,16 @@ $(VENV)/torch.done:
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
-# An editable install with one extra: train.done, test.done, lint.done.
+# An editable install with one extra: train.done, test.done, lint.done, docs.done, release.done.
 $(VENV)/%.done: $(VENV)/torch.done pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@
+
+# uv can choose the lowest version of whatever pyproject.toml names; pip cannot.
+$(OLDEST)/test.done: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct -r pyproject.toml --extra test
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) "setuptools>=77" wheel
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --no-build-isolation --no-deps --editable .
 	touch $@

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,36 @@ def test_plot_writes_a_picture(run, tmp_path, data, capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
+def _report(path):
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(content[1])
+
+
+def test_plot_writes_a_page_of_a_run(run, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run), "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    report = _report(path)
+    assert report["title"].endswith(" on digits")
+    assert all(sum(function["counts"]) > 0 for function in report["functions"])
+    assert sum(map(sum, report["confusion"])) == 355
+    top1 = 100 * sum(row[i] for i, row in enumerate(report["confusion"])) / 355
+    assert top1 == pytest.approx(report["epochs"][-1]["top1"])
+
+
+def test_a_page_says_what_it_lacks(run, tmp_path):
+    path = tmp_path / "report.html"
+    assert main(["plot", str(run / "best.safetensors"), "--output", str(path)]) == 0
+    report = _report(path)
+    assert "give --data" in report["notes"][0]
+    assert (report["epochs"], report["confusion"]) == ([], None)
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    (moved / "config.yaml").write_text("model: kat_micro_patch2_8\ndata: /nowhere\n")
+    assert main(["plot", str(moved), "--output", str(path)]) == 0
+    assert "/nowhere" in _report(path)["notes"][0]
+
+
 def test_info_shows_the_twin(capsys):
     assert main(["info", "kat_micro_patch2_8"]) == 0
     out = capsys.readouterr().out
@@ -131,6 +162,34 @@ def test_fit_prints_coefficients_and_draws(tmp_path, capsys):
     assert len(out.split("numerator")[1].split("denominator")[0].split()) == 6
     assert "on [-8, 8]" in out
     assert Image.open(tmp_path / "fit.png").width > 500
+
+
+def test_a_folder_of_classes_is_split_told_and_found_again(tmp_path, capsys):
+    folder = tmp_path / "images"
+    for i, name in enumerate(["dark"] * 20 + ["bright"] * 20):
+        path = folder / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 100 + i + 60 * (name == "bright"), np.uint8)).save(path)
+    (folder / ".ipynb_checkpoints").mkdir()
+    line = _fails(capsys, ["train", *TINY, f"--data={folder}", "--output", tmp_path / "none"])
+    assert "--val-split 0.1" in line
+    arguments = [*TINY, "--epochs=1", "--batch-size=8", "--workers=0", f"--output={tmp_path / 'run'}", "--seed=3"]
+    assert main(["train", *arguments, f"--data={folder}", "--val-split=0.25"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    told = out.splitlines()[:3]
+    assert told[0] == f"{folder}: 30 images of 2 classes; passed over: 1 hidden"
+    assert told[1] == f"0.25 of each class of {folder}, by seed 3: 10 images of 2 classes"
+    assert told[2].startswith("small images, of about 8 x 8 pixels: shift 1, hflip 0.0, color_jitter 0.0")
+    for given, images in (([], 10), (["--split=train"], 30), (["--val-split=0.5"], 20), (["--split=dark"], None)):
+        arguments = ["eval", str(tmp_path / "run"), f"--data={folder}", "--workers=0", *given]
+        if images is None:
+            assert "must hold a folder for each class; it has none" in _fails(capsys, arguments)
+        else:
+            assert main(arguments) == 0
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == images
+    line = _fails(capsys, ["eval", tmp_path / "run", f"--data={folder}", "--val-split=2"])
+    assert line == "grkan: val_split must be in (0, 1); got 2.0"
 
 
 def test_resume_of_a_finished_run(run, capsys):

@@ -98,6 +98,7 @@ def _tell_timm(models: Any) -> None:
 # Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
 # Accelerate their functions, as soon as either is imported, by whomever.
 when_imported("timm.models", _tell_timm)
+when_imported("timm.models._manipulate", lambda module: _integration("initialisers").know_named_apply(module))
 # DTensors know no operator without a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))

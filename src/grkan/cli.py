@@ -7,11 +7,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
@@ -132,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", type=_name, required=True, help="as for train; a folder may hold the classes' folders itself"
     )
+    sub.add_argument("--split", type=_name, metavar="NAME", help="train, val or another (what runs are tested on)")
+    sub.add_argument("--val-split", type=float, metavar="X", help="as for train (the run's, on the run's data)")
+    sub.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of --val-split (%(default)s)")
     sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
     sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
@@ -177,12 +181,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--int8", action="store_true", help="for onnx: weights in 8 bits")
 
-    sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one")
+    sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one, or make a page")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument(
-        "--data", type=_name, help="show the histogram of each function's inputs for test images of this data set"
+        "--data",
+        type=_name,
+        help="show the histogram of each function's inputs for test images of this data set (a page: the run's own)",
     )
-    sub.add_argument("--output", type=_name, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
+    sub.add_argument(
+        "--output",
+        type=_name,
+        required=True,
+        metavar="FILE",
+        help="a .png, .svg or .pdf file; or .html, a page with the functions, the curves and the confusion matrix",
+    )
 
     sub = command("info", _info, "count a model's parameters and operations, next to its Vision Transformer's")
     sub.add_argument("model", type=_name, help="a name of timm's registry, a run's folder or a model file")
@@ -260,13 +272,18 @@ def _set_way_on(options: argparse.Namespace, folder: str) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import math
 
-    from .train.data import UnreadableImages
-    from .train.evaluate import score, test_loader
+    from .train.data import UnreadableImages, describe, find_source
+    from .train.evaluate import data_for, loader_for, score
     from .train.model import load_trained
     from .train.progress import evaluation_bar
 
     trained = load_trained(options.model)
-    loader = test_loader(trained, options.data, options.batch_size, options.workers)
+    given = make_config({"data": options.data, "val_split": options.val_split, "seed": options.seed})  # checks them
+    images = data_for(trained, given.data, options.split, given.val_split, given.seed)
+    workers = find_source(options.data).workers if options.workers is None else options.workers
+    loader = loader_for(trained, images, options.batch_size, workers)
+    if images.where is not None:
+        print(describe(images))
     unreadable = UnreadableImages()
     with evaluation_bar(len(loader)) as advance:
         result = score(trained.model, loader, trained.device, unreadable, advance)
@@ -374,9 +391,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
+    if Path(options.output).suffix.lower() in (".html", ".htm"):
+        _report(options)
+        return
     from .plot import plot_functions, record_inputs, save_figure
     from .train.data import UnreadableImages
-    from .train.evaluate import first_images, test_loader
+    from .train.evaluate import data_for, first_images, loader_for
     from .train.model import load_trained, load_weights
     from .writing import replacing
 
@@ -385,7 +405,8 @@ def _plot(options: argparse.Namespace) -> None:
     if options.data is not None:
         trained = load_trained(options.model)
         model = trained.model
-        images = first_images(test_loader(trained, options.data, batch_size=256, workers=0), UnreadableImages())
+        loader = loader_for(trained, data_for(trained, options.data), batch_size=256, workers=0)
+        images = first_images(loader, UnreadableImages())
         if images is not None:
             inputs = record_inputs(model, [images.to(trained.device)])
     else:
@@ -393,6 +414,59 @@ def _plot(options: argparse.Namespace) -> None:
     figure = plot_functions(model, inputs)
     with replacing(options.output) as path:
         save_figure(figure, path)
+    print(options.output)
+
+
+def _report(options: argparse.Namespace) -> None:
+    """`grkan plot` to a page: what a picture shows, and whatever else is known of a run."""
+    from .inspection import count_confusions, rationals, record_inputs
+    from .report import make_report
+    from .train.data import UnreadableImages
+    from .train.evaluate import data_for, first_images, loader_for
+    from .train.metrics import read_metrics
+    from .train.model import load_trained, load_weights
+    from .train.progress import evaluation_bar
+    from .writing import check_writable, write_bytes
+
+    check_writable(options.output)
+    model = load_weights(options.model)
+    rationals(model)  # raises before the work if there are none
+    run = Path(options.model)
+    title, data = run.resolve().name, options.data
+    found: dict[str, Any] = {}
+    if (run / "metrics.jsonl").is_file():
+        found["metrics"] = read_metrics(run / "metrics.jsonl")
+    if (run / "config.yaml").is_file():
+        config = read_yaml(run / "config.yaml")
+        title = f"{title}: {config.get('model')} on {Path(str(config.get('data'))).name}"
+        data = data or config.get("data")
+    if data is None:
+        found["notes"] = ["The inputs of the functions are not known: give --data to see their histograms."]
+    else:
+        try:
+            trained = load_trained(options.model)
+            loader = loader_for(trained, data_for(trained, data), batch_size=256, workers=0)
+        except GrkanValueError as error:
+            if options.data is not None:
+                raise
+            found["notes"] = [f"The inputs of the functions are not known: {error}."]
+        else:
+            unreadable = UnreadableImages()
+            images = first_images(loader, unreadable)
+            if images is not None:
+                found["inputs"] = record_inputs(trained.model, [images.to(trained.device)])
+            with evaluation_bar(len(loader)) as advance:
+
+                def batches() -> Iterator[tuple[Tensor, Tensor]]:
+                    for batch in loader:
+                        unreadable.add(batch)
+                        if len(batch.labels):
+                            yield batch.images.to(trained.device), batch.labels.to(trained.device)
+                        advance(batch)
+
+                found["confusion"] = count_confusions(trained.model, batches(), len(trained.classes))
+            found["classes"] = trained.classes
+    write_bytes(options.output, make_report(model, title=title, **found).encode())
     print(options.output)
 
 

@@ -1,6 +1,6 @@
 """Learned functions, training curves and fits as pictures. Every function returns a matplotlib Figure."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +16,26 @@ except ModuleNotFoundError as error:
     raise GrkanImportError('grkan.plot needs matplotlib; install it with: pip install "grkan[plot]"') from error
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .inspection import POINTS, interval_of, rationals, record_inputs
 from .nn import GroupRational
-from .nn.modes import evaluating
 from .rational import reference
 
-_POINTS = 401
-_DEFAULT_RANGE = (-4.0, 4.0)
-# A few inputs far out would squeeze everything else.
-_RANGE_QUANTILES = (0.001, 0.999)
+__all__ = [
+    "check_picture",
+    "plot_conversion",
+    "plot_curves",
+    "plot_fit",
+    "plot_functions",
+    "plot_scores",
+    "record_inputs",
+    "save_figure",
+]
+
 _BINS = 80
-# Enough for a histogram; a layer of a large model sees a million scalars an image.
-_MAX_SCALARS = 200_000
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
-
-
-def rationals(model: nn.Module) -> dict[str, GroupRational]:
-    """The rational functions of a model by name, in the order in which they were made."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GroupRational)}
-
-
-def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """What reaches every rational function when a model runs.
-
-    Args:
-        model: is run in eval mode and without gradients; its modes are restored.
-        batches: its inputs, on its device.
-
-    Returns:
-        By the name of the rational function, the scalars of all groups: float32, 1-D, at most 200,000 of each batch.
-    """
-    found: dict[str, list[Tensor]] = {}
-    hooks = []
-    for name, module in rationals(model).items():
-
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            x = inputs[0].detach().float().flatten()
-            step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it meets all channels of the usual widths
-            found.setdefault(name, []).append(x[::step].cpu())
-
-        hooks.append(module.register_forward_pre_hook(record))
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
 
 
 def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = None) -> Figure:
@@ -79,8 +49,6 @@ def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = N
         ValueError: the model has no rational functions.
     """
     modules = rationals(model)
-    if not modules:
-        raise GrkanValueError(f"model must have rational functions to plot; {type(model).__name__} has none")
     columns = min(4, len(modules))
     rows = -(-len(modules) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.4, 2.6 * rows + 1.1), layout="constrained", dpi=150)
@@ -99,12 +67,9 @@ def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = N
 
 
 def _plot_module(axis: Axes, module: GroupRational, inputs: np.ndarray | None) -> None:
-    low, high = _DEFAULT_RANGE
+    low, high = interval_of(inputs)
     finite = np.empty(0) if inputs is None else inputs[np.isfinite(inputs)]
     if finite.size:
-        low, high = np.quantile(finite, _RANGE_QUANTILES)
-        if high - low < 1e-6:  # a constant input
-            low, high = low - 1, high + 1
         density = axis.twinx()
         density.hist(finite, bins=_BINS, range=(low, high), color="0.87")
         density.set_yticks([])
@@ -112,7 +77,7 @@ def _plot_module(axis: Axes, module: GroupRational, inputs: np.ndarray | None) -
             spine.set_visible(False)
         axis.set_zorder(density.get_zorder() + 1)
         axis.patch.set_visible(False)
-    x = np.linspace(low, high, _POINTS)
+    x = np.linspace(low, high, POINTS)
     colors = _group_colors(module.num_groups)
     for group in range(module.num_groups):
         axis.plot(x, module.to_function(group)(x), color=colors[group], linewidth=1.0, alpha=0.9)
@@ -240,7 +205,7 @@ def plot_fit(
     """
     low, high = interval
     margin = 0.15 * (high - low)
-    x = np.linspace(low - margin, high + margin, 4 * _POINTS)
+    x = np.linspace(low - margin, high + margin, 4 * POINTS)
     inside = (x >= low) & (x <= high)
     fitted, exact = fit(x), target(x)
     error = fitted - exact
@@ -280,7 +245,7 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
     for (top, bottom), fitted in zip(axes.T, worst, strict=True):
         low, high = fitted.fit.interval
         margin = 0.15 * (high - low)
-        x = np.linspace(low - margin, high + margin, 4 * _POINTS)
+        x = np.linspace(low - margin, high + margin, 4 * POINTS)
         exact, values = fitted.target(x), fitted.fit(x)
         top.plot(x, exact, color="0.55", linewidth=3.5, label=fitted.activation)
         top.plot(x, values, color=_COLORS[1], linewidth=1.3, label="rational fit")

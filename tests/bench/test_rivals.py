@@ -1,3 +1,7 @@
+import math
+import sys
+import types
+
 import numpy as np
 import pytest
 import timm
@@ -61,10 +65,83 @@ def test_each_group_has_its_spline():
 def test_every_activation_gives_its_gradients(tiny):
     found = rivals.activations("cpu", (2, 16), torch.bfloat16, TRAINING, compiles=True)
     for name, rival in found.items():
-        gradients = rival.call()
-        assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * (len(gradients) - 1), name
-        learned = 0 if name in ("clone", "GELU", "SiLU") else 1 if "spline" in name else 2
-        assert len(gradients) == 1 + learned, name
+        found_dtypes = [g.dtype for g in rival.call()]
+        inputs = 2 if name == "SwiGLU" else 1
+        learned = 0 if name in ("clone", "GELU", "SiLU", "ReLU squared", "SwiGLU") else 1 if "spline" in name else 2
+        assert found_dtypes == [torch.bfloat16] * inputs + [torch.float32] * learned, name
+        assert all(g.isfinite().all() for g in rival.call()), name
+
+
+def test_polynorm_and_xielu_are_those_of_their_papers():
+    x = torch.randn(3, 5, dtype=torch.float64)
+    weight, bias = torch.tensor([0.2, 0.5, -0.3], dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    rows = [sum(w * row**p / (row**p).square().mean().sqrt() for p, w in enumerate(weight, 1)) + bias for row in x]
+    torch.testing.assert_close(rivals.polynorm(x, weight, bias), torch.stack(rows), rtol=1e-4, atol=1e-5)
+    raw = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    a_p, a_n = torch.log1p(raw.exp()) + torch.tensor([0, 0.5], dtype=torch.float64)
+    expected = [float(a_p * v**2 + v / 2 if v > 0 else a_n * (math.exp(v) - 1 - v) + v / 2) for v in x.flatten()]
+    torch.testing.assert_close(rivals.xielu(x, *raw), torch.tensor(expected, dtype=torch.float64).view_as(x))
+
+
+def test_xielu_is_that_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    theirs = activations.XIELUActivation(dtype=torch.float32)
+    x = torch.linspace(-5, 5, 101)
+    found = rivals.xielu(x, theirs.alpha_p.detach(), theirs.alpha_n.detach())
+    torch.testing.assert_close(found, theirs._xielu_python(x).detach().reshape(-1))
+
+
+def test_bytes_kept_by_activations(tiny):
+    found = rivals.activations("cpu", (2, 16), torch.bfloat16, TRAINING, compiles=False)
+    tensor = 2 * 16 * 2
+    kept = {name: rival.facts["bytes kept"] / tensor for name, rival in found.items()}
+    assert {name: kept[name] for name in ("clone", "GELU", "SiLU", "grkan (5,4)", "grkan (7,6)")} == {
+        "clone": 0, "GELU": 1, "SiLU": 1, "grkan (5,4)": 1, "grkan (7,6)": 1,
+    }  # fmt: skip
+    assert kept["SwiGLU"] == 3  # x, v and SiLU(x)
+    assert not rivals.activations("cpu", (2, 16), torch.float32, FORWARD, compiles=False)["GELU"].facts
+
+
+@pytest.fixture
+def kernels_of_others(monkeypatch):
+    """Modules with the interfaces of the two packages, which are installed with a GPU alone."""
+    called = []
+
+    class RationalTriton1DGroup:
+        @staticmethod
+        def apply(x, a, b, groups):
+            called.append(("released", tuple(x.shape), tuple(a.shape), tuple(b.shape), groups))
+            return x * a.sum() * b.sum()
+
+    def rat_cuda(x, a, b):
+        called.append(("felippe-alves", tuple(x.shape), tuple(a.shape), tuple(b.shape)))
+        return x * a.sum() * b.sum()
+
+    for name, attribute in (("kat_rational", RationalTriton1DGroup), ("rational_kat_cu", rat_cuda)):
+        module = types.ModuleType(name)
+        setattr(module, attribute.__name__, attribute)
+        monkeypatch.setitem(sys.modules, name, module)
+    return called
+
+
+def test_others_kernels_compete_where_they_are_installed(kernels_of_others):
+    a, b = rivals._swish((5, 4), "cpu")
+    x = torch.randn(2, 3, 16)
+    for name, entry in rivals._installed_kernels((a, b)).items():
+        y = entry.function(x, *entry.learned)
+        assert y.shape == x.shape, name
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), entry.learned))
+    assert kernels_of_others == [
+        ("released", (2, 3, 16), (8, 6), (8, 4), 8),
+        ("felippe-alves", (6, 16), (6,), (8, 4)),
+    ]
+
+
+def test_others_kernels_are_for_a_gpu(kernels_of_others, monkeypatch):
+    assert not any("Triton" in name for name in rivals.activations("cpu", (2, 16), torch.float32, FORWARD, False))
+    for name in ("kat_rational", "rational_kat_cu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert rivals._installed_kernels(rivals._swish((5, 4), "cpu")) == {}
 
 
 def test_ways_to_compute_the_function_give_the_same(tiny):
@@ -78,13 +155,17 @@ def test_ways_to_compute_the_function_give_the_same(tiny):
 
 
 def test_a_gpu_has_neither_powers_nor_splines(tiny):
-    names = ["clone", "GELU", "SiLU", "Horner", "grkan (5,4)", "grkan (7,6)", "Horner, compiled"]
+    names = ["clone", "GELU", "SiLU", "ReLU squared", "SwiGLU", "PolyNorm", "xIELU", "Horner", "grkan (5,4)",
+             "grkan (7,6)", "PolyNorm, compiled", "xIELU, compiled", "Horner, compiled"]  # fmt: skip
     assert list(rivals.activations("meta", (2, 16), torch.float32, FORWARD, compiles=True)) == names
 
 
 def test_traffic_is_what_has_to_be_read_and_written(tiny):
     size = 2 * 16 * 4
-    for pass_, tensors in ((FORWARD, {"clone": 2, "GELU": 2}), (TRAINING, {"clone": 2, "grkan (5,4)": 5})):
+    for pass_, tensors in (
+        (FORWARD, {"clone": 2, "GELU": 2, "SwiGLU": 3}),
+        (TRAINING, {"clone": 2, "grkan (5,4)": 5, "SwiGLU": 8}),
+    ):
         found = rivals.activations("cpu", (2, 16), torch.float32, pass_, compiles=False)
         assert {name: found[name].traffic // size for name in tensors} == tensors
 

@@ -9,8 +9,9 @@ from grkan.bench.rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
 from grkan.rational import op
 
 OPS = [
-    "clone", "GELU", "SiLU", "powers in a loop", "powers at once", "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)",
-    "Horner, compiled", "B-spline, compiled",
+    "clone", "GELU", "SiLU", "ReLU squared", "SwiGLU", "PolyNorm", "xIELU", "powers in a loop", "powers at once",
+    "Horner", "B-spline", "grkan (5,4)", "grkan (7,6)", "PolyNorm, compiled", "xIELU, compiled", "Horner, compiled",
+    "B-spline, compiled",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -126,6 +127,6 @@ def test_without_a_compiler(monkeypatch):
 
     monkeypatch.setattr(rivals, "_compiled", fail)
     suite = suites.ops(shapes=((2, 16),), dtypes=(torch.float32,))
-    assert list(suite.contests[0].enter()) == OPS[:9]
+    assert list(suite.contests[0].enter()) == OPS[:13]
     assert len(suite.notes) == 1
     assert suite.notes[0].endswith("the compiled rivals are left out: g++ is not there")

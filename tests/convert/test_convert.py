@@ -435,7 +435,7 @@ class Broken(nn.Module):
         ({"order": (5,)}, ValueError, "order must be a pair"),
         ({"order": (0, 4)}, ValueError, r"order must be \(m, n\) with m >= 1"),
         ({"form": "sum"}, ValueError, "form must be"),
-        ({"act1": "identty"}, ValueError, "act1 must be one of"),
+        ({"act_init": ("identty", None)}, ValueError, "act_init must be one of"),
         ({"include": 3}, TypeError, "include must be a pattern"),
         ({"include": ["nothing", "1.mlp"]}, ValueError, r"include must match .*; \['nothing', '1.mlp'\] matches none"),
         ({"exclude": "nothing"}, ValueError, r"exclude must match .* such as '0.inner'; \['nothing'\] matches none"),

@@ -131,6 +131,18 @@ class TestFromPretrained:
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert_same(model, loaded)
 
+    def test_an_older_transformers_gets_no_style_that_it_does_not_know(self, tmp_path, monkeypatch):
+        """It would refuse the plan of a model that nobody shards."""
+        model = llama()
+        convert(model)
+        model.save_pretrained(tmp_path)
+        known, unknown = [], []
+        for has_styles, plan in ((True, known), (False, unknown)):
+            monkeypatch.setattr("grkan.integrations.transformers._has_styles", lambda answer=has_styles: answer)
+            plan += type(model).from_pretrained(tmp_path)._tp_plan.values()
+        assert "grkan_groups" in known
+        assert "grkan_groups" not in unknown
+
     def test_of_a_composite_model_and_of_its_part(self, tmp_path):
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}

@@ -1,4 +1,7 @@
 import gzip
+import os
+import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -9,15 +12,17 @@ from PIL import Image
 from grkan.train.config import Config
 from grkan.train.data import (
     DEBIAN_FASHION_MNIST,
+    Files,
     ImageData,
     TrainingSampler,
     UnreadableImages,
     absolute,
+    describe,
     evaluation_loader,
     evaluation_transform,
     find_source,
+    gray_statistics,
     match_classes,
-    open_image,
     training_loader,
     training_transform,
 )
@@ -108,16 +113,143 @@ def test_a_folder_of_images(image_folder):
 
 def test_broken_folders_are_named(image_folder, tmp_path):
     (image_folder / "train" / "emu").mkdir()
-    with pytest.raises(ValueError, match=r"train.*no valid file for the classes emu"):
+    with pytest.raises(ValueError, match=r"images/train has no image of emu$"):
         find_source(str(image_folder)).load("train")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="find any class folder"):
+    with pytest.raises(ValueError, match="must hold a folder for each class; it has none"):
         find_source(str(tmp_path / "empty")).load("train")
     with pytest.raises(ValueError, match="must hold a folder val or validation or test"):
         find_source(str(tmp_path / "empty")).load("test")
     for data in (str(tmp_path / "none"), "fashion-mnist:", "digits:x"):
         with pytest.raises(ValueError, match="--data must be digits, fashion-mnist"):
             find_source(data)
+
+
+def test_what_is_no_image_is_passed_over_and_told(image_folder):
+    train = image_folder / "train"
+    (train / ".ipynb_checkpoints").mkdir()
+    (train / "labels.csv").touch()
+    (train / "again").symlink_to(image_folder, target_is_directory=True)
+    cat = train / "cat"
+    (cat / ".DS_Store").touch()
+    (cat / "loop").symlink_to(cat, target_is_directory=True)
+    (cat / "itself").symlink_to(cat / "itself")
+    (cat / "gone.png").symlink_to("nowhere.png")
+    (cat / "notes.txt").touch()
+    os.mkfifo(cat / "pipe.png")
+    (cat / "more").mkdir()
+    (cat / "0.png").rename(cat / "more" / "0.PNG")
+    found = find_source(str(image_folder)).load("train")
+    assert found.classes == ("cat", "dog")
+    assert [str(path.relative_to(train)) for path in found.images][4:7] == ["cat/5.png", "cat/more/0.PNG", "dog/0.png"]
+    assert describe(found) == (
+        f"{train}: 12 images of 2 classes; passed over: 1 *.txt, 1 beside the classes' folders, 2 folders met a second "
+        "time, through a link, 2 hidden, 2 links that lead nowhere, 1 pipes or devices"
+    )
+
+
+def test_a_class_without_test_images_is_named(image_folder):
+    shutil.rmtree(image_folder / "val" / "dog")
+    source = find_source(str(image_folder))
+    test = match_classes(source.load("test"), source.load("train").classes)
+    assert describe(test) == f"{image_folder / 'val'}: 3 images of 1 classes, none of 'dog'"
+
+
+@pytest.mark.parametrize("below", ["train", ""])
+def test_a_part_of_each_class_is_kept_for_the_test(image_folder, below):
+    shutil.rmtree(image_folder / "val")
+    for i in range(6, 20):
+        shutil.copy(image_folder / "train" / "cat" / "0.png", image_folder / "train" / "cat" / f"{i}.png")
+    root = image_folder / "train"
+    data = str(image_folder if below else root)
+    with pytest.raises(ValueError, match=r"must hold a folder .*--val-split 0\.1"):
+        find_source(data).load("test" if below else "train")
+    source, other = (find_source(data, 0.2, seed) for seed in (0, 1))
+    train, test = source.load("train"), source.load("test")
+    assert np.bincount(train.labels).tolist() == [16, 5]
+    assert np.bincount(test.labels).tolist() == [4, 1]
+    assert sorted([*train.images, *test.images]) == sorted(root.rglob("*.png"))
+    assert list(find_source(data, 0.2).load("test").images) == list(test.images)
+    assert list(other.load("test").images) != list(test.images)
+    assert describe(test) == f"0.2 of each class of {root}, by seed 0: 5 images of 2 classes"
+
+
+def test_a_class_of_one_image_is_learned_not_tested(image_folder):
+    for i in range(1, 6):
+        (image_folder / "train" / "dog" / f"{i}.png").unlink()
+    source = find_source(str(image_folder / "train"), 0.9)
+    assert np.bincount(source.load("train").labels).tolist() == [1, 1]
+    assert "none of 'dog'" in describe(source.load("test"))
+
+
+def test_what_has_test_images_is_not_split(image_folder):
+    with pytest.raises(ValueError, match=r"val_split is for a folder without test images; .*images has val$"):
+        find_source(str(image_folder), 0.1).load("train")
+    for data in ("digits", "fashion-mnist"):
+        with pytest.raises(ValueError, match=f"val_split is for a folder without test images; {data} has some"):
+            find_source(data, 0.1)
+
+
+def test_a_split_by_its_name(image_folder):
+    shutil.copytree(image_folder / "val" / "cat", image_folder / "night" / "cat")
+    load = find_source(str(image_folder)).load_split
+    assert [len(load(name)) for name in ("train", "val", "night")] == [12, 6, 3]
+    with pytest.raises(ValueError, match=r"images has no folder 'nigt'; did you mean night"):
+        load("nigt")
+
+
+@pytest.mark.parametrize(
+    ("size", "shift", "hflip", "model"),
+    [
+        ((8, 8), 1, 0.0, "kat_micro_patch2_8"),
+        ((28, 28), 2, 0.0, "kat_micro_patch4_28"),
+        ((20, 32), 3, 0.0, "kat_micro_patch4_32"),
+        ((65, 30), None, 0.5, "kat_tiny_patch16_224"),
+    ],
+)
+def test_the_size_of_the_images_says_what_suits_them(image_folder, size, shift, hflip, model):
+    for path in (image_folder / "train").rglob("*.png"):
+        Image.new("L", size).save(path)
+    (image_folder / "train" / "cat" / "0.png").write_bytes(b"")
+    source = find_source(str(image_folder))
+    assert (source.shift, source.hflip, source.model) == (shift, hflip, model)
+    assert (source.color_jitter == 0.0) == (shift is not None) == (source.normalisation is not None)
+    assert source.kind.endswith(f"of about {size[0]} x {size[1]} pixels")
+
+
+def test_gray_statistics_are_those_of_the_pixels(image_folder):
+    data = find_source(str(image_folder)).load("train")
+    (image_folder / "train" / "cat" / "0.png").write_bytes(b"")
+    pixels = np.stack([np.asarray(data.open(i)) for i in range(1, 12)]) / 255
+    assert gray_statistics(data) == pytest.approx((pixels.mean(), pixels.std()), abs=5.1e-5)
+    whole = (pixels * 255).round().astype(np.uint8)
+    assert gray_statistics(ImageData(whole, data.labels[1:], data.classes)) == gray_statistics(data)
+
+
+def test_images_of_one_gray_have_a_deviation_to_divide_by():
+    assert gray_statistics(ImageData(np.full((2, 8, 8), 51, np.uint8), np.zeros(2), ("a",))) == (0.2, 1.0)
+
+
+def test_a_folder_of_pngs_trains_as_the_same_array(image_folder):
+    """The same images in the same order give the same batches, to the bit."""
+    files = find_source(str(image_folder)).load("train")
+    pixels = np.stack([np.asarray(files.open(i)) for i in range(len(files))])
+    arrays = ImageData(pixels, files.labels, files.classes)
+    for a, b in zip(_batches(files, 0), _batches(arrays, 0), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_files_are_a_sequence_of_paths(tmp_path):
+    names = ["a/ü.png", os.fsdecode(b"b/\xff.png"), "c.png"]
+    files = Files(tmp_path, names)
+    assert list(files) == [tmp_path / name for name in names]
+    assert files[-1] == tmp_path / "c.png"
+    assert list(files[1:]) == [tmp_path / name for name in names[1:]]
+    with pytest.raises(IndexError):
+        files[3]
+    many = Files(tmp_path, (f"class_{i % 1000:04}/image_{i:08}.jpg" for i in range(100_000)))
+    assert len(pickle.dumps(many)) < 5_000_000
 
 
 def test_labels_follow_the_models_classes():
@@ -139,12 +271,10 @@ def test_any_image_becomes_the_models_input(preprocessing, channels, mode):
     torch.testing.assert_close(x, torch.full_like(x, 2.0))  # (1 - 0.5) / 0.25
 
 
-def test_pixels_that_pillow_makes_neither_gray_nor_rgb(tmp_path):
-    Image.new("LAB", (8, 8)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="pixels of the kind LAB are not supported"):
-        open_image(tmp_path / "a.tif")
-    Image.new("I;16", (8, 8)).save(tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png").mode == "I;16"
+def test_a_very_long_image_is_not_resized_whole():
+    image = Image.new("L", (1, 100_000), 255)
+    x = evaluation_transform({**RGB, "input_size": [3, 224, 224]})(image)
+    torch.testing.assert_close(x, torch.full((3, 224, 224), 2.0))
 
 
 def test_a_shift_moves_the_image_by_at_most_so_many_pixels():

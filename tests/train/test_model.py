@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,9 +12,11 @@ from grkan import save_model
 from grkan.errors import GrkanError
 from grkan.train import model as module
 from grkan.train.config import make_config
+from grkan.train.data import ImageData
 from grkan.train.model import check_model, describe, load_original, load_trained, make_model, model_file
 
 PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.0], "std": [1.0], "interpolation": "bicubic", "crop_pct": 1.0}
+TWO = ImageData(np.zeros((2, 8, 8), np.uint8), np.array([0, 1]), ("cat", "dog"))
 ARGUMENTS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 
 
@@ -67,7 +70,7 @@ def test_a_file_whole_and_with_other_classes(damaged):
 def test_a_start_with_preprocessing_that_cannot_be_used_is_named(damaged, changes):
     config = make_config({"init": str(damaged(**changes)), "model": "kat_micro_patch2_8", "model_args": ARGUMENTS})
     with pytest.raises(ValueError, match=r"model\.safetensors holds preprocessing that cannot be used"):
-        make_model(config, 2, None, None)
+        make_model(config, TWO, None, None)
 
 
 def test_what_a_file_leaves_out_is_the_models(damaged):
@@ -100,8 +103,8 @@ def test_a_model_that_does_not_classify_is_refused(monkeypatch):
     model.forward = lambda x: (x, x)
     monkeypatch.setattr(module.timm, "create_model", lambda *_, **__: model)
     config = make_config({"model": "kat_micro_patch2_8"})
-    with pytest.raises(ValueError, match=r"its output for two images is a tuple; logits of shape \(2, 10\) are wanted"):
-        make_model(config, 10, None, None)
+    with pytest.raises(ValueError, match=r"its output for two images is a tuple; logits of shape \(2, 2\) are wanted"):
+        make_model(config, TWO, None, None)
 
 
 def test_the_best_weights_of_a_folder_come_first(tmp_path):

@@ -10,7 +10,7 @@ learn are returned, not added to `.grad`; compilation and warm-up come before th
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,9 +180,20 @@ def clock_of(device: str) -> Callable[[], float]:
     return wait if device == "cuda" else time.perf_counter
 
 
-def bytes_kept(module: nn.Module, x: Tensor) -> int:
-    """Bytes that `module(x)` keeps for its backward: those of all storages that it saves, except its parameters'."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+def bytes_kept(
+    function: Callable[..., object], x: Tensor, others: Sequence[Tensor] = (), learned: Iterable[Tensor] | None = None
+) -> int:
+    """Bytes that `function(x, *others, *learned)` keeps for its backward.
+
+    Those of all storages that it saves, each counted once, except those of `learned`; None: the parameters of a module,
+    which gets none of them as arguments.
+    """
+    arguments = [x, *others]
+    if learned is None:
+        learned = function.parameters() if isinstance(function, nn.Module) else ()
+    else:
+        arguments += learned
+    parameters = {p.untyped_storage().data_ptr() for p in learned}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 
     def keep(t: Tensor) -> Tensor:
@@ -190,5 +201,5 @@ def bytes_kept(module: nn.Module, x: Tensor) -> int:
         return t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        module(x)
+        function(*arguments)
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)

@@ -4,9 +4,11 @@ Rivals are made afresh for every contest, on its device. All of them get the sam
 gradients are asked for together with that of x.
 """
 
+import importlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,74 @@ def _grouped(x: Tensor, coefficients: Tensor) -> Tensor:
     return x.unflatten(-1, (coefficients.shape[0], -1)).to(torch.promote_types(x.dtype, torch.float32))
 
 
+# What else stands between two linear layers. Half types are computed as PyTorch computes its own activations, but for
+# what would not fit into them.
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2 ("Primer", arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor, value: Tensor) -> Tensor:
+    """SiLU(x) v: the gate of arXiv 2002.05202 without its three linear layers; x and v come from two of them."""
+    return F.silu(x) * value
+
+
+def polynorm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """w_1 norm(x) + w_2 norm(x^2) + w_3 norm(x^3) + bias, norm dividing by the root mean square of the last dimension.
+
+    PolyNorm of arXiv 2411.03884; weight is (3,), bias ().
+    """
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = sum(w * F.rms_norm(z**power, z.shape[-1:], eps=1e-6) for power, w in enumerate(weight, 1)) + bias
+    return y.to(x.dtype)
+
+
+def xielu(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The xIELU of arXiv 2411.13010, b = 1/2: a_p x^2 + b x where x > 0, a_n (e^x - 1 - x) + b x elsewhere.
+
+    a_p = softplus(positive), a_n = b + softplus(negative), both scalars.
+    """
+    beta = 0.5
+    a_p, a_n = F.softplus(positive), beta + F.softplus(negative)
+    curved = torch.where(x > 0, a_p * x.square(), a_n * (torch.expm1(x.clamp(max=0)) - x))
+    return (curved + beta * x).to(x.dtype)
+
+
+class _Activation(NamedTuple):
+    """A function of x, of what it learns, and of a second input where it gates one."""
+
+    function: Callable[..., Tensor]
+    learned: tuple[Tensor, ...] = ()
+    second: tuple[Tensor, ...] = ()
+
+
+def _installed_kernels(rational: tuple[Tensor, ...]) -> dict[str, _Activation]:
+    """Others' Triton kernels for the rational function, of the form sum_of_abs, which run on NVIDIA's GPUs alone.
+
+    github.com/Adamdad/rational_kat_cu, the released code, has a module kat_rational; github.com/felippe-alves/
+    rational_kat_cu has rational_kat_cu, and shares the numerator.
+    """
+    found = {}
+    a, b = rational
+
+    def load(module: str, name: str) -> Any:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            return None
+
+    if released := load("kat_rational", "RationalTriton1DGroup"):
+        found["released Triton"] = _Activation(lambda x, a, b: released.apply(x, a, b, GROUPS), (a, b))
+    if rat_cuda := load("rational_kat_cu", "rat_cuda"):
+        shared = a[0].detach().clone().requires_grad_()
+        found["felippe-alves' Triton"] = _Activation(
+            lambda x, a, b: rat_cuda(x.flatten(0, -2), a, b).view_as(x), (shared, b)
+        )
+    return found
+
+
 def _swish(order: tuple[int, int], device: str) -> tuple[Tensor, ...]:
     """Numerator and denominator of all groups, as leaves that learn."""
     rows = table.coefficients("swish", order)
@@ -99,35 +169,58 @@ def activations(
 ) -> dict[str, Rival]:
     """The function of grkan, others' ways to compute it, and other functions."""
     torch.manual_seed(0)
-    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x, value, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     x.requires_grad_()
+    value.requires_grad_()
     rational, longer = (_swish(order, device) for order in ((5, 4), (7, 6)))
     curve = (torch.randn(GROUPS, GRID + ORDER, device=device).requires_grad_(),)
-    entries: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-        "clone": (torch.clone, ()),
-        "GELU": (F.gelu, ()),
-        "SiLU": (F.silu, ()),
-        "powers in a loop": (rational_by_loop, rational),
-        "powers at once": (rational_by_powers, rational),
-        "Horner": (rational_by_horner, rational),
-        "B-spline": (spline, curve),
-        "grkan (5,4)": (group_rational, rational),
-        "grkan (7,6)": (group_rational, longer),
+    poly = _leaves(device, [1 / 3] * 3, 0.0)
+    bends = _leaves(device, math.log(math.expm1(0.8)), math.log(math.expm1(0.3)))  # a_p = a_n = 0.8
+    entries = {
+        "clone": _Activation(torch.clone),
+        "GELU": _Activation(F.gelu),
+        "SiLU": _Activation(F.silu),
+        "ReLU squared": _Activation(relu_squared),
+        "SwiGLU": _Activation(swiglu, second=(value,)),
+        "PolyNorm": _Activation(polynorm, poly),
+        "xIELU": _Activation(xielu, bends),
+        "powers in a loop": _Activation(rational_by_loop, rational),
+        "powers at once": _Activation(rational_by_powers, rational),
+        "Horner": _Activation(rational_by_horner, rational),
+        "B-spline": _Activation(spline, curve),
+        "grkan (5,4)": _Activation(group_rational, rational),
+        "grkan (7,6)": _Activation(group_rational, longer),
     }
+    if device == "cuda":
+        entries |= _installed_kernels(rational)
     if compiles:
-        entries["Horner, compiled"] = (_compiled(rational_by_horner), rational)
-        entries["B-spline, compiled"] = (_compiled(spline), curve)
+        for name in ("PolyNorm", "xIELU", "Horner", "B-spline"):
+            entries[f"{name}, compiled"] = entries[name]._replace(function=_compiled(entries[name].function))
     if device != "cpu":  # those that keep all powers or bases take tens of gigabytes for tensors of this size
         entries = {name: entry for name, entry in entries.items() if "powers" not in name and "spline" not in name}
 
-    def tensors(name: str) -> int:
-        """A forward reads x and writes y; a backward reads x and grad and writes dx, but for clone there is none."""
-        return 2 if pass_ == FORWARD or name == "clone" else 5
+    def traffic(name: str, entry: _Activation) -> int:
+        """A forward reads its inputs and writes y; a backward reads them and grad and writes the inputs' gradients.
+
+        The backward of clone does nothing.
+        """
+        inputs = 1 + len(entry.second)
+        tensors = inputs + 1 if pass_ == FORWARD or name == "clone" else 3 * inputs + 2
+        return tensors * x.nbytes
 
     return {
-        name: Rival(_pass(pass_, function, x, learned, grad), traffic=tensors(name) * x.nbytes)
-        for name, (function, learned) in entries.items()
+        name: Rival(
+            _pass(pass_, entry.function, x, entry.second + entry.learned, grad),
+            {"bytes kept": bytes_kept(entry.function, x, entry.second, entry.learned)} if pass_ == TRAINING else {},
+            traffic=traffic(name, entry),
+        )
+        for name, entry in entries.items()
     }
+
+
+def _leaves(device: str, *values: Any) -> tuple[Tensor, ...]:
+    """Tensors that learn."""
+    return tuple(torch.tensor(value, device=device).requires_grad_() for value in values)
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

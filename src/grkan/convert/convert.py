@@ -1,4 +1,4 @@
-"""`grkan.convert_`: a pretrained transformer becomes a KAT that computes the same."""
+"""`grkan.convert_`: a transformer becomes a KAT, one that computes the same or one to train from the start."""
 
 import copy
 import math
@@ -16,29 +16,36 @@ from ..nn.kinds import linear_width
 from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
-from ..rational.arguments import check_form, check_module, check_order, check_positive
+from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
 from .report import ConversionReport
+from .scratch import gains
 from .structure import Site, Watched, choose, find_sites
 
 # Scalars of outputs and inputs that are kept for the comparison of the model before and after.
 _KEPT = 2**25
 
+# What `act_init` is if it is not given.
+_ACT_INIT = {"pretrained": ("identity", None), "scratch": ("identity", "swish")}
+
 
 def convert_(
     model: nn.Module,
     *,
+    start: str = "pretrained",
     calibration: Any = None,
     num_groups: int = 8,
     order: tuple[int, int] = (5, 4),
     form: str = "abs_of_sum",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    act1: str = "identity",
+    act_init: Sequence[Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> ConversionReport:
-    """Turn the MLPs of a pretrained model into GR-KANs that compute the same, in place (arXiv 2409.10594, section 4).
+    """Turn the MLPs of a model into GR-KANs, in place (arXiv 2409.10594, section 4).
+
+    With start="pretrained" they compute the same.
 
     The activation between two linear layers becomes a `GroupRational` that is fitted to it, in its place, and the first
     linear layer a `RationalLinear` under its name, with the identity in front of it. The second linear layer, its
@@ -49,17 +56,30 @@ def convert_(
     works, but lacks the coefficients. The state dict of the model as it was loads into the converted one, and leaves
     the coefficients as they are. What is not recognised stays as it is.
 
+    With start="scratch" any architecture becomes a KAT to train: the functions start as the identity and Swish, and the
+    linear layers of the MLPs are drawn anew from N(0, gain / fan_in) without bias, so that each MLP preserves the
+    variance of its input. The first one has the gain 1, and the second one alpha = 1 / E[F(z)^2], z standard normal
+    (Eq. 20). In a gated MLP gate and up are drawn with the gain 1, so their outputs u and v are independent standard
+    normals for a normed input; E[F(u)^2 v^2] = E[F(u)^2], so down has the same alpha. The initialisers of timm and
+    transformers leave these layers alone from then on, and `reset_parameters` draws them like this again. All else
+    keeps its weights.
+
     Args:
         model: any module, of timm, transformers, torchvision or PyTorch, or your own. Inside of torch.compile or
             DataParallel it is converted under its own names; DDP, FSDP and averages of weights come afterwards.
+        start: "pretrained" or "scratch".
         calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
             batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
             as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
+            From scratch nothing is fitted to them; they show what lies where in the model.
         num_groups: at most so many groups; every function has the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
         include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. At least
             one of each has to match a module of the model.
-        act1: the first function, a name of `grkan.fit`; any other than "identity" changes what the model computes.
+        act_init: what the function in front of the first linear layer starts as, and that in place of the
+            activation; each as `init` of a `GroupRational`, and None for a fit to the activation that was there.
+            Default: ("identity", None) for pretrained, and ("identity", "swish") from scratch. Anything else changes
+            what a pretrained model computes.
         forward: called as forward(model, batch) instead.
 
     Returns:
@@ -77,7 +97,8 @@ def convert_(
     order, form = check_order(order), check_form(form)
     if order[0] < 1:
         raise GrkanValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
-    act1 = table.canonical_name(act1, "act1")
+    from_scratch = check_choice("start", start, tuple(_ACT_INIT)) == "scratch"
+    act_init = _check_act_init(_ACT_INIT[start] if act_init is None else act_init)
     if forward is not None and not callable(forward):
         raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
@@ -99,26 +120,44 @@ def convert_(
     kept: list[tuple[Any, Tensor]] = []
     if calibration is not None:
         kept = _calibrate(model, chosen, histograms, _batches(calibration), forward)
+    names_of = {id(module): name for name, module in model.named_modules()}
     layers, entries, fits = [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
         if histogram.problem:
             skipped.append((site.name, f"{site.activation.name}: {histogram.problem}"))
             continue
-        found = _fit_site(site, histogram, order, form)
+        first, second, found = _functions(site, histogram, act_init, from_scratch, num_groups, order, form)
         fits += found
-        layers.append(_describe(site, histogram, found))
-        entries.append(_entry(site, found, act1, num_groups))
+        layers.append(_describe(site, histogram, second, found))
+        drawn = gains(site, first, second) if from_scratch else []
+        if from_scratch and not drawn:
+            skipped.append((site.name, "its weights stay, for it is not clear what its linear layers are"))
+        named = {names_of[id(module)]: gain for module, gain in drawn}
+        linear = None if first is None else site.parts["fc1"]
+        entries.append(LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second, named))
     if not entries:
         raise _nothing_to_convert(model, skipped)
 
     undo = apply_recipe(model, Recipe(tuple(entries)))
     try:
-        cosine, error = _compare(model, kept, forward)
+        cosine, error = (None, None) if from_scratch else _compare(model, kept, forward)
     except BaseException:
         undo()
         raise
     recipe = copy.deepcopy(model.grkan_conversion)
     return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
+
+
+def _check_act_init(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or value[0] is None:
+        raise GrkanValueError(
+            "act_init must be a pair, what the function in front of the first linear layer starts as and what that in "
+            f"place of the activation does, the latter None for a fit to the activation; got {value!r}"
+        )
+    for init in value:
+        if isinstance(init, str):
+            table.canonical_name(init, "act_init")
+    return value[0], value[1]
 
 
 def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
@@ -240,8 +279,58 @@ def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: st
     return found
 
 
-def _describe(site: Site, histogram: Histogram, fits: list[GroupFit]) -> dict[str, Any]:
+def _functions(
+    site: Site,
+    histogram: Histogram,
+    act_init: tuple[Any, Any],
+    from_scratch: bool,
+    num_groups: int,
+    order: tuple[int, int],
+    form: str,
+) -> tuple[FunctionRecipe | None, FunctionRecipe, list[GroupFit]]:
+    """The function in front of the first linear layer, that in place of the activation, and the fits to the latter."""
+    first = None
+    if site.layout != "activation":
+        inputs = (linear_width(site.first) or (0, 0))[0]
+        groups = largest_divisor(inputs, num_groups)
+        first = _function(act_init[0], inputs, groups, order, form, site.channel_dim)
+    activation, init = site.activation, act_init[1]
+    if init is not None or from_scratch:
+        if init is None:  # no data tell where it matters, so it is that of the table, if there is one
+            init = activation.name if activation.name in table.NAMES else activation.function
+        return first, _function(init, site.width, histogram.groups, order, form, site.channel_dim), []
+    fits = _fit_site(site, histogram, order, form)
+    numerator, denominator = [f.fit.numerator.tolist() for f in fits], [f.fit.denominator.tolist() for f in fits]
+    name, channel_dim = activation.name, site.channel_dim
+    second = FunctionRecipe(name, site.width, len(fits), numerator, denominator, list(order), form, channel_dim)
+    return first, second, fits
+
+
+def _function(
+    init: Any, width: int, groups: int, order: tuple[int, int], form: str, channel_dim: int
+) -> FunctionRecipe:
+    rational = GroupRational(groups, init, order, form)
+    numerator, denominator = (rows.tolist() for rows in rational.initial_coefficients())
+    if all(row == numerator[0] for row in numerator) and all(row == denominator[0] for row in denominator):
+        numerator, denominator = numerator[0], denominator[0]
+    return FunctionRecipe(rational.init_name, width, groups, numerator, denominator, list(order), form, channel_dim)
+
+
+def _describe(site: Site, histogram: Histogram, function: FunctionRecipe, fits: list[GroupFit]) -> dict[str, Any]:
     """An element of `ConversionReport.layers`."""
+    described = {
+        "name": site.name,
+        "modules": site.modules,
+        "layout": site.layout,
+        "activation": site.activation.name,
+        "order": list(function.order),
+        "form": function.form,
+        "groups": function.num_groups,
+        "samples": histogram.samples,
+    }
+    if not fits:
+        errors = ("interval", "max_error", "rms_error", "cosine", "relative_error")
+        return {**described, **dict.fromkeys(errors)}
     shares = histogram.counts.sum(axis=1)
     shares = shares / shares.sum() if histogram.samples else [1 / len(fits)] * len(fits)
     sums = [f.sums for f in fits]
@@ -250,42 +339,13 @@ def _describe(site: Site, histogram: Histogram, fits: list[GroupFit]) -> dict[st
     norms = math.sqrt(size * power)
     calibrated = histogram.samples > 0
     return {
-        "name": site.name,
-        "modules": site.modules,
-        "layout": site.layout,
-        "activation": site.activation.name,
-        "order": list(fits[0].fit.order),
-        "form": fits[0].fit.form,
-        "groups": len(fits),
+        **described,
         "interval": [min(f.fit.interval[0] for f in fits), max(f.fit.interval[1] for f in fits)],
-        "samples": histogram.samples,
         "max_error": max(f.fit.max_error for f in fits),
         "rms_error": math.sqrt(error),
         "cosine": (product / norms if norms else 1.0) if calibrated else None,
         "relative_error": math.sqrt(error / size if size else error) if calibrated else None,
     }
-
-
-def _entry(site: Site, fits: list[GroupFit], act1: str, num_groups: int) -> LayerRecipe:
-    """A layer of the recipe."""
-    order, form = fits[0].fit.order, fits[0].fit.form
-    shared: dict[str, Any] = {"order": list(order), "form": form, "channel_dim": site.channel_dim}
-    first = linear = None
-    if site.layout != "activation":
-        inputs = (linear_width(site.first) or (0, 0))[0]
-        rows = GroupRational(1, act1, order, form).initial_coefficients()
-        numerator, denominator = (row[0].tolist() for row in rows)
-        first = FunctionRecipe(act1, inputs, largest_divisor(inputs, num_groups), numerator, denominator, **shared)
-        linear = site.parts["fc1"]
-    second = FunctionRecipe(
-        site.activation.name,
-        site.width,
-        len(fits),
-        [f.fit.numerator.tolist() for f in fits],
-        [f.fit.denominator.tolist() for f in fits],
-        **shared,
-    )
-    return LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second)
 
 
 def _compare(

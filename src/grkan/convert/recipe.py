@@ -9,7 +9,8 @@ is. Parameters, hooks, modes and every other name under which a module is known 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalLinear
-from ..nn.kinds import linear_kind, linear_width
+from ..nn.init import keep_start, starts_kept
+from ..nn.kinds import is_conv1d, linear_kind, linear_width
 from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
 
@@ -31,6 +33,9 @@ LAYOUTS = ("grkan", "linear", "activation")
 
 TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 """The children of timm's `Mlp`. `drop1`, `norm` and `drop2` may be missing."""
+
+INITIALISERS = ("init_weights", "_init_weights")
+"""Methods by which timm's and transformers' models draw their weights."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class LayerRecipe:
     """The function in front of the first linear layer; None for the layout "activation"."""
     act2: FunctionRecipe
     """The function in place of the activation."""
+    gains: Mapping[str, float] = field(default_factory=dict)
+    """The linear layers that are drawn anew, from N(0, gain / fan_in); none if the weights stay."""
 
     def within(self, module: str) -> "LayerRecipe":
         """The same for the model around, which has this one as `module`."""
@@ -99,7 +106,8 @@ class LayerRecipe:
 
     def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
         linear = None if self.linear is None else new(self.linear)
-        return replace(self, name=new(self.name), linear=linear, activation=new(self.activation))
+        gains = {new(name): gain for name, gain in self.gains.items()}
+        return replace(self, name=new(self.name), linear=linear, activation=new(self.activation), gains=gains)
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ description of the model."""
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Convert a model in place as a recipe says, without data: the same structure, with the same fitted functions.
+
+    What was converted with start="scratch" is drawn anew.
 
     A model that was converted and trained further gets its weights by `load_state_dict` afterwards:
 
@@ -149,19 +159,43 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
     try:
         for plan in plans:
             plan.apply(undo)
+        converted = recipe.to_dict()
+        if before is None:
+            undo.callback(vars(model).pop, "grkan_conversion", None)
+        else:
+            converted["layers"] = [*before["layers"], *converted["layers"]]
+            undo.callback(setattr, model, "grkan_conversion", before)
+        model.grkan_conversion = converted  # type: ignore[assignment]
+        for recorder in RECORDERS if record else ():
+            recorder(model, converted, undo)
+        if any(layer.gains for layer in recipe.layers):
+            _keep_starts(model, undo)
     except BaseException:
         undo.close()
         raise
-    converted = recipe.to_dict()
-    if before is None:
-        undo.callback(delattr, model, "grkan_conversion")
-    else:
-        converted["layers"] = [*before["layers"], *converted["layers"]]
-        undo.callback(setattr, model, "grkan_conversion", before)
-    model.grkan_conversion = converted  # type: ignore[assignment]
-    for recorder in RECORDERS if record else ():
-        recorder(model, converted, undo)
+    for plan in plans:  # last, for it cannot be undone
+        plan.draw()
     return undo.close
+
+
+def _keep_starts(model: nn.Module, undo: ExitStack) -> None:
+    """Let the initialisers of a model, and of its parts, leave alone what keeps its start."""
+    for module in model.modules():
+        if isinstance(module, (GRKAN, GroupRational, RationalLinear)):
+            continue
+        for name in INITIALISERS:
+            if callable(getattr(type(module), name, None)):
+                _restore_attribute(module, name, undo)
+                setattr(module, name, partial(_initialise, module, name))
+
+
+def _initialise(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of the class of a model that draws its weights, or those of a module that it is given."""
+    module = args[0] if args and isinstance(args[0], nn.Module) else model
+    if isinstance(module, GroupRational) and not is_loaded(module):
+        module.reset_parameters()
+    with starts_kept(module):
+        return getattr(type(model), method)(model, *args, **kwargs)
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
@@ -215,6 +249,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "order": _LIST,
     "form": _TEXT,
     "channel_dim": _WHOLE,
+    "gains": ((Mapping,), "an object"),
 }
 """What the fields of the records are in JSON."""
 
@@ -233,6 +268,9 @@ def _layer(where: str, value: Any) -> LayerRecipe:
                 f"{name} in {where} must be null for the layout 'activation', and for no other; "
                 f"got {reprlib.repr(given[name])} for {layer.layout!r}"
             )
+    for linear, gain in layer.gains.items():
+        if type(gain) not in (int, float) or not 0 < gain < float("inf"):
+            raise GrkanValueError(f"gains in {where} must be positive numbers; got {gain!r} for {linear!r}")
     inside = f"{layer.name}." if layer.name else ""
     if layer.layout == "grkan" and (layer.linear, layer.activation) != (f"{inside}fc1", f"{inside}act"):
         raise GrkanValueError(
@@ -293,6 +331,10 @@ class _Plan:
             if keys != [key for key in TIMM_ORDER if key in keys] or "fc2" not in keys:
                 raise GrkanValueError(f"it is a {type(self.parent).__name__} with other parts")
             self.check_linear(self.parent.fc2, f"{layer.name}.fc2", layer.act2.width)
+        self.drawn: list[tuple[Any, float]] = [(modules[name], gain) for name, gain in layer.gains.items()]
+        for (module, _), name in zip(self.drawn, layer.gains, strict=True):
+            if not is_drawable(module):
+                raise GrkanValueError(f"{name} is no plain linear layer but a {type(module).__name__}")
 
     def check_linear(self, fc: Any, name: str | None, inputs: int) -> None:
         if isinstance(fc, RationalLinear):
@@ -308,10 +350,18 @@ class _Plan:
         self.act2.train(self.parent.training)
         if self.layer.layout == "grkan":
             self.become_grkan(undo)
-            return
-        if self.layer.layout == "linear":
-            self.wrap_linear(undo)
-        self.replace_activation(undo)
+        else:
+            if self.layer.layout == "linear":
+                self.wrap_linear(undo)
+            self.replace_activation(undo)
+        for module, gain in self.drawn:
+            for name in ("reset_parameters", "keeps_start"):
+                _restore_attribute(module, name, undo)
+            keep_start(module, gain)
+
+    def draw(self) -> None:
+        for module, _ in self.drawn:
+            module.reset_parameters()
 
     def wrap_linear(self, undo: ExitStack) -> None:
         assert self.first is not None
@@ -359,6 +409,19 @@ class _Plan:
         container.__class__ = GRKAN
         container.weight_init = "variance_preserving"  # type: ignore[assignment]
         container.remember_start()  # type: ignore[operator]
+
+
+def is_loaded(module: nn.Module) -> bool:
+    """Whether transformers has loaded all of a module's own parameters from a checkpoint."""
+    return all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
+
+
+def is_drawable(module: Any) -> bool:
+    """Whether it is a linear layer or a 1x1 convolution with a weight of its own: none that is quantised."""
+    width, weight = linear_width(module), getattr(module, "weight", None)
+    if width is None or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return False
+    return tuple(weight.shape[:2]) == (width if is_conv1d(module) else width[::-1])
 
 
 def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:

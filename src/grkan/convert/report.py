@@ -19,6 +19,7 @@ class ConversionReport:
     name; modules: the names of its parts; layout: "grkan", "linear" or "activation", see `grkan.convert.recipe`;
     activation: what its function was; order, form; groups: those of the second function, or of the only one;
     interval: (low, high), what its inputs cover, or are expected to; samples: scalars of the calibration, 0 without;
+    and how far the function is from the activation, None where it is not to be the same:
     max_error: the largest |F - f| on the interval, of all groups; rms_error: the root mean square of F - f over the
     inputs; cosine, relative_error: of F and f over the inputs, None without calibration."""
     skipped: list[tuple[str, str]]
@@ -45,10 +46,11 @@ class ConversionReport:
                 layer["layout"],
                 layer["activation"],
                 str(layer["groups"]),
-                "[{:.3g}, {:.3g}]".format(*layer["interval"]),
-                f"{layer['max_error']:.2g}",
-                f"{layer['rms_error']:.2g}",
-                "" if layer["relative_error"] is None else f"{layer['relative_error']:.2g}",
+                "" if layer["interval"] is None else "[{:.3g}, {:.3g}]".format(*layer["interval"]),
+                *(
+                    "" if layer[error] is None else f"{layer[error]:.2g}"
+                    for error in ("max_error", "rms_error", "relative_error")
+                ),
             )
             for layer in self.layers
         ]

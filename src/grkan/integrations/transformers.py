@@ -10,6 +10,7 @@ it knows of the weights, with a warning.
 """
 
 import copy
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,9 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, recipe_of
+from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, is_loaded, recipe_of
 from ..errors import GrkanValueError
 from ..nn import GroupRational, RationalLinear, no_weight_decay
+from ..nn.init import starts_kept
 from .imports import put_around
 
 _FIELD = "grkan"
@@ -91,10 +93,10 @@ def _making(post_init: Callable[..., Any]) -> Callable[..., Any]:
 def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # What a checkpoint lacks is memory that nobody has written to until here.
-        loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
-        if isinstance(module, GroupRational) and not all(loaded):
+        if isinstance(module, GroupRational) and not is_loaded(module):
             module.reset_parameters()
-        initialize(self, module, *args, **kwargs)
+        with starts_kept(module):
+            initialize(self, module, *args, **kwargs)
 
     return _initialize_weights
 
@@ -141,10 +143,18 @@ def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
         activation, linear = names
         parent = activation.rpartition(".")[0]
         # What such a layer gives is the rank's part of the channels, if the plan does not gather it.
-        if any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items()):
+        is_cut = any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items())
+        if is_cut and _has_styles():  # an older transformers refuses a style that it does not know, sharded or not
             plan[activation] = _STYLE
         if linear in plan:
             plan[f"{linear}.linear"] = plan.pop(linear)
+
+
+def _has_styles() -> bool:
+    try:
+        return importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
+    except ModuleNotFoundError:  # there is no transformers.distributed
+        return False
 
 
 def know_styles(tensor_parallel: ModuleType) -> None:

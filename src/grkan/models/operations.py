@@ -21,12 +21,14 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         input_size: the shape of the input without its batch dimension; (channels, height, width) for images.
 
     Returns:
-        parameters: the number of scalars in `model.parameters()`.
-        paper_operations: as counted in arXiv 2409.10594: the multiply-adds of linear and convolution layers without
-            the products of attention, plus 5 for each scalar that passes a LayerNorm, plus 2m + 2n + 3 for each that
-            passes a rational function of order (m, n). Other activations count nothing.
-        multiply_adds: those of all matrix products and convolutions, q k^T and the product with v among them, and
-            nothing else; what other tools call MACs, half of what `torch.utils.flop_counter` counts.
+        A dict with three counts:
+
+        - `parameters`: the number of scalars in `model.parameters()`.
+        - `paper_operations`: as counted in arXiv 2409.10594: the multiply-adds of linear and convolution layers without
+          the products of attention, plus 5 for each scalar that passes a LayerNorm, plus 2m + 2n + 3 for each that
+          passes a rational function of order (m, n). Other activations count nothing.
+        - `multiply_adds`: those of all matrix products and convolutions, q k^T and the product with v among them, and
+          nothing else; what other tools call MACs, half of what `torch.utils.flop_counter` counts.
 
     Raises:
         TypeError: model is no module; input_size is no sequence of ints.

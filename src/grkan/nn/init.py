@@ -1,6 +1,9 @@
 """The variance-preserving start."""
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +20,10 @@ WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 # The normal density is 2e-32 at 12. Most functions bend at whole numbers, or not at all; a kink between two steps of
 # 1/512 costs below 1e-6.
 _REACH, _STEPS_PER_UNIT = 12, 512
+
+# Numbers of a weight that tell whether an initialiser has written to it: one that goes by `.data` counts no version.
+_SAMPLE = 16
+_keeping = threading.local()
 
 
 def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
@@ -93,6 +100,12 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
         scheme: "variance_preserving", or "trunc_normal": standard deviation 0.02 whatever the gain, which is what the
             initialisation of the released code comes to.
     """
+    _draw(layer, gain, scheme)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _draw(layer: Any, gain: float, scheme: str) -> None:
     weight = layer.weight
     # A sharded weight is drawn whole: on a CPU, processes with the same seed would draw the same for different parts.
     drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
@@ -103,8 +116,6 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
         nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
     if drawn is not weight:
         assign_(weight, drawn, src_rank=0)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -137,6 +148,50 @@ def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preser
     of it: quantisers and adapters go by the class. The partial refers to the layer, so its copy refers to the copy.
     """
     layer.reset_parameters = partial(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
+
+
+def keep_start(layer: nn.Module, gain: float) -> None:
+    """`remember_start`, and keep it, too, when an initialiser of another library runs under `starts_kept`."""
+    remember_start(layer, gain)
+    layer.keeps_start = True  # type: ignore[assignment]
+
+
+@contextmanager
+def starts_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever is written meanwhile to the linear layers under a module that keep their start, is drawn anew.
+
+    What is not written to, as the weights that transformers has loaded, stays.
+    """
+    if getattr(_keeping, "now", False):  # an initialiser that is called by another one
+        yield
+        return
+    layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "keeps_start", False)]
+    before = [(_trace(layer.weight), _trace(layer.bias)) for layer in layers]
+    _keeping.now = True
+    try:
+        yield
+    finally:
+        _keeping.now = False
+    for layer, (weight, bias) in zip(layers, before, strict=True):
+        if _differs(weight, _trace(layer.weight)):
+            _draw(layer, *layer.reset_parameters.args[1:])
+        if layer.bias is not None and _differs(bias, _trace(layer.bias)):
+            nn.init.zeros_(layer.bias)
+
+
+def _trace(tensor: Tensor | None) -> tuple[Any, ...]:
+    """What tells whether a tensor was replaced or written to."""
+    if tensor is None or tensor.is_meta:
+        return tensor, 0, torch.empty(0)
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor, version, local.detach().flatten()[:_SAMPLE].clone()
+
+
+def _differs(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    same = before[0] is after[0] and before[1] == after[1] and before[2].shape == after[2].shape
+    # Garbage may be NaN, which is not equal to itself.
+    return not (same and torch.allclose(before[2], after[2], 0.0, 0.0, equal_nan=True))
 
 
 def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from ..writing import write_bytes
 
-STATE_FORMAT = "grkan training state 3"
+STATE_FORMAT = "grkan training state 4"
 
 
 class State(TypedDict):
@@ -28,6 +28,8 @@ class State(TypedDict):
     preprocessing: Preprocessing
     conversion: dict[str, Any] | None
     """The recipe of `grkan.convert_`, if the run began with a converted model."""
+    new_head: bool
+    """Whether the run began with outputs that had learned nothing."""
     best: dict[str, Any]
     last: dict[str, Any]
     running: dict[str, Any]

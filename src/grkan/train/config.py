@@ -78,10 +78,20 @@ class Config:
     """
 
     data: str = _setting(
-        "digits", "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+        "digits",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE; with "
+        "val_split also one with CLASS/IMAGE",
+    )
+    val_split: float | None = _setting(
+        None,
+        "the part of each class's training images that is kept for the test, where a folder has no val; which ones, "
+        "the seed decides",
+        Interval(0, 1, open_low=True, open_high=True),
     )
     model: str | None = _setting(
-        None, "a name of timm's registry; by default that of --init, else kat_micro_patch2_8", metavar="NAME"
+        None,
+        "a name of timm's registry; by default that of --init, else a KAT for images of the data's size",
+        metavar="NAME",
     )
     model_args: dict[str, Any] = _setting(
         {}, "arguments of the model's constructor: num_groups, drop_path_rate, img_size, ...; null: the model's default"
@@ -89,12 +99,17 @@ class Config:
     output: str | None = _setting(None, "the run's folder; by default runs/MODEL-DATA", metavar="DIR")
     init: str | None = _setting(
         None,
-        "a model file or a run's folder whose weights are the start; the model's arguments are the file's, overridden "
-        "by model_args, and another number of classes gets a new head",
-        metavar="FILE",
+        "whose weights are the start: a run's folder, a model file, a released checkpoint, a file of timm's (with "
+        "model), or a model of timm's with its pretrained weights (a name, hf-hub:NAME or local-dir:FOLDER); the "
+        "model's arguments are those of the file, overridden by model_args, which may ask for another img_size, "
+        "patch_size or in_chans; outputs keep what they know by the names of their classes",
+        metavar="FILE|NAME",
     )
+    convert: bool = _setting(False, "make a KAT of the model that init names, as grkan convert does")
     trainable: Literal["all", "coefficients", "weights"] = _setting(
-        "all", "what learns: everything, the coefficients of the rational functions alone, or everything but them"
+        "all",
+        "what learns: everything, the coefficients of the rational functions alone, or everything but them; outputs "
+        "for new classes always learn",
     )
     seed: int = _setting(0, "decides all that is drawn at random", _NOT_NEGATIVE)
 
@@ -133,19 +148,21 @@ class Config:
     shift: int | None = _setting(
         None,
         "pad by so many pixels and crop, in place of the random resized crop; 0: the image stays where it is; by "
-        "default what suits the data",
+        "default a twelfth of the images' size up to 64 pixels, and the random resized crop beyond",
         _NOT_NEGATIVE,
     )
     crop_scale: tuple[float, float] = _setting(
         (0.08, 1.0), "the area of a random resized crop, as parts of the image's", Interval(0, 1, open_low=True)
     )
     hflip: float | None = _setting(
-        None, "the probability of a horizontal flip; by default what suits the data", _PROBABILITY
+        None,
+        "the probability of a horizontal flip; by default 0 for digits and images up to 64 pixels, else 0.5",
+        _PROBABILITY,
     )
     color_jitter: float | None = _setting(
         None,
-        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default "
-        "what suits the data",
+        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default 0 "
+        "up to 64 pixels, else 0.4",
         Interval(0, 100),
     )
     auto_augment: str | None = _setting(None, "timm's string, as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT")
@@ -153,7 +170,8 @@ class Config:
 
     workers: int | None = _setting(
         None,
-        "processes that load images; 0 loads them in the training process; by default what suits the data",
+        "processes that load images; 0 loads them in the training process; by default one for each processor, up to 8, "
+        "for files, and 0 for arrays",
         _NOT_NEGATIVE,
         resumable=True,
     )

@@ -1,20 +1,24 @@
 """Images and labels: where they come from, how they become tensors, and in which order a run sees them.
 
-A data set is a list of images with a class each, whatever it was read from. Which image is where in which batch is a
-function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so neither the number of
-processes, nor that of the loading workers, nor an interruption changes anything.
+A data set is a list of images with a class each, whatever it was read from; `images.py` opens a file. Which image is
+where in which batch is a function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so
+neither the number of processes, nor that of the loading workers, nor an interruption changes anything.
 """
 
+import contextlib
 import gzip
 import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,11 +28,11 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from .config import Config, nearest
+from .images import UnreadableImageError, image_size, is_image_name, open_image
 from .randomness import derive_seed, seeded
 
 TRAIN_SPLITS = ("train", "training")
@@ -48,10 +52,17 @@ _FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L")
-"""What Pillow makes gray and RGB."""
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files that are no images, or damaged ones."""
+_SMALL = 64
+"""The longer side, in pixels, up to which the crops, flips and jitter of photographs do more harm than good."""
+_MODELS = ((8, "kat_micro_patch2_8"), (28, "kat_micro_patch4_28"), (_SMALL, "kat_micro_patch4_32"))
+"""What small images up to a size are learned with, unless another model is asked for."""
+_LOOKED_AT = 16
+"""Images of a folder whose sizes say what kind it is of."""
+_MEASURED = 60_000
+"""Images at most whose gray values are averaged: all of Fashion-MNIST."""
+_AGAIN = "folders met a second time, through a link"
+_LONGEST = 16
+"""Sides, as a multiple of the shorter one; a test looks at the middle of the image alone."""
 
 
 @dataclass
@@ -64,6 +75,10 @@ class ImageData:
     images: Sequence[Path] | np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    where: str | None = None
+    """What to call the whole in a report; None: there is nothing to report."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """How many entries of a folder were left out, by the reason."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,24 +89,50 @@ class ImageData:
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def open(self, index: int) -> Image.Image:
-        """The image as it is stored, with its pixels read."""
+        """The image in mode L or RGB."""
         image = self.images[index]
         if isinstance(image, Path):
             return open_image(image)
         return Image.fromarray(image)
 
+    def choose(self, indices: np.ndarray) -> "ImageData":
+        """Some of the images, in the order of the indices."""
+        images = self.images
+        chosen = images[indices] if isinstance(images, np.ndarray) else Files("", (images[i] for i in indices))
+        return replace(self, images=chosen, labels=self.labels[indices])
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file with its pixels read.
 
-    Raises:
-        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: the file is no image, or a damaged one.
+class Files(Sequence[Path]):
+    """Paths in one block of memory, which the processes that load images share: a million lists of letters would be
+    copied to each, one after the other.
+
+    Args:
+        root: the folder that the paths start from.
+        paths: relative to it.
     """
-    with Image.open(path) as image:
-        image.load()
-        if image.mode not in _MODES:
-            raise GrkanValueError(f"pixels of the kind {image.mode} are not supported")
-        return image
+
+    def __init__(self, root: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]]) -> None:
+        self._root, self._names, self._ends = Path(root), bytearray(), array("q", [0])
+        for path in paths:
+            self._names += os.fsencode(path)
+            self._ends.append(len(self._names))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Files": ...
+
+    def __getitem__(self, index: int | slice) -> "Path | Files":
+        if isinstance(index, slice):
+            return Files("", (self[i] for i in range(*index.indices(len(self)))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._root / os.fsdecode(bytes(self._names[self._ends[index] : self._ends[index + 1]]))
 
 
 @dataclass(frozen=True)
@@ -104,39 +145,89 @@ class Source:
     hflip: float
     color_jitter: float
     workers: int
-    normalisation: tuple[float, float] | None
-    """Mean and standard deviation of the gray values, in [0, 1]; None leaves the model's."""
+    normalisation: Callable[[ImageData], tuple[float, float]] | None
+    """From the training images, mean and standard deviation of the gray values, in [0, 1]; None: the model's do."""
+    model: str = "kat_micro_patch2_8"
+    kind: str | None = None
+    """What was seen of the images that these defaults were chosen for."""
+    load_split: Callable[[str], ImageData] | None = None
+    """From any name of a split that the data set may have; None: there are only train and test."""
 
 
-def find_source(data: str) -> Source:
-    """What `--data` means. Nothing is read before its `load` is called.
+def find_source(data: str, val_split: float | None = None, seed: int = 0) -> Source:
+    """What `--data` means. Of a folder a few images are looked at; the rest is read when its `load` is called.
+
+    Args:
+        data: as in `Config`.
+        val_split, seed: the part of each class that is kept for the test, and what decides which images; for a folder
+            that has no test images of their own.
 
     Raises:
-        ValueError: neither a known name nor a folder.
+        ValueError: neither a known name nor a folder; or a data set that has test images is to be split.
     """
     name, colon, folder = data.partition(":")
+    fashion = name == "fashion-mnist" and bool(colon) == bool(folder)
+    if val_split is not None and (data == "digits" or fashion):
+        raise GrkanValueError(f"val_split is for a folder without test images; {data} has some")
     if data == "digits":
-        return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=(0.3053, 0.3761))
-    if name == "fashion-mnist" and bool(colon) == bool(folder):
+        return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=_digits_statistics)
+    if fashion:
         return Source(
             lambda split: _load_fashion_mnist(Path(folder) if folder else None, split),
             shift=2,
             hflip=0.5,
             color_jitter=0.0,
             workers=0,
-            normalisation=(0.2860, 0.3530),
+            normalisation=gray_statistics,
+            model="kat_micro_patch4_28",
         )
     if not os.path.isdir(data):
         raise GrkanValueError(
             f"--data must be digits, fashion-mnist, fashion-mnist:FOLDER or a folder of images; got {data!r}"
         )
+    return _find_folder(Path(data), val_split, seed)
+
+
+def _find_folder(root: Path, val_split: float | None, seed: int) -> Source:
+    read = cache(_read_classes)
+
+    def load(split: str) -> ImageData:
+        return _load_folder(root, split, val_split, seed, read)
+
+    def load_split(name: str) -> ImageData:
+        if name in ("train", *TEST_SPLITS) and val_split is not None:
+            return load("train" if name == "train" else "test")
+        if not (root / name).is_dir() or name.startswith("."):
+            splits = [entry.name for entry in _listed(root) if _kind(entry) == "folder"]
+            raise GrkanValueError(f"{root} has no folder {name!r}; {nearest(name, splits)}")
+        return read(root / name)
+
+    size = _typical_size(next((root / name for name in TRAIN_SPLITS if (root / name).is_dir()), root))
+    side = None if size is None else max(size)
+    workers = min(8, os.cpu_count() or 1)
+    about = "" if size is None else f", of about {size[0]} x {size[1]} pixels"
+    if side is not None and side <= _SMALL:
+        return Source(
+            load,
+            shift=max(1, round(side / 12)),
+            hflip=0.0,
+            color_jitter=0.0,
+            workers=workers,
+            normalisation=gray_statistics,
+            model=next(name for limit, name in _MODELS if side <= limit),
+            kind=f"small images{about}",
+            load_split=load_split,
+        )
     return Source(
-        lambda split: _load_folder(Path(data), split),
+        load,
         shift=None,
         hflip=0.5,
         color_jitter=0.4,
-        workers=min(8, os.cpu_count() or 1),
+        workers=workers,
         normalisation=None,
+        model="kat_tiny_patch16_224",
+        kind=f"photographs{about}",
+        load_split=load_split,
     )
 
 
@@ -211,23 +302,196 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
 
-def _load_folder(root: Path, split: str) -> ImageData:
-    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE; for the test, FOLDER may also hold the classes itself."""
-    names = TRAIN_SPLITS if split == "train" else TEST_SPLITS
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        if split == "train" or any((root / name).is_dir() for name in TRAIN_SPLITS):
-            raise GrkanValueError(
-                f"{root} must hold a folder {' or '.join(names)} with a folder for each class; it has none"
-            )
-        folder = root
+def _load_folder(
+    root: Path, split: str, val_split: float | None, seed: int, read: Callable[[Path], ImageData]
+) -> ImageData:
+    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE, or a part of either FOLDER/train or FOLDER/CLASS/IMAGE.
+
+    For the test, FOLDER may also hold the classes itself.
+    """
+    train, test = (
+        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_SPLITS, TEST_SPLITS)
+    )
+    if val_split is not None:
+        if test is not None:
+            raise GrkanValueError(f"val_split is for a folder without test images; {root} has {test.name}")
+        whole = _with_all_classes(read(train or root))
+        chosen = _stratified(whole, val_split, seed)
+        part = whole.choose(np.flatnonzero(chosen == (split == "test")))
+        if split != "test":
+            return part
+        return replace(part, where=f"{val_split:.3g} of each class of {whole.where}, by seed {seed}", passed_over={})
+    folder = train if split == "train" else test
+    if folder is None and split == "train":
+        raise GrkanValueError(
+            f"{root} must hold a folder {' or '.join(TRAIN_SPLITS)} with a folder for each class; it has none (where "
+            "it holds the classes' folders itself, grkan train takes --val-split 0.1)"
+        )
+    if folder is None and train is not None:
+        raise GrkanValueError(
+            f"{root} must hold a folder {' or '.join(TEST_SPLITS)} with a folder for each class; it has none (grkan "
+            f"train --val-split 0.1 tests on a part of {train.name})"
+        )
+    data = read(folder or root)
+    return _with_all_classes(data) if split == "train" else data
+
+
+def _with_all_classes(data: ImageData) -> ImageData:
+    """The data, unless there is a class to be learned that has no image."""
+    if empty := sorted({*range(len(data.classes))} - {*data.labels.tolist()}):
+        raise GrkanValueError(
+            f"{data.where} has no image of {', '.join(data.classes[label] for label in empty[:5])}"
+            f"{f' and {len(empty) - 5} more' if len(empty) > 5 else ''}{_tell_passed_over(data)}"
+        )
+    return data
+
+
+def _stratified(data: ImageData, part: float, seed: int) -> np.ndarray:
+    """Which images are for the test: of each class with two or more at least one, and never all."""
+    chosen = np.zeros(len(data), dtype=bool)
+    for label, name in enumerate(data.classes):
+        own = np.flatnonzero(data.labels == label)
+        count = min(max(round(part * len(own)), 1), len(own) - 1)
+        order = np.random.default_rng(derive_seed("val_split", seed, name)).permutation(own)
+        chosen[order[:count]] = True
+    return chosen
+
+
+def _read_classes(folder: Path) -> ImageData:
+    """FOLDER/CLASS/.../IMAGE: the classes in the order of their names, and in each the images."""
+    passed_over: Counter[str] = Counter()
+    above = {_identity(parent) for parent in (folder, *folder.resolve().parents)}
+    classes, labels = [], array("q")
+    for entry in _listed(folder):
+        kind = _kind(entry)
+        if kind != "folder":
+            passed_over["beside the classes' folders" if kind == "file" else kind] += 1
+        elif _identity(folder / entry.name) in above:
+            passed_over[_AGAIN] += 1
+        else:
+            classes.append(entry.name)
+    if not classes:
+        raise GrkanValueError(f"{folder} must hold a folder for each class; it has none")
+
+    def found() -> Iterator[str]:
+        for label, name in enumerate(classes):
+            for path in _images_below(folder, name, set(above), passed_over):
+                labels.append(label)
+                yield path
+
+    files = Files(folder, found())
+    data = ImageData(files, np.frombuffer(labels, dtype=np.int64), tuple(classes), str(folder), passed_over)
+    if not len(data):
+        raise GrkanValueError(f"{folder} has no images in its {len(classes)} classes' folders{_tell_passed_over(data)}")
+    return data
+
+
+def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
+    """The paths, relative to `root`, of the images in a folder and in those below it, each folder once."""
     try:
-        classes, index = find_classes(folder)
-        samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise GrkanValueError(f"{folder}: {error}".replace("\n", " ")) from None
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    return ImageData([Path(path) for path, _ in samples], labels, tuple(classes))
+        identity, entries = _identity(root / folder), _listed(root / folder)
+    except OSError as error:
+        passed_over[f"folders that cannot be read ({error.strerror})"] += 1
+        return
+    if identity in seen:
+        passed_over[_AGAIN] += 1
+        return
+    seen.add(identity)
+    below = []
+    for entry in entries:
+        kind = _kind(entry)
+        if kind == "folder":
+            below.append(entry.name)
+        elif kind != "file":
+            passed_over[kind] += 1
+        elif not is_image_name(entry.name):
+            passed_over[
+                f"*{os.path.splitext(entry.name)[1].lower()}" if "." in entry.name else "without an ending"
+            ] += 1
+        else:
+            yield os.path.join(folder, entry.name)
+    for name in below:
+        yield from _images_below(root, os.path.join(folder, name), seen, passed_over)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Folder or file, whatever links lead to it; or else why it is passed over."""
+    if entry.name.startswith("."):
+        return "hidden"
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "links that lead nowhere" if entry.is_symlink() else "pipes or devices"
+    except OSError:  # a link to itself
+        return "links that lead nowhere"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, in the order of the names."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _typical_size(folder: Path) -> tuple[int, int] | None:
+    """Width and height of the median image, by its longer side, of a few from different classes."""
+    classes = [entry.name for entry in _listed(folder) if _kind(entry) == "folder"]
+    sizes = []
+    for name in classes[:: max(1, len(classes) // _LOOKED_AT)][:_LOOKED_AT]:
+        for path in islice(_images_below(folder, name, set(), Counter()), -(-_LOOKED_AT // len(classes))):
+            with contextlib.suppress(UnreadableImageError):
+                sizes.append(image_size(folder / path))
+    return sorted(sizes, key=max)[len(sizes) // 2] if sizes else None
+
+
+def describe(data: ImageData) -> str:
+    """What was found, in a line: how many images and classes, which classes have none, and what was passed over."""
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    lacking = [name for name, count in zip(data.classes, counts, strict=True) if not count]
+    line = f"{data.where}: {len(data):,} images of {len(data.classes) - len(lacking)} classes"
+    if lacking:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        line += f", none of {', '.join(map(repr, lacking[:5]))}{more}"
+    return line + _tell_passed_over(data)
+
+
+def _tell_passed_over(data: ImageData) -> str:
+    told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(data.passed_over.items()))
+    return f"; passed over: {told}" if told else ""
+
+
+def gray_statistics(data: ImageData) -> tuple[float, float]:
+    """Mean and standard deviation of the gray values, in [0, 1], to four digits: of all images, or of every n-th.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    counts = np.zeros(256, dtype=np.int64)
+    for index in range(0, len(data), -(-len(data) // _MEASURED) or 1):
+        with contextlib.suppress(UnreadableImageError):
+            counts += _histogram(data, index)
+    if not (total := counts.sum()):
+        raise GrkanValueError(f"none of the {len(data)} training images of {data.where} can be read")
+    values = np.arange(256) / 255
+    mean = float(counts @ values / total)
+    deviation = math.sqrt(float(counts @ (values - mean) ** 2 / total))
+    return round(mean, 4), round(deviation, 4) or 1.0  # images of one gray alone have none
+
+
+def _histogram(data: ImageData, index: int) -> np.ndarray:
+    if isinstance(data.images, np.ndarray):
+        return np.bincount(data.images[index].ravel(), minlength=256)
+    return np.array(data.open(index).convert("L").histogram())
+
+
+def _digits_statistics(_: ImageData) -> tuple[float, float]:
+    return 0.3053, 0.3761
 
 
 def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
@@ -251,7 +515,7 @@ def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image]
     Args:
         preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, as timm calls them.
     """
-    return T.Compose([_Convert(preprocessing), create_transform(**preprocessing)])
+    return T.Compose([_Convert(preprocessing), _shorten, create_transform(**preprocessing)])
 
 
 def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
@@ -287,6 +551,14 @@ def training_transform(preprocessing: Preprocessing, config: Config) -> Callable
         first = [T.Resize(size), T.RandomCrop(size, padding=config.shift), T.RandomHorizontalFlip(config.hflip)]
         first = T.Compose(first)
     return T.Compose([convert, first, second, last])
+
+
+def _shorten(image: Image.Image) -> Image.Image:
+    """The middle of an image that is very long: resized whole, it could take all memory."""
+    limit = _LONGEST * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    return T.functional.center_crop(image, [min(image.height, limit), min(image.width, limit)])
 
 
 def _not_understood(config: Config, error: Exception) -> GrkanValueError:
@@ -339,9 +611,9 @@ class _Samples(Dataset):
             index = (first + step) % len(self.data)
             try:
                 image = self.data.open(index)
-            except UNREADABLE as error:
+            except UnreadableImageError as error:
                 if step == 0:
-                    unreadable[self.data.name(index)] = " ".join(str(error).split())
+                    unreadable[self.data.name(index)] = str(error)
                 continue
             label = int(self.data.labels[index])
             if self.seed is None:
@@ -426,27 +698,24 @@ def evaluation_loader(
 
 
 def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
-    """Batches of at most `count` training images, taken at equal distances, preprocessed as for a test.
+    """`calibration_batches` of the training images of `--data`."""
+    return calibration_batches(replace(find_source(data).load("train"), where=data), preprocessing, count)
+
+
+def calibration_batches(images: ImageData, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
+    """Batches of at most `count` images, taken at equal distances, preprocessed as for a test.
 
     Raises:
-        ValueError: there is no such data set; or, from the batches, none of the images can be read.
+        ValueError: none of the images can be read.
     """
-    images = find_source(data).load("train")
     chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-    picked = images.images[chosen] if isinstance(images.images, np.ndarray) else [images.images[i] for i in chosen]
-    images = replace(images, images=picked, labels=images.labels[chosen])
-    loader = evaluation_loader(images, evaluation_transform(preprocessing), 32)
-
-    def batches() -> Iterator[Tensor]:
-        readable = False
-        for batch in loader:
-            if len(batch.labels):
-                readable = True
-                yield batch.images
-        if not readable:
-            raise GrkanValueError(f"--data {data} has no readable image")
-
-    return batches()
+    readable = False
+    for batch in evaluation_loader(images.choose(chosen), evaluation_transform(preprocessing), 32):
+        if len(batch.labels):
+            readable = True
+            yield batch.images
+    if not readable:
+        raise GrkanValueError(f"--data {images.where} has no readable image")
 
 
 class UnreadableImages:

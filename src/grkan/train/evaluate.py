@@ -12,15 +12,18 @@ from torch.utils.data import DataLoader
 
 from ..errors import GrkanValueError
 from .data import (
-    UNREADABLE,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
     Batch,
+    ImageData,
     UnreadableImages,
+    absolute,
     evaluation_loader,
     evaluation_transform,
     find_source,
     match_classes,
-    open_image,
 )
+from .images import UnreadableImageError, open_image
 from .model import TrainedModel
 
 
@@ -70,12 +73,37 @@ def first_images(loader: DataLoader, unreadable: UnreadableImages) -> Tensor | N
     return None
 
 
-def test_loader(trained: TrainedModel, data: str, batch_size: int, workers: int | None) -> DataLoader:
-    """The test images of `--data`, preprocessed for the model, with labels that are indices of its classes."""
-    source = find_source(data)
-    images = match_classes(source.load("test"), trained.classes)
-    transform = evaluation_transform(trained.preprocessing)
-    return evaluation_loader(images, transform, batch_size, source.workers if workers is None else workers)
+def data_for(
+    trained: TrainedModel, data: str, split: str | None = None, val_split: float | None = None, seed: int = 0
+) -> ImageData:
+    """The images of `--data` to test a model on, with labels that are indices of its classes.
+
+    Args:
+        trained: the model. Of a run on this very data, what it kept for the test is found again: `val_split` and `seed`
+            are the run's unless they are given.
+        data, val_split, seed: as in `Config`.
+        split: train, val or another that the data set has; None: what runs are tested on.
+
+    Raises:
+        ValueError: there is no such data set or split, or it has a class that the model does not know.
+    """
+    if val_split is None and trained.run.get("data") == absolute(data):
+        val_split, seed = trained.run.get("val_split"), trained.run.get("seed", 0)
+    source = find_source(data, val_split, seed)
+    if split is None:
+        images = source.load("test")
+    elif source.load_split is not None:
+        images = source.load_split(split)
+    elif split in TRAIN_SPLITS or split in TEST_SPLITS:
+        images = source.load("train" if split in TRAIN_SPLITS else "test")
+    else:
+        raise GrkanValueError(f"--split must be train or test for {data}; got {split!r}")
+    return match_classes(images, trained.classes)
+
+
+def loader_for(trained: TrainedModel, images: ImageData, batch_size: int, workers: int) -> DataLoader:
+    """Batches of what `data_for` gives, preprocessed for the model."""
+    return evaluation_loader(images, evaluation_transform(trained.preprocessing), batch_size, workers)
 
 
 @torch.inference_mode()
@@ -90,8 +118,8 @@ def predict(trained: TrainedModel, path: str | Path) -> dict[str, Any]:
     """
     try:
         image = open_image(path)
-    except UNREADABLE as error:
-        raise GrkanValueError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
+    except UnreadableImageError as error:
+        raise GrkanValueError(f"cannot read the image {path}: {error}") from None
     x = evaluation_transform(trained.preprocessing)(image).unsqueeze(0).to(trained.device)
     probabilities = trained.model(x).float().softmax(dim=-1)[0].cpu()
     if not probabilities.isfinite().all():

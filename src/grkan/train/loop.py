@@ -36,6 +36,7 @@ from .data import (
     TrainingSampler,
     UnreadableImages,
     absolute,
+    describe,
     evaluation_loader,
     evaluation_transform,
     find_source,
@@ -121,8 +122,8 @@ def resolve(config: Config) -> Config:
     Raises:
         ValueError: there is no such data set or model to start from, or `model` is another than that one.
     """
-    source = find_source(config.data)
-    chosen = {"data": absolute(config.data), **resolve_model(config)}
+    source = find_source(config.data, config.val_split, config.seed)
+    chosen = {"data": absolute(config.data), **resolve_model(config, source.model)}
     for name in ("shift", "hflip", "color_jitter", "workers"):
         if getattr(config, name) is None:
             chosen[name] = getattr(source, name)
@@ -181,15 +182,19 @@ class _Run:
             )
         state_path = self.folder / "state" / "state.pt"
         state = load_state(state_path) if resumed and state_path.exists() else None
-        source = find_source(config.data)
+        source = find_source(config.data, config.val_split, config.seed)
         self.training, self.test = self._load_data(source)
+        self.notes = [] if source.kind is None else [describe(self.training), describe(self.test), self._kind(source)]
         if state is not None:
             self._check_same(state["fingerprint"], state_path)
         known = None if state is None else state["preprocessing"]
-        self.model, self.preprocessing = make_model(config, len(self.training.classes), source.normalisation, known)
+        start = make_model(config, self.training, source.normalisation, known)
+        self.model, self.preprocessing = start.model, start.preprocessing
+        self.new_head = start.new_head if state is None else state["new_head"]
+        self.notes += start.notes
         if state is not None and state["conversion"]:
             apply_conversion_(self.model, state["conversion"])
-        choose_trainable(self.model, config)
+        choose_trainable(self.model, config, self.new_head)
         self._make_loaders()
         self._make_optimisation()
         self.unreadable = UnreadableImages(config.on_corrupt)
@@ -219,6 +224,12 @@ class _Run:
                 f"{self.config.data}; lower --batch-size"
             )
         return training, test
+
+    def _kind(self, source: Source) -> str:
+        """What the settings of the augmentation go by."""
+        names = ("shift", "hflip", "color_jitter")
+        used = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
+        return f"{source.kind}: {used}; the options of these names change it"
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -268,6 +279,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self.board = self._tensorboard(stack, done)
             self.reporter = stack.enter_context(Reporter(self.main, total, done))
+            for line in self.notes:
+                self.reporter.line(line)
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
             elif done:
@@ -512,6 +525,7 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
             "conversion": getattr(self.model, "grkan_conversion", None),
+            "new_head": self.new_head,
             "best": self.best,
             "last": self.last,
             "running": vars(self.running),

@@ -2,11 +2,10 @@
 
 import contextlib
 import copy
-import dataclasses
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,22 @@ from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from ..convert import convert_
+from ..convert.recipe import apply_conversion_
 from ..errors import GrkanError, GrkanValueError
 from ..models.files import load_model, read_metadata
 from ..models.kat import twin_of
 from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
+from ..nn import no_weight_decay
 from .config import Config, make_config, nearest, read_yaml, to_yaml
-from .data import evaluation_transform, find_source
+from .data import ImageData, calibration_batches, evaluation_transform, find_source
 from .metrics import read_metrics
 from .randomness import derive_seed
+from .start import find_start, fit_weights_, is_model_file, load_start, model_file, read_state
 
-_DEFAULT_MODEL = "kat_micro_patch2_8"
-
+_CALIBRATION = 256
+"""Images that a conversion is fitted to."""
 _NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
 """Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
 
@@ -44,45 +47,29 @@ def check_model_name(name: str) -> None:
         raise GrkanValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
 
 
-def model_file(path: str | Path) -> Path:
-    """The weights that a path stands for: the file itself, or the best of a run's folder.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    if path.is_dir():
-        raise GrkanValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
-    raise GrkanValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
-
-
 # Models to be trained
 
 
-def resolve_model(config: Config) -> dict[str, Any]:
+def resolve_model(config: Config, default: str) -> dict[str, Any]:
     """The settings model, model_args and init, with what is known of the model to start from filled in.
+
+    Args:
+        config: what was asked for.
+        default: the model that suits the data.
 
     Raises:
         ValueError: there is no model to start from, or `model` is another than that one.
     """
     if config.init is None:
-        return {"model": config.model or _DEFAULT_MODEL}
-    path = model_file(config.init)
-    metadata = read_metadata(path)
-    held = metadata["model"]
-    if held is None:
-        raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
+        if config.convert:
+            raise GrkanValueError("convert makes a KAT of the model that init names; init is not given")
+        return {"model": config.model or default}
+    init, held, arguments = find_start(config.init, config.model)
     if config.model not in (None, held):
         to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
-        convert = "; grkan convert makes a KAT of it" if to_kat else ""
+        convert = "; --convert makes a KAT of it" if to_kat else ""
         raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
-    arguments = {key: value for key, value in metadata["arguments"].items() if key != "num_classes"}
-    return {"init": os.path.abspath(path), "model": held, "model_args": {**arguments, **config.model_args}}
+    return {"init": init, "model": held, "model_args": {**arguments, **config.model_args}}
 
 
 def check_model(config: Config) -> None:
@@ -95,40 +82,72 @@ def check_model(config: Config) -> None:
     _create_model(config, None)
 
 
+@dataclass
+class Start:
+    """A model at the start of a run."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    new_head: bool
+    """Whether any of its outputs has learned nothing yet."""
+    notes: list[str]
+    """What was done with the weights that it starts from, in lines."""
+
+
 def make_model(
-    config: Config, classes: int, normalisation: tuple[float, float] | None, preprocessing: Preprocessing | None
-) -> tuple[nn.Module, Preprocessing]:
-    """The model at its start, and its preprocessing.
+    config: Config,
+    training: ImageData,
+    normalisation: Callable[[ImageData], tuple[float, float]] | None,
+    preprocessing: Preprocessing | None,
+) -> Start:
+    """The model at its start.
 
     Args:
         config: says which.
-        classes: the outputs.
-        normalisation: of the data set's gray values, if it has one of its own.
+        training: the images to learn from.
+        normalisation: gives mean and standard deviation of their gray values; None: the model's own will do.
         preprocessing: that of the state that a run is resumed from, whose weights will follow; None: a run begins.
 
     Raises:
         ValueError: there is no such model, or `model_args` or `init` do not fit it.
     """
     check_model_name(config.model or "")
+    classes, new_head = training.classes, True
+    notes: list[str] = []
+    weights = load_start(config.init, config.model or "") if config.init and preprocessing is None else None
     torch.manual_seed(derive_seed("model", config.seed))
-    if config.init and preprocessing is None:
-        path = model_file(config.init)
-        metadata = read_metadata(path)
-        model = load_model(path, _create_model(config, metadata["arguments"].get("num_classes")))
-        if model.num_classes != classes:
-            model.reset_classifier(classes)  # type: ignore[operator]
-        preprocessing = _fit_preprocessing(config, model, normalisation, metadata["preprocessing"])
-        _example(preprocessing, path)
+    if weights is not None:
+        # How the rest started is of no use, and the mimetic start takes a minute.
+        arguments = {key: value for key, value in config.model_args.items() if key != "attn_init"}
+        model = _create_model(replace(config, model_args=arguments), len(classes))
+        if weights.conversion:
+            apply_conversion_(model, weights.conversion)
+        new_head, notes = fit_weights_(model, weights, classes)
+        preprocessing = _fit_preprocessing(config, model, None, weights.preprocessing)
+        _example(preprocessing, weights.label)
+        if config.convert:
+            notes.append(_convert(model, training, preprocessing, weights.label))
     else:
-        model = _create_model(config, classes)
-        preprocessing = preprocessing or _fit_preprocessing(config, model, normalisation, None)
+        model = _create_model(config, len(classes))
+        if preprocessing is None:
+            measured = normalisation and partial(normalisation, training)
+            preprocessing = _fit_preprocessing(config, model, measured, None)
     with _blaming_model_args(config), torch.no_grad():
         trial = copy.deepcopy(model).train()  # a copy, because running statistics move
         output = trial(torch.zeros(2, *preprocessing["input_size"]))
-        if not isinstance(output, Tensor) or tuple(output.shape) != (2, classes):
+        wanted = (2, len(classes))
+        if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
             kind = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
-            raise GrkanValueError(f"its output for two images {kind}; logits of shape {(2, classes)} are wanted")
-    return model, preprocessing
+            raise GrkanValueError(f"its output for two images {kind}; logits of shape {wanted} are wanted")
+    return Start(model, preprocessing, new_head, notes)
+
+
+def _convert(model: nn.Module, training: ImageData, preprocessing: Preprocessing, label: str) -> str:
+    """Make a KAT of a model, and say so."""
+    if no_weight_decay(model):
+        raise GrkanValueError(f"convert makes a KAT of a model without rational functions; {label} has some already")
+    report = convert_(model, calibration=calibration_batches(training, preprocessing, _CALIBRATION))
+    return f"converted: {len(report.layers)} MLPs, outputs off by {report.relative_error:.2g} of their norm"
 
 
 def _create_model(config: Config, classes: int | None) -> nn.Module:
@@ -166,7 +185,10 @@ def _reason(error: Exception) -> str:
 
 
 def _fit_preprocessing(
-    config: Config, model: nn.Module, normalisation: tuple[float, float] | None, known: Preprocessing | None
+    config: Config,
+    model: nn.Module,
+    normalisation: Callable[[], tuple[float, float]] | None,
+    known: Preprocessing | None,
 ) -> Preprocessing:
     """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
 
@@ -182,7 +204,7 @@ def _fit_preprocessing(
         raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
     mean, std, crop = found["mean"], found["std"], found["crop_pct"]
     if normalisation is not None and not known:
-        mean, std = ([value] for value in normalisation)
+        mean, std = ([value] for value in normalisation())
         crop = 1.0  # the object fills the image
     if len(mean) != channels:
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
@@ -207,6 +229,8 @@ class TrainedModel:
     """Empty if they are not known."""
     preprocessing: Preprocessing
     device: torch.device
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the run that it is from, if its file lies in the folder of one."""
 
 
 def load_trained(path: str | Path) -> TrainedModel:
@@ -222,7 +246,14 @@ def load_trained(path: str | Path) -> TrainedModel:
         raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
     device, model = _device(), load_model(path)
     _check_preprocessing(model, preprocessing, len(classes), path)
-    return TrainedModel(model.to(device), classes, preprocessing, device)
+    return TrainedModel(model.to(device), classes, preprocessing, device, _settings_of_run(path.parent))
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(folder / "config.yaml")
+    except (OSError, GrkanValueError):  # no run, or a file of that name that is something else's
+        return {}
 
 
 def load_weights(path: str | Path) -> nn.Module:
@@ -242,7 +273,7 @@ def _results(run: Path) -> dict[str, Any] | None:
         return None
     best = max(epochs, key=lambda line: line["top1"])  # the first of equals, as in training
     config = make_config(read_yaml(run / "config.yaml"))
-    settings = to_yaml(dataclasses.replace(config, output=None))  # which is a place on this machine
+    settings = to_yaml(replace(config, output=None))  # which is a place on this machine
     return {
         "data": config.data,
         "epochs": config.epochs,
@@ -268,7 +299,7 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
         if name is None:
             raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
         model, classes, preprocessing = _load_pretrained(name), None, None
-    elif name is None or Path(checkpoint).is_dir() or _is_model_file(checkpoint):
+    elif name is None or Path(checkpoint).is_dir() or is_model_file(checkpoint):
         path = model_file(checkpoint)
         metadata = read_metadata(path)
         if name not in (None, metadata["model"]):
@@ -327,7 +358,7 @@ def _check_preprocessing(model: nn.Module, preprocessing: Preprocessing, classes
         raise GrkanValueError(f"{path} has {classes} classes, but outputs of shape {tuple(output.shape)} for an image")
 
 
-def _example(preprocessing: Preprocessing, path: Path) -> Tensor:
+def _example(preprocessing: Preprocessing, path: Path | str) -> Tensor:
     """An input [C, H, W]; ValueError if the preprocessing, which `path` holds, does not give one."""
     try:
         return evaluation_transform(preprocessing)(Image.new("L", (8, 8)))
@@ -337,14 +368,6 @@ def _example(preprocessing: Preprocessing, path: Path) -> Tensor:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _is_model_file(path: str | Path) -> bool:
-    try:
-        read_metadata(path)
-    except GrkanValueError:
-        return False
-    return True
 
 
 def _load_pretrained(name: str) -> nn.Module:
@@ -360,7 +383,7 @@ def _load_pretrained(name: str) -> nn.Module:
 def _load_checkpoint_of_timm(name: str, checkpoint: str | Path) -> nn.Module:
     """A model of timm with the weights of a file, whose number of classes is that of the model."""
     try:
-        state = timm.models.load_state_dict(str(checkpoint))
+        state = read_state(name, checkpoint)
         classifier = timm.models.get_pretrained_cfg_value(name, "classifier")
         head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
         model = timm.create_model(name, **({} if head is None else {"num_classes": len(head)}))

@@ -10,10 +10,11 @@ from torch import nn
 from ..errors import GrkanValueError
 from ..nn import no_weight_decay
 from .config import Config
+from .start import head_parameters
 
 
-def choose_trainable(model: nn.Module, config: Config) -> None:
-    """Freeze what `trainable` leaves out.
+def choose_trainable(model: nn.Module, config: Config, new_head: bool) -> None:
+    """Freeze what `trainable` leaves out, but never outputs that have learned nothing yet.
 
     Raises:
         ValueError: the model has no rational functions to choose.
@@ -25,6 +26,9 @@ def choose_trainable(model: nn.Module, config: Config) -> None:
         raise GrkanValueError(f"trainable: {config.trainable}; {config.model} has no rational functions")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_((name in coefficients) == (config.trainable == "coefficients"))
+    if new_head:
+        for parameter in head_parameters(model).values():
+            parameter.requires_grad_()
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

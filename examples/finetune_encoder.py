@@ -1,0 +1,114 @@
+"""Fine-tune a pretrained encoder as a KAT, by transformers' Trainer: all of it, LoRA and the functions, or these alone.
+
+    pip install "grkan[fit]" transformers accelerate peft
+    python examples/finetune_encoder.py --model sentence-transformers/all-MiniLM-L6-v2 \
+        --train train.tsv --test test.tsv --trainable lora
+
+The files have a sentence, a tab and a label in each line. `--trainable functions` trains the coefficients of the
+functions and the head alone, and writes a file of some kilobytes, `functions.safetensors`, beside the model's folder.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+import grkan
+
+
+def read(path: Path) -> tuple[list[str], list[str]]:
+    lines = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [text for text, _ in lines], [label for _, label in lines]
+
+
+def encode(tokenizer, texts: list[str], labels: list[str], classes: list[str]) -> list[dict]:
+    return [
+        {**tokenizer(text, truncation=True, max_length=128), "labels": classes.index(label)}
+        for text, label in zip(texts, labels, strict=True)
+    ]
+
+
+def choose_parameters(model: torch.nn.Module, trainable: str) -> torch.nn.Module:
+    """Freeze what is not to be trained; the head is always trained."""
+    functions = grkan.no_weight_decay(model)
+    if trainable == "functions":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in functions or name.startswith("classifier")
+    elif trainable == "lora":
+        attention = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+        model = get_peft_model(model, attention)
+        for name, parameter in model.named_parameters():
+            if name in grkan.no_weight_decay(model):
+                parameter.requires_grad = True
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a name on the hub, or a folder")
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--trainable", choices=("all", "lora", "functions"), default="lora")
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--lr", type=float, help="default: 5e-5 for all, 1e-3 otherwise")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    train, test = read(options.train), read(options.test)
+    classes = sorted(set(train[1]))
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(classes))
+
+    # The functions are fitted to what the model sees: some of the text that it is to be trained on will do.
+    batch = tokenizer(train[0][:64], padding=True, truncation=True, max_length=128, return_tensors="pt")
+    report = grkan.convert_(model, calibration=[batch])
+    print(f"converted {len(report.layers)} MLPs; the output is off by {report.relative_error:.2%}")
+
+    model = choose_parameters(model, options.trainable)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    print(f"trains {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,}")
+    arguments = TrainingArguments(
+        str(options.output),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=16,
+        learning_rate=options.lr or (5e-5 if options.trainable == "all" else 1e-3),
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,  # grkan keeps it away from the coefficients
+        save_strategy="no",
+        report_to=[],
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=encode(tokenizer, *train, classes),
+        eval_dataset=encode(tokenizer, *test, classes),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    print(f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
+
+    if options.trainable == "functions":
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in trained.items()},
+            options.output / "functions.safetensors",
+        )
+    else:
+        if options.trainable == "lora":
+            model = model.merge_and_unload()
+        model.save_pretrained(options.output / "model")
+        tokenizer.save_pretrained(options.output / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Fine-tune a pretrained vision transformer of timm as a KAT, in a plain loop of timm's parts.
+
+    pip install "grkan[fit,models]" torchvision
+    python examples/finetune_vit.py --data FOLDER --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
+
+FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg.
+"""
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.scheduler import CosineLRScheduler
+from timm.utils import accuracy
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+import grkan
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: DataLoader, device: torch.device) -> float:
+    model.eval()
+    parts = [(model(images.to(device)).cpu(), labels) for images, labels in batches]
+    logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return float(accuracy(logits, labels)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    parser.add_argument("--random", action="store_true", help="start from random weights instead of pretrained ones")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("kat.safetensors"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    folders = [options.data / split for split in ("train", "val")]
+    classes = sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir())
+    model = timm.create_model(
+        options.model, pretrained=not options.random, num_classes=len(classes), drop_path_rate=0.1
+    )
+    config = resolve_model_data_config(model)
+    train, test = (
+        DataLoader(
+            create_dataset("", folder, transform=create_transform(**config, is_training=training)),
+            options.batch,
+            shuffle=training,
+            num_workers=options.workers,
+        )
+        for folder, training in zip(folders, (True, False), strict=True)
+    )
+
+    # The functions are fitted to what some images of the task give: the model computes the same afterwards.
+    images, _ = next(iter(train))
+    report = grkan.convert_(model, calibration=images)
+    print(f"converted {len(report.layers)} MLPs; the output is off by {report.relative_error:.2%}")
+
+    model.to(device)
+    # The functions may learn faster than the weights, which are pretrained.
+    groups = grkan.param_groups(model, 0.05, lr=options.lr, coefficient_lr=10 * options.lr)
+    optimiser = torch.optim.AdamW(groups)
+    steps = options.epochs * len(train)
+    schedule = CosineLRScheduler(optimiser, steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
+    step = 0
+    for epoch in range(options.epochs):
+        model.train()
+        for images, labels in train:
+            schedule.step_update(step)
+            loss = cross_entropy(model(images.to(device)), labels.to(device), label_smoothing=0.1)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            step += 1
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy {evaluate(model, test, device):.2f} %", flush=True)
+    grkan.save_model(model, options.output)
+
+
+if __name__ == "__main__":
+    main()
