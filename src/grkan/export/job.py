@@ -113,8 +113,14 @@ class Job:
         return worst
 
 
-def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2) -> Job:
-    """Raises TypeError and ValueError as `grkan.export` does; batch: of images, where no example is given."""
+def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: bool = True) -> Job:
+    """Raises TypeError and ValueError as `grkan.export` does.
+
+    Args:
+        model, example, dynamic: as there.
+        batch: the number of images, where no example is given.
+        resizes: whether the height and the width of an image may change.
+    """
     original = unwrap(check_module("model", model))
     if any(t.is_meta for t in original.state_dict().values()):
         raise GrkanValueError("model must hold data; it is on the meta device")
@@ -130,7 +136,8 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2) -> Job:
     given = given.map(lambda t: t.detach().cpu())
     if not given.tensors():
         raise GrkanValueError(f"example must hold a tensor; got {example!r}")
-    varying = [_sizes(copied, t) if dynamic else {} for t in given.tensors()]
+    resizes = resizes and getattr(copied, "dynamic_img_size", False)
+    varying = [_sizes(t, resizes) if dynamic else {} for t in given.tensors()]
     calls = [given]
     if any(varying):
         calls += [_resized(given, varying, {BATCH: 3, _LENGTH: 7}, _patch(copied))]
@@ -250,12 +257,12 @@ def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, ba
     )
 
 
-def _sizes(model: Any, t: Tensor) -> dict[int, str]:
-    """The dimensions of an input that may change: batch, length of a text, height and width where the model allows."""
+def _sizes(t: Tensor, resizes: bool) -> dict[int, str]:
+    """The dimensions of an input that may change: batch, length of a text, and height and width if `resizes`."""
     names = {0: BATCH} if t.dim() else {}
     if t.dim() == 2 and not t.is_floating_point():
         names[1] = _LENGTH
-    if t.dim() == 4 and t.is_floating_point() and getattr(model, "dynamic_img_size", False):
+    if t.dim() == 4 and t.is_floating_point() and resizes:
         names |= {2: "height", 3: "width"}
     return names
 
