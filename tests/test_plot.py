@@ -136,7 +136,7 @@ def test_the_worst_fits_of_a_conversion():
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     worst = sorted(report.fits, key=lambda fitted: fitted.relative_error)[-1]
     assert len(titles) == 2
-    assert titles[0].startswith(f", group {worst.group}\n")
+    assert titles[0].startswith(f"(model)\ngroup {worst.group}: relative error ")
     x, y = next(axis for axis in figure.axes if axis.get_title()).get_lines()[0].get_data()
     np.testing.assert_allclose(y, np.maximum(x, 0), atol=1e-12)
     report.fits.clear()

@@ -36,6 +36,8 @@ __all__ = [
 _BINS = 80
 _NAMED, _NUMBERED = 60, 20
 """Classes up to which a confusion matrix has their names, and the counts."""
+# Characters of a layer's name above a panel; of a longer one the end is shown.
+_LONGEST_NAME = 44
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
 
@@ -232,6 +234,8 @@ def plot_fit(
 def plot_conversion(report: Any, count: int = 6) -> Figure:
     """The worst fits of a conversion: each function, its activation, what reaches it, and the error.
 
+    Where the inputs reach far beyond their usual size, their axis is logarithmic there.
+
     Args:
         report: what `grkan.convert_` returned.
         count: how many functions, those with the largest relative error.
@@ -242,33 +246,12 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
     worst = sorted(report.fits, key=lambda fitted: -fitted.relative_error)[:count]
     if not worst:
         raise GrkanValueError("report must have fits to plot; it has none")
-    figure = Figure(figsize=(3.4 * len(worst) + 0.4, 4.6), layout="constrained", dpi=150)
-    axes = figure.subplots(2, len(worst), squeeze=False, sharex="col", height_ratios=(3, 2))
-    for (top, bottom), fitted in zip(axes.T, worst, strict=True):
-        low, high = fitted.fit.interval
-        margin = 0.15 * (high - low)
-        x = np.linspace(low - margin, high + margin, 4 * POINTS)
-        exact, values = fitted.target(x), fitted.fit(x)
-        top.plot(x, exact, color="0.55", linewidth=3.5, label=fitted.activation)
-        top.plot(x, values, color=_COLORS[1], linewidth=1.3, label="rational fit")
-        top.set_title(f"{fitted.layer}, group {fitted.group}\nrelative error {fitted.relative_error:.2g}", fontsize=8)
-        density = bottom.twinx()
-        density.hist(fitted.x, bins=_BINS, weights=fitted.weights, log=True, color="0.87")
-        density.set_yticks([])
-        bottom.set_zorder(density.get_zorder() + 1)
-        bottom.patch.set_visible(False)
-        bottom.plot(x, values - exact, color=_COLORS[0], linewidth=1.2)
-        inside = (x >= low) & (x <= high)
-        bottom.set_ylim(*(1.4 * np.abs(values - exact)[inside].max() * np.array([-1, 1]) + (-1e-12, 1e-12)))
-        bottom.set_xlabel("x")
-        for axis in (top, bottom):
-            axis.axvline(low, color="0.8", linewidth=0.8)
-            axis.axvline(high, color="0.8", linewidth=0.8)
-            axis.grid(color="0.93", linewidth=0.6)
-            axis.tick_params(labelsize=7)
-    axes[0, 0].set_ylabel("F(x)")
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    axes[1, 0].set_ylabel("error; inputs (log)")
+    columns = min(3, len(worst))
+    rows = -(-len(worst) // columns)
+    figure = Figure(figsize=(4.2 * columns + 0.4, 4.6 * rows), layout="constrained", dpi=150)
+    panels = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.03).flatten()
+    for number, (panel, fitted) in enumerate(zip(panels, worst, strict=False)):
+        _plot_group(panel.subplots(2, 1, sharex=True, height_ratios=(3, 2)), fitted, number % columns == 0)
     return figure
 
 
@@ -296,6 +279,47 @@ def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
             color = "white" if percent[row, column] > 50 else "black"
             axis.text(column, row, f"{value}", ha="center", va="center", fontsize=6, color=color)
     return figure
+
+
+def _plot_group(axes: Sequence[Axes], fitted: Any, labelled: bool) -> None:
+    top, bottom = axes
+    low, high = fitted.fit.interval
+    usual, margin = 3 * fitted.usual or 1.0, 0.1
+    if max(-low, high) > 20 * usual:
+        ends = np.arcsinh(np.array([low, high]) / usual)
+        x = np.sinh(np.linspace(ends[0] - margin, ends[1] + margin, 4 * POINTS)) * usual
+        edges = np.sinh(np.linspace(ends[0], ends[1], _BINS + 1)) * usual
+        linear = 10.0 ** np.ceil(np.log10(usual))  # a power of ten, so that no tick lies inside, near zero
+        for axis in axes:
+            axis.set_xscale("symlog", linthresh=linear)
+        top.set_yscale("symlog", linthresh=linear)
+    else:
+        x = np.linspace(low - margin * (high - low), high + margin * (high - low), 4 * POINTS)
+        edges = np.linspace(low, high, _BINS + 1)
+    exact, values = fitted.target(x), fitted.fit(x)
+    top.plot(x, exact, color="0.55", linewidth=3.5, label=fitted.activation)
+    top.plot(x, values, color=_COLORS[1], linewidth=1.3, label="rational fit")
+    top.legend(fontsize=8, frameon=False)
+    name = fitted.layer or "(model)"
+    name = name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
+    top.set_title(f"{name}\ngroup {fitted.group}: relative error {fitted.relative_error:.2g}", fontsize=9)
+    density = bottom.twinx()
+    density.hist(fitted.x, bins=edges.tolist(), weights=fitted.weights, log=True, color="0.87")
+    density.yaxis.set_visible(False)
+    bottom.set_zorder(density.get_zorder() + 1)
+    bottom.patch.set_visible(False)
+    bottom.plot(x, values - exact, color=_COLORS[0], linewidth=1.2)
+    inside = (x >= low) & (x <= high)
+    bottom.set_ylim(*(1.4 * np.abs(values - exact)[inside].max() * np.array([-1, 1]) + (-1e-12, 1e-12)))
+    bottom.set_xlabel("x", fontsize=9)
+    for axis in axes:
+        axis.axvline(low, color="0.8", linewidth=0.8)
+        axis.axvline(high, color="0.8", linewidth=0.8)
+        axis.grid(color="0.93", linewidth=0.6)
+        axis.tick_params(labelsize=7)
+    if labelled:
+        top.set_ylabel("F(x)", fontsize=9)
+        bottom.set_ylabel("error; inputs (log)", fontsize=9)
 
 
 def check_picture(path: str | Path) -> None:

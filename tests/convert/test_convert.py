@@ -460,7 +460,7 @@ def test_a_failure_after_the_change_undoes_it(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grkan.convert.convert._compare", fail)
+    monkeypatch.setattr("grkan.convert.compare.KeptBatches.compare", fail)
     with pytest.raises(KeyboardInterrupt):
         convert_(model, num_groups=1)
     assert_unchanged(model, before)

@@ -400,7 +400,7 @@ FULL_SIZE = {
     "transformers Dinov2": (partial(hugging_face, "Dinov2"), pixels(), 12, SMOOTH, []),
     "transformers CLIPText": (partial(hugging_face, "CLIPText"), words(49000, 32, 77), 12, SMOOTH, []),
     "transformers CLIPVision": (partial(hugging_face, "CLIPVision"), pixels(), 12, SMOOTH, []),
-    "transformers Whisper": (partial(hugging_face, "Whisper"), speech, 8, SMOOTH, []),
+    "transformers Whisper": (partial(hugging_face, "Whisper"), speech, 8, SMOOTH, ["encoder", "encoder"]),
     "transformers T5": (partial(hugging_face, "T5"), words(32000, also=["decoder_input_ids"]), 12, KINKED, []),
     "transformers T5 1.1": (
         partial(hugging_face, "T5", **T5_V1_1), words(32000, also=["decoder_input_ids"]), 16, SMOOTH, [],

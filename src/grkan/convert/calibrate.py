@@ -1,24 +1,36 @@
 """What reaches an activation, as a histogram for each group of channels, and the rational function that suits it.
 
-**Histograms** have fixed bins of equal width in sign(x) log(1 + |x|): 1/64 wide at zero, 1.6 % of |x| far out. So they
-need no range beforehand and a few kilobytes a group, whatever the data.
+**Histograms** have the bins that float32 itself has: sign, exponent and the first five bits of the mantissa, so each is
+1.6 to 3.1 % of |x| wide. They need no range beforehand, take 128 KiB a group whatever the data, and are as fine for
+inputs of 1e-30 as for inputs of 1e30. Beside them a sample of whole rows is kept, a few hundred kilobytes an
+activation, on which a layer's own output is compared.
 
 **Without data** the histogram is what the weights let one expect: behind a norm with scale s and shift t, whose output
 before them is taken for standard normal, a channel with weights w and bias b has the mean w t + b and the standard
 deviation |w s|. The deviations are widened by 1.3, for real activations have heavier tails: on MiniLM that takes the
 cosine at order (5, 4) from 0.9996 to 0.9998.
 
-**Fits** minimise the squared error on the histogram and on a uniform floor of 1e-5 of its mass over its range: enough
-to hold F where data is rare. (A floor of 1e-4 costs a third of the accuracy of order (5, 4) on MiniLM.) Beyond the
-range F has to stay near: no further from the activation than the error inside plus the distance to the range, times the
-largest slope of the activation, up to three lengths of the range to both sides, and at every zero of the denominator's
-polynomial, where F may have a spike, however far. F's slopes at both ends of the line are alike up to the sign, so
-nothing much better is possible for GELU. If a fit breaks out, the points beyond the range get a weight, and more.
+**Fits** minimise a weighted sum of squared errors, in which neither the mass of the inputs nor a few large ones pay for
+the others: it adds up the squared error by the mean square of the activation (what the norm of the whole output sees,
+and in which one token that is 300 times as large outweighs a thousand) and, three times as heavy, the same of both
+divided by x^2 + (3 s)^2, where s is the size of a usual input (what every token sees that is normalised for itself).
+For inputs without outliers the two are nearly the same. A uniform floor of 1e-5 of the mass over the range, divided
+alike, holds F where data is rare. (A floor of 1e-4 costs a third of the accuracy of order (5, 4) on MiniLM.) All of
+this is in units of s and of the range, so inputs of any size make the same problem: F(x) becomes r F(x / r).
+
+Beyond the range F has to stay near: no further from the activation than the error inside plus the distance to the
+range, times the largest slope of the activation, up to three lengths of the range to both sides, and at every zero of
+the denominator's polynomial, where F may have a spike, however far. F's slopes at both ends of the line are alike up to
+the sign, so nothing much better is possible for GELU. If a fit breaks out, the points beyond the range get a weight,
+and more.
+
+**Coefficients are float32.** For inputs of 1e-12 or 1e12 the higher ones leave its range; then the order is lowered
+until what is left can be told in float32, and the higher ones are zero.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,27 +38,40 @@ from torch import Tensor
 
 from ..nn.kinds import is_conv1d
 from ..rational import table
-from ..rational.fit import RationalFit, fit, np
+from ..rational.fit import RationalFit, local_fits, np
 from .structure import Activation, Site
 
-_BINS_PER_UNIT = 64
-_LAST_BIN = 768  # e^12, 163 thousand
-_BINS = 2 * _LAST_BIN + 1
+# Bits of float32 that are no part of a bin's number, and the bins of one sign.
+_SHIFT = 18
+_ONE_SIGN = 2 ** (31 - _SHIFT)
+_BINS = 2 * _ONE_SIGN
+_INFINITE = (255 << 23) >> _SHIFT
+# Scalars that are put into bins at a time: float32 counts to 2^24.
+_CHUNK = 2**22
+
+_numbers = torch.arange(_INFINITE, dtype=torch.int32, device="cpu") << _SHIFT
+_LOWER, _MIDDLE = ((_numbers + part).view(torch.float32).double().numpy() for part in (0, 1 << (_SHIFT - 1)))
+_UPPER = np.append(_LOWER[1:], float(torch.finfo(torch.float32).max))
+_MIDDLE[0] = 0.0  # nearly always exact zeros
+
+# Scalars of the rows that are kept of an activation's inputs: some at random, and the largest.
+_SAMPLE = 2**18
+_LARGEST = 2**16
 
 _WIDENING = 1.3
 _UNKNOWN_DEVIATION = 2.0
+
+_WHOLE = 0.3
+_USUAL = 3.0
 _FLOOR = 1e-5
 _REACH = 3.0
 _TAIL_WEIGHTS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-# Scalars that are put into bins at a time.
-_CHUNK = 2**22
-
-_index = torch.arange(-_LAST_BIN - 0.5, _LAST_BIN + 1, 0.5, dtype=torch.float64, device="cpu") / _BINS_PER_UNIT
-_EDGES, _CENTRES = ((i.sign() * i.abs().expm1()).numpy() for i in (_index[::2], _index[1::2]))
+# Inputs that are smaller count as zeros.
+_NOTHING = 1e-30
 
 
 class Histogram:
-    """Counts of the scalars of each group.
+    """Counts of the scalars of each group, and a sample of the rows.
 
     Args:
         groups: their number; it divides the channels.
@@ -57,6 +82,13 @@ class Histogram:
         self.groups, self.width, self.channel_dim = groups, width, channel_dim
         self.counts = np.zeros((groups, _BINS))
         self.problem = ""
+        self.real: list[Tensor] = []
+        """Masks (batch, length) of the tokens that are no padding; an input of such a shape is counted there alone."""
+        self.second: Any = None
+        """The second linear layer, if calibration saw that the activation's output goes straight into it."""
+        self.rows = 0
+        self.sample = _Sample(max(1, _SAMPLE // width), by_size=False)
+        self.largest = _Sample(max(1, _LARGEST // width), by_size=True)
 
     @property
     def samples(self) -> int:
@@ -73,16 +105,99 @@ class Histogram:
             self.problem = f"its input has shape {tuple(x.shape)} and dtype {x.dtype}, not {self.width} channels"
             return
         rows = x.detach().movedim(self.channel_dim, -1).reshape(-1, self.width)
-        if rows.numel() and not rows.isfinite().all():
-            self.problem = "its input is not finite"
-            return
-        offsets = torch.arange(self.groups, device=x.device) * _BINS + _LAST_BIN
+        if self.channel_dim == -1:
+            rows = rows[selected] if (selected := _selected(x, self.real)) is not None else rows
+        offsets = torch.arange(self.groups, dtype=torch.int32, device=x.device) * _BINS
         offsets = offsets.repeat_interleave(self.width // self.groups)
         for part in rows.split(max(1, _CHUNK // self.width)):
-            t = part.float()
-            bins = (t.sign() * t.abs().log1p() * _BINS_PER_UNIT).round().clamp(-_LAST_BIN, _LAST_BIN).long() + offsets
-            counts = torch.bincount(bins.flatten(), minlength=self.groups * _BINS)
+            bins = _bin_of(part.float()).add_(offsets).flatten()
+            counts = torch.zeros(self.groups * _BINS, device=x.device)
+            counts = counts.index_add_(0, bins, counts.new_ones(1).expand(len(bins))).reshape(self.groups, 2, -1)
+            if counts[:, :, _INFINITE:].any():
+                self.problem = "its input is not finite"
+                return
             self.counts += counts.reshape(self.groups, _BINS).cpu().numpy()
+        self.rows += len(rows)
+        self.sample.add(rows)
+        self.largest.add(rows)
+
+    def row_weights(self) -> tuple[Tensor, Tensor]:
+        """Rows and how many rows of the calibration each stands for: the largest for themselves, others for the rest.
+
+        Returns:
+            rows (k, width), weights (k,): float64 on the CPU.
+        """
+        others = self.sample.rows[~torch.isin(self.sample.numbers, self.largest.numbers)]
+        rest = self.rows - len(self.largest.rows)
+        weights = torch.ones(len(self.largest.rows) + len(others), dtype=torch.float64, device="cpu")
+        weights[len(self.largest.rows) :] = rest / max(len(others), 1)
+        return torch.cat([self.largest.rows, others]).double(), weights
+
+
+class _Sample:
+    """At most so many of the rows that went by: random ones, or those of the largest norm."""
+
+    def __init__(self, size: int, by_size: bool) -> None:
+        self.size, self.by_size, self.seen = size, by_size, 0
+        self.generator = torch.Generator("cpu").manual_seed(0)
+        self.keys = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.numbers = torch.empty(0, dtype=torch.long, device="cpu")
+        self.rows = torch.empty(0, 0, device="cpu")
+
+    def add(self, rows: Tensor) -> None:
+        """Let rows (n, width) take part."""
+        if self.by_size:
+            keys = torch.linalg.vector_norm(rows.float(), ord=math.inf, dim=1).double().cpu()
+        else:
+            keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator, device="cpu")
+        least = float(self.keys.min()) if len(self.keys) == self.size else -1.0
+        new = torch.nonzero(keys > least).flatten()
+        keys, numbers = torch.cat([self.keys, keys[new]]), torch.cat([self.numbers, self.seen + new])
+        kept = keys.topk(min(self.size, len(keys)), sorted=False).indices
+        from_old, from_new = kept[kept < len(self.keys)], kept[kept >= len(self.keys)] - len(self.keys)
+        taken = rows[new[from_new].to(rows.device)].to("cpu", copy=True)
+        self.rows = torch.cat([self.rows[from_old], taken]) if len(from_old) else taken
+        order = torch.cat([from_old, from_new + len(self.keys)])
+        self.keys, self.numbers, self.seen = keys[order], numbers[order], self.seen + len(rows)
+
+
+def real_tokens(batch: Any) -> list[Tensor]:
+    """The masks of a batch that say which tokens are no padding, as transformers and PyTorch name them: boolean."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = []
+    for name, mask in batch.items():
+        if not (isinstance(name, str) and isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_complex()):
+            continue
+        if name.endswith("attention_mask"):
+            found.append(mask > 0)
+        elif name.endswith("key_padding_mask") and mask.dtype == torch.bool:
+            found.append(~mask)
+    return [mask for mask in found if mask.any()]
+
+
+def _selected(x: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """The mask that belongs to x (batch, length, C) or (batch length, C), flat; None if there is none."""
+    for mask in masks:
+        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return mask.flatten().to(x.device)
+    return None
+
+
+def _bin_of(x: Tensor) -> Tensor:
+    """int32 numbers of the bins of a float32 tensor."""
+    return (x.contiguous().view(torch.int32) >> _SHIFT).bitwise_and_(_BINS - 1)
+
+
+def _filled(counts: Any) -> tuple[Any, Any, float, float]:
+    """Middles and shares of the bins that are not empty, from below, and the range that they cover."""
+    filled = np.flatnonzero(counts)
+    negative, number = filled >= _ONE_SIGN, filled % _ONE_SIGN
+    x = np.where(negative, -_MIDDLE[number], _MIDDLE[number])
+    low = np.where(negative, -_UPPER[number], _LOWER[number]).min()
+    high = np.where(negative, -_LOWER[number], _UPPER[number]).max()
+    order = np.argsort(x, kind="stable")
+    return x[order], counts[filled[order]] / counts.sum(), float(low), float(high)
 
 
 def expected(site: Site, groups: int) -> Histogram:
@@ -91,13 +206,12 @@ def expected(site: Site, groups: int) -> Histogram:
     mean, deviation = _moments(site)
     z = torch.linspace(-6.0, 6.0, 121, dtype=torch.float64, device="cpu")
     density = (-z.square() / 2).exp()
-    per_group = len(mean) // groups if len(mean) == site.width else len(mean)
+    own = len(mean) == site.width
     for group in range(groups):
-        rows = slice(group * per_group, (group + 1) * per_group) if len(mean) == site.width else slice(None)
+        rows = slice(group * site.width // groups, (group + 1) * site.width // groups) if own else slice(None)
         x = mean[rows, None] + _WIDENING * deviation[rows, None] * z
-        bins = (x.sign() * x.abs().log1p() * _BINS_PER_UNIT).round().clamp(-_LAST_BIN, _LAST_BIN).long() + _LAST_BIN
-        weights = density.expand(x.shape).flatten()
-        histogram.counts[group] = torch.bincount(bins.flatten(), weights, _BINS).numpy()
+        counts = torch.bincount(_bin_of(x.float()).flatten(), density.expand(x.shape).flatten(), _BINS)
+        histogram.counts[group] = counts.numpy()
     return histogram
 
 
@@ -138,15 +252,28 @@ class GroupFit:
     """The activation, on float64 numpy arrays."""
     fit: RationalFit
     x: Any
-    """float64, (n,): centres of the bins that are not empty."""
+    """float64, (n,): middles of the bins that are not empty, from below."""
     weights: Any
     """float64, (n,): their counts as parts of 1."""
+    best: RationalFit
+    """The function of this order with the smallest mean squared error over the histogram, whatever it does elsewhere,
+    as far as a search from several starts finds it."""
 
     @property
     def sums(self) -> tuple[float, float, float]:
         """Means of the squared error, of the squared activation, and of its product with F, over the histogram."""
         y, f = self.target(self.x), self.fit(self.x)
         return tuple(float((self.weights * v).sum()) for v in ((f - y) ** 2, y * y, y * f))  # type: ignore[return-value]
+
+    @property
+    def best_square(self) -> float:
+        """The mean of the squared error of `best`, over the histogram."""
+        return float((self.weights * (self.best(self.x) - self.target(self.x)) ** 2).sum())
+
+    @property
+    def usual(self) -> float:
+        """The size of a usual input: the standard deviation, if they were normal."""
+        return _usual(self.x, self.weights)
 
     @property
     def relative_error(self) -> float:
@@ -163,35 +290,121 @@ def fit_group(
     Raises:
         ValueError: the activation cannot be fitted there.
     """
-    filled = np.flatnonzero(counts)
-    x, weights = _CENTRES[filled], counts[filled] / counts.sum()
-    low, high = float(_EDGES[filled[0]]), float(_EDGES[filled[-1] + 1])
-    middle, half = (low + high) / 2, max((high - low) / 2, 0.5)  # one value alone would determine nothing
+    x, weights, low, high = _filled(counts)
+    # One value alone would determine nothing.
+    largest = max(-low, high)
+    middle, half = (low + high) / 2, max((high - low) / 2, largest / 4 if largest > _NOTHING else 0.5)
     low, high = middle - half, middle + half
 
     def target(values: Any) -> Any:
         return activation.function(torch.from_numpy(np.array(values, dtype=np.float64))).numpy()
 
     named = activation.name if _is_named(activation, target, low, high) else target
+    usual = _usual(x, weights) or half
+    points, mass = _merged(x, weights, usual)
+    data = _Data(named, target, points, mass, low, high, usual)
+    found = _representable(data, order, form)
+    rivals = [found, *local_fits(named, order, form, points, mass, (low, high), [found])]
+    best = min(rivals, key=lambda rival: _square(rival, target, x, weights))
+    return GroupFit(layer, group, activation.name, target, found, x, weights, best)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a group's function is fitted to."""
+
+    named: str | Callable[[Any], Any]
+    target: Callable[[Any], Any]
+    x: Any
+    mass: Any
+    low: float
+    high: float
+    usual: float
+    """The size of a usual input."""
+
+
+def _usual(x: Any, weights: Any) -> float:
+    """What the standard deviation is for normal inputs, from the median of |x|; zeros do not count."""
+    size = np.abs(x)
+    order = np.argsort(size, kind="stable")
+    order = order[size[order] > _NOTHING]
+    if not len(order):
+        return 0.0
+    share = np.cumsum(weights[order])
+    return float(1.48 * size[order][np.searchsorted(share, share[-1] / 2)])
+
+
+def _merged(x: Any, weights: Any, usual: float) -> tuple[Any, Any]:
+    """Cells of about 1/16 of |x|, or of a usual input where x is smaller: their means, and masses."""
+    _, cell = np.unique(np.floor(16 * np.arcsinh(x / usual)), return_inverse=True)
+    mass = np.bincount(cell, weights)
+    return np.bincount(cell, weights * (x / usual)) / mass * usual, mass
+
+
+def _square(f: RationalFit, target: Callable[[Any], Any], x: Any, weights: Any) -> float:
+    with np.errstate(all="ignore"):
+        square = float((weights * (f(x) - target(x)) ** 2).sum())
+    return square if math.isfinite(square) else math.inf
+
+
+def _representable(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
+    """The fit of an order, or of a lower one with zeros if its coefficients are beyond float32."""
+    m, n = order
+    best, least = None, math.inf
+    for less in range(max(m, n) + 1):
+        lower = max(m - less, 0), max(n - less, 0)
+        try:
+            found = _near(data, lower, form)
+        except ValueError:
+            if lower == (0, 0):
+                raise
+            continue
+        numerator = np.pad(found.numerator, (0, m - lower[0]))
+        denominator = np.pad(found.denominator, (0, n - lower[1]))
+        with np.errstate(all="ignore"):
+            single = [c.astype(np.float32).astype(np.float64) for c in (numerator, denominator)]
+        rounded = replace(found, numerator=single[0], denominator=single[1])
+        exact = _square(found, data.target, data.x, data.mass)
+        reached = _square(rounded, data.target, data.x, data.mass)
+        fine = reached <= 1.01 * exact + 1e-12 * float((data.mass * data.target(data.x) ** 2).sum())
+        if fine or reached < least:
+            best, least = replace(found, numerator=numerator, denominator=denominator) if fine else rounded, reached
+        if fine:
+            break
+    assert best is not None
+    return best
+
+
+def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
+    """The fit of an order that stays near the activation beyond the range, too, where it can."""
+    target, low, high = data.target, data.low, data.high
+    reach = np.arcsinh([low / data.usual, high / data.usual])
+    inside = np.clip(np.sinh(np.linspace(reach[0], reach[1], 257)) * data.usual, low, high)
+    points, y = np.concatenate([data.x, inside[::-1]]), target(data.x)
+    spacing = np.gradient(inside) / (high - low)
+    near = 1 / (_USUAL**2 + (points / data.usual) ** 2)
+    sizes = [float((data.mass * part * (y / data.usual) ** 2).sum()) for part in (1.0, near[: len(y)])]
+    mass = near / (sizes[1] or 1.0)
+    mass[: len(y)] += _WHOLE / (sizes[0] or 1.0)
+    mass *= np.concatenate([data.mass, _FLOOR * spacing[::-1]])
     distance = (high - low) * np.linspace(0.0, 1.0, 200)[1:] ** 2 * _REACH
     far = _finite(target, np.concatenate([low - distance, high + distance]))
     slopes = np.abs(np.gradient(target(np.sort(far)), np.sort(far))) if len(far) > 1 else np.ones(1)
-    inside = np.linspace(low, high, 257)
     slope = max(float(slopes.max()), float(np.abs(np.gradient(target(inside), inside)).max()), 1e-3)
-    points = np.concatenate([x, inside[::-1]])
-    mass = np.concatenate([weights, np.full(len(inside), _FLOOR / len(inside))])
     outer = far[::6]
     outside = np.maximum(low - outer, outer - high) / (high - low)
-    found = None
+    samples = np.concatenate([points, outer])
+    rare = mass.sum() / len(outer) / (1 + (4 * outside) ** 2)
     for tail in _TAIL_WEIGHTS:
-        samples = np.concatenate([points, outer]) if tail else points
-        by = np.concatenate([mass, tail / len(outer) / (1 + (4 * outside) ** 2)]) if tail else mass
-        candidate = fit(named, order, form=form, samples=samples, weights=by, interval=(low, high))
-        found = candidate
-        if _stays_near(candidate, target, low, high, far, slope):
-            break
-    assert found is not None
-    return GroupFit(layer, group, activation.name, target, found, x, weights)
+        weights = np.concatenate([mass, tail * rare]) if tail else mass
+        by = samples if tail else points
+        # A numerator of one degree less lets F end flat, which often stays near where the best fit does not.
+        for m in range(order[0], max(order[0] - 2, 0), -1):
+            for found in local_fits(data.named, (m, order[1]), form, by, weights, (low, high)):
+                found = replace(found, numerator=np.pad(found.numerator, (0, order[0] - m)))
+                if _stays_near(found, target, low, high, far, slope):
+                    return found
+    return found
 
 
 def _is_named(activation: Activation, target: Callable[[Any], Any], low: float, high: float) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
@@ -19,16 +20,14 @@ from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
-from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
+from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor, real_tokens
+from .compare import KeptBatches, errors_alone, output_error
 from .observe import Observation, observe
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
 from .report import ConversionReport
 from .scratch import gains
 from .structure import Site, Watched, choose, find_sites
 from .trial import trial_run
-
-# Scalars of outputs and inputs that are kept for the comparison of the model before and after.
-_KEPT = 2**25
 
 # What `act_init` is if it is not given.
 _ACT_INIT = {"pretrained": ("identity", None), "scratch": ("identity", "swish")}
@@ -45,6 +44,7 @@ def convert_(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     act_init: Sequence[Any] | None = None,
+    max_error: float = 0.05,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> ConversionReport:
     """Turn the MLPs of a model into GR-KANs, in place (arXiv 2409.10594, section 4).
@@ -91,15 +91,23 @@ def convert_(
             activation; each as `init` of a `GroupRational`, and None for a fit to the activation that was there.
             Default: ("identity", None) for pretrained, and ("identity", "swish") from scratch. Anything else changes
             what a pretrained model computes.
+        max_error: an MLP whose output would be off by more on the calibration data, as a part of its norm, stays as it
+            was, and the report's `skipped` says by how much. Without data it is the activation's output, for what the
+            weights let one expect. Of no account where what the model computes is to change.
         forward: called as forward(model, batch) instead.
 
     Returns:
         A `ConversionReport`.
 
+    Warns:
+        UserWarning: the model's output is off by more than max_error though every MLP, converted alone, keeps to it: so
+            the model amplifies small differences, as where experts or tokens are chosen.
+
     Raises:
         TypeError, ValueError: an argument is of a wrong type or value; the model has no MLP to convert; the calibration
-            has no batch, or one that the model does not take, or leads to values that are not finite; the model is
-            wrapped in what keeps a list of its parameters.
+            has no batch, or one that the model does not take, or leads to values that are not finite; the model's
+            output would be off by more than max_error, and an MLP's, too; the model is wrapped in what keeps a list of
+            its parameters.
         ImportError: SciPy is missing.
         The model is left as it was.
     """
@@ -112,11 +120,16 @@ def convert_(
     act_init = _check_act_init(_ACT_INIT[start] if act_init is None else act_init)
     if forward is not None and not callable(forward):
         raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
+    if not isinstance(max_error, (int, float)) or isinstance(max_error, bool):
+        raise GrkanTypeError(f"max_error must be a number; got {max_error!r}")
+    if not max_error > 0:
+        raise GrkanValueError(f"max_error must be above 0; got {max_error!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     with ExitStack() as temporary:
         return _convert(
-            temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init, forward
-        )
+            temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init,
+            max_error, forward,
+        )  # fmt: skip
 
 
 def _convert(
@@ -130,6 +143,7 @@ def _convert(
     included: list[str] | None,
     excluded: list[str] | None,
     act_init: tuple[Any, Any],
+    max_error: float,
     forward: Callable[[nn.Module, Any], Any] | None,
 ) -> ConversionReport:
     batches, trial = _trial(model, calibration, forward)
@@ -149,16 +163,16 @@ def _convert(
         raise _nothing_to_convert(model, skipped)
 
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
-    kept: list[tuple[Any, Tensor]] = []
+    kept = KeptBatches(model, partial(_run, forward=forward))
     if calibration is not None:
-        kept = _calibrate(model, chosen, histograms, batches, forward)
+        _calibrate(kept, chosen, histograms, batches)
     elif seen is not None and trial is not None:
         with evaluating(model), ExitStack() as stack:
             watched = [stack.enter_context(Watched(site)) for site in chosen]
             trial()
         _settle(chosen, watched)
     names_of = {id(module): name for name, module in model.named_modules()}
-    layers, entries, fits = [], [], []
+    layers, entries, fits, converted = [], [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
         reason = histogram.problem or ("" if histogram.samples or calibration is None else "calibration never calls it")
         if not reason and site.layout == "activation" and site.doubt:
@@ -169,8 +183,12 @@ def _convert(
             skipped.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
             continue
         first, second, found = _functions(site, histogram, act_init, from_scratch, num_groups, order, form)
+        layer = _describe(site, histogram, second, found)
+        if found and not layer["output_error"] <= max_error:
+            skipped.append((site.name, _too_far(layer, max_error)))
+            continue
         fits += found
-        layers.append(_describe(site, histogram, second, found))
+        layers.append(layer)
         drawn = gains(site, first, second) if from_scratch else []
         if from_scratch and not drawn:
             skipped.append((site.name, "its weights stay, for it is not clear what its linear layers are"))
@@ -178,16 +196,21 @@ def _convert(
         linear = None if first is None else site.parts["fc1"]
         act = site.parts["act"] or ""
         entries.append(LayerRecipe(site.name, site.layout, linear, act, first, second, named, site.call))
+        converted.append(site)
     if not entries:
         raise _nothing_to_convert(model, skipped)
 
     temporary.close()
     undo = apply_recipe(model, Recipe(tuple(entries)))
     try:
-        cosine, error = (None, None) if from_scratch else _compare(model, kept, forward)
+        cosine, error = (None, None) if from_scratch else kept.compare()
     except BaseException:
         undo()
         raise
+    if error is not None and error > max_error and act_init == _ACT_INIT["pretrained"]:
+        undo()
+        _check_mlps(kept, converted, entries, error, max_error)
+        apply_recipe(model, Recipe(tuple(entries)))
     recipe = copy.deepcopy(model.grkan_conversion)
     return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
 
@@ -245,6 +268,35 @@ def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> Grk
     return GrkanValueError(f"model must have an MLP to convert; {kind} has none: {'; '.join(reasons)}{more}")
 
 
+def _too_far(layer: dict[str, Any], max_error: float) -> str:
+    """Why an MLP is skipped whose output would be off."""
+    off = f"its output would be off by {layer['output_error']:.2g}, above max_error={max_error:g}"
+    found = f"{layer['activation']}: {off}"
+    if layer["best_relative_error"] is None:
+        return f"{found}; calibration data may tell more"
+    best = f"the best function of order {tuple(layer['order'])} that is known"
+    return f"{found}; {best} is off by {layer['best_relative_error']:.2g} on these inputs"
+
+
+def _check_mlps(
+    kept: KeptBatches, sites: list[Site], entries: list[LayerRecipe], error: float, max_error: float
+) -> None:
+    """For a model that is off by more than max_error: raise if an MLP, converted alone, is too; warn if none is."""
+    alone = errors_alone(kept.model, sites, entries, kept.kept[0][1], kept.run)
+    wrong = [f"{site.name or '(model)'}: {e:.2g}" for site, e in zip(sites, alone, strict=True) if not e <= max_error]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise GrkanValueError(
+            f"model must keep to max_error={max_error:g} when it is converted; its output would be off by {error:.2g}, "
+            f"that of MLPs converted alone by: {'; '.join(wrong[:3])}{more}; exclude them, or take a higher order"
+        )
+    warnings.warn(
+        f"the converted model's output is off by {error:.2g}, above max_error={max_error:g}, though every MLP, "
+        "converted alone, keeps to it: the model amplifies small differences, as where experts or tokens are chosen",
+        stacklevel=3,
+    )
+
+
 def _batches(calibration: Any) -> Iterator[Any]:
     if isinstance(calibration, (Tensor, Mapping)):
         return iter([calibration])
@@ -273,35 +325,17 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
     raise GrkanTypeError(f"it must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
 
 
-def _first_float(output: Any) -> Tensor | None:
-    """The first floating-point tensor in what a model returns."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    elif hasattr(output, "__dataclass_fields__"):
-        output = list(vars(output).values())
-    if isinstance(output, (tuple, list)):
-        return next((found for part in output if (found := _first_float(part)) is not None), None)
-    return None
-
-
-def _calibrate(
-    model: nn.Module,
-    sites: list[Site],
-    histograms: list[Histogram],
-    batches: Iterator[Any],
-    forward: Callable[[nn.Module, Any], Any] | None,
-) -> list[tuple[Any, Tensor]]:
-    """Fill the histograms, correct what the structure suggested, and return some batches with the model's outputs."""
-    kept: list[tuple[Any, Tensor]] = []
+def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram], batches: Iterator[Any]) -> None:
+    """Fill the histograms, keep some batches, and correct what the structure suggested."""
     number = -1
-    with evaluating(model), ExitStack() as stack:
+    with evaluating(kept.model), ExitStack() as stack:
         watched = [stack.enter_context(Watched(s, h.add)) for s, h in zip(sites, histograms, strict=True)]
-        room = _KEPT
         for number, batch in enumerate(batches):
+            real = real_tokens(batch)
+            for histogram in histograms:
+                histogram.real = real
             try:
-                output = _first_float(_run(model, batch, forward))
+                kept.feed(number, batch)
             except Exception as error:
                 raise GrkanValueError(
                     f"calibration must have batches that the model takes; batch {number} raises "
@@ -313,9 +347,6 @@ def _calibrate(
                         f"calibration must lead to finite values; at batch {number} {site.parts['act']}: "
                         f"{histogram.problem}"
                     )
-            if output is not None and (not kept or output.numel() <= room):
-                kept.append((copy.deepcopy(batch), output.detach().to("cpu", copy=True)))
-                room -= output.numel()
             for watch in watched:
                 if watch.calls:  # what one batch has shown is enough
                     watch.stop_watching()
@@ -323,8 +354,10 @@ def _calibrate(
         raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
         raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
+    for histogram, site, watch in zip(histograms, sites, watched, strict=True):
+        if watch.agrees:
+            histogram.second = site.second
     _settle(sites, watched)
-    return kept
 
 
 def _settle(sites: list[Site], watched: list[Watched]) -> None:
@@ -402,40 +435,25 @@ def _describe(site: Site, histogram: Histogram, function: FunctionRecipe, fits: 
         "samples": histogram.samples,
     }
     if not fits:
-        errors = ("interval", "max_error", "rms_error", "cosine", "relative_error")
-        return {**described, **dict.fromkeys(errors)}
+        errors = ["interval", "max_error", "rms_error", "cosine", "relative_error"]
+        return {**described, **dict.fromkeys([*errors, "best_rms_error", "best_relative_error", "output_error"])}
     shares = histogram.counts.sum(axis=1)
     shares = shares / shares.sum() if histogram.samples else [1 / len(fits)] * len(fits)
     sums = [f.sums for f in fits]
+    best = sum(s * f.best_square for s, f in zip(shares, fits, strict=True))
     error, size, product = (sum(s * v[i] for s, v in zip(shares, sums, strict=True)) for i in range(3))
     power = sum(s * float((f.weights * f.fit(f.x) ** 2).sum()) for s, f in zip(shares, fits, strict=True))
-    norms = math.sqrt(size * power)
+    norms = math.sqrt(size) * math.sqrt(power)
+    relative = math.sqrt(error / size if size else error)
     calibrated = histogram.samples > 0
     return {
         **described,
         "interval": [min(f.fit.interval[0] for f in fits), max(f.fit.interval[1] for f in fits)],
         "max_error": max(f.fit.max_error for f in fits),
         "rms_error": math.sqrt(error),
+        "best_rms_error": math.sqrt(best) if calibrated else None,
+        "best_relative_error": math.sqrt(best / size if size else best) if calibrated else None,
+        "output_error": output_error(site, histogram, fits) if calibrated else relative,
         "cosine": (product / norms if norms else 1.0) if calibrated else None,
-        "relative_error": math.sqrt(error / size if size else error) if calibrated else None,
+        "relative_error": relative if calibrated else None,
     }
-
-
-def _compare(
-    model: nn.Module, kept: list[tuple[Any, Tensor]], forward: Callable[[nn.Module, Any], Any] | None
-) -> tuple[float | None, float | None]:
-    """Cosine and relative error of the outputs of the converted model to those of the original."""
-    if not kept:
-        return None, None
-    product = power = size = error = 0.0
-    with evaluating(model):
-        for batch, before in kept:
-            after = _first_float(_run(model, batch, forward))
-            assert after is not None
-            x, y = (t.detach().to("cpu", torch.float64).flatten() for t in (before, after))
-            product += float(x @ y)
-            size += float(x @ x)
-            power += float(y @ y)
-            error += float((y - x).square().sum())
-    norms = math.sqrt(size * power)
-    return (product / norms if norms else 1.0), (math.sqrt(error / size) if size else math.sqrt(error))

@@ -6,6 +6,8 @@ from typing import Any
 
 from .calibrate import GroupFit
 
+_ERRORS = ("max_error", "rms_error", "relative_error", "best_relative_error", "output_error")
+
 
 @dataclass
 class ConversionReport:
@@ -21,11 +23,16 @@ class ConversionReport:
     interval: (low, high), what its inputs cover, or are expected to; samples: scalars of the calibration, 0 without;
     and how far the function is from the activation, None where it is not to be the same:
     max_error: the largest |F - f| on the interval, of all groups; rms_error: the root mean square of F - f over the
-    inputs; cosine, relative_error: of F and f over the inputs, None without calibration."""
+    inputs; cosine, relative_error: of F and f over the inputs, None without calibration; best_rms_error,
+    best_relative_error: the smallest that a search from several starts finds for functions of this order, whatever they
+    do where there are no inputs; what is left is limited by the order; output_error: how far the MLP's output is off,
+    by its norm, for a sample of the inputs and for the largest: that of the second linear layer, where the activation's
+    goes straight into it; without calibration the activation's, for the inputs that are expected."""
     skipped: list[tuple[str, str]]
     """The activations that stay as they are, and why."""
     cosine: float | None
-    """Of the model's first float output after and before, over the first calibration batches; None without."""
+    """Of what the model computes after and before, over some of the calibration batches: its first float output that is
+    no loss, without padding; where it returns tokens or a loss alone, its logits or hidden states. None without."""
     relative_error: float | None
     """|after - before| / |before| of the same, in Euclidean norms."""
     recipe: dict[str, Any]
@@ -39,7 +46,8 @@ class ConversionReport:
         return json.loads(json.dumps({name: getattr(self, name) for name in names}))
 
     def __str__(self) -> str:
-        columns = ("layer", "layout", "activation", "groups", "interval", "max error", "rms error", "relative error")
+        columns = ["layer", "layout", "activation", "groups", "interval", "max error", "rms error"]
+        columns += ["error", "best", "output"]
         rows = [
             (
                 layer["name"] or "(model)",
@@ -47,10 +55,7 @@ class ConversionReport:
                 layer["activation"],
                 str(layer["groups"]),
                 "" if layer["interval"] is None else "[{:.3g}, {:.3g}]".format(*layer["interval"]),
-                *(
-                    "" if layer[error] is None else f"{layer[error]:.2g}"
-                    for error in ("max_error", "rms_error", "relative_error")
-                ),
+                *("" if layer[key] is None else f"{layer[key]:.2g}" for key in _ERRORS),
             )
             for layer in self.layers
         ]
@@ -61,6 +66,7 @@ class ConversionReport:
         lines += [f"skipped {name or '(model)'}: {reason}" for name, reason in self.skipped]
         if self.layers:
             lines.append("order {}, form {}".format(tuple(self.layers[0]["order"]), self.layers[0]["form"]))
+            lines.append("error, best, output: relative errors of the function, of the best of its order, of the MLP")
         if self.cosine is not None:
             lines.append(f"output: cosine {self.cosine:.6f}, relative error {self.relative_error:.2g}")
         return "\n".join(line.rstrip() for line in lines)

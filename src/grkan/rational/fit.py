@@ -141,10 +141,8 @@ def fit(
     f = _as_function(target)
     if samples is not None:
         x, w = _checked_samples(samples, weights)
-        start = _table_entry(target, (m, n), form)
-        a, b = _least_squares(x, f(x), w, m, n, form, start)
         bounds = (float(x.min()), float(x.max())) if interval is None else _checked_interval(interval)
-        return _measured(f, a, b, form, bounds)
+        return next(local_fits(target, (m, n), form, x, w, bounds))
     if weights is not None:
         raise GrkanValueError("weights belong to samples; got weights and no samples")
     if interval is not None:
@@ -154,6 +152,28 @@ def fit(
     else:
         bounds, guarded = table.DEFAULT_INTERVAL, False
     return _minimax(f, bounds, m, n, form, guarded)
+
+
+def local_fits(
+    target: str | Function,
+    order: tuple[int, int],
+    form: str,
+    samples: Array,
+    weights: Array,
+    interval: tuple[float, float],
+    starts: Sequence[RationalFit] = (),
+) -> Iterator[RationalFit]:
+    """`fit` to samples, and the other local optima that it finds on its way, from the best on.
+
+    Args:
+        starts: fits of the same order and form to start from, too.
+    """
+    f = _as_function(target)
+    given = [(start.numerator, start.denominator) for start in starts]
+    if (entry := _table_entry(target, order, form)) is not None:
+        given.append(entry)
+    for a, b in _least_squares(samples, f(samples), weights, *order, form, given):
+        yield _measured(f, a, b, form, interval)
 
 
 # The solvers work on u = x / scale in [-1, 1] and on values divided by their largest, where powers are harmless and
@@ -181,6 +201,12 @@ _ROUNDING = 4 * float(np.finfo(np.float64).eps)
 # which has 15 to 60 of them and may go on for ever where columns are alike.
 _LARGEST_GROWTH = 1e12
 _LINEAR_PROGRAM_ITERATIONS = 1000
+
+# Least squares start from fits to the weights, and to the weights by 1 + (u / nearness)^2, which see what is near zero.
+_NEARNESSES = (math.inf, 0.1, 0.01)
+
+# How much larger the sum of squares at another local minimum may be than at the best.
+_WORSE = 9.0
 
 # Points of a linear program; beyond them those with the smallest errors are left out.
 _MOST_POINTS = 600
@@ -455,47 +481,76 @@ def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: 
 
 
 def _least_squares(
-    x: Array, values: Array, weights: Array, m: int, n: int, form: str, start: tuple[Array, Array] | None
-) -> tuple[Array, Array]:
-    """The coefficients with the smallest weighted sum of squares, from the linearised problem and from `start`."""
+    x: Array, values: Array, weights: Array, m: int, n: int, form: str, starts: Sequence[tuple[Array, Array]]
+) -> Iterator[tuple[Array, Array]]:
+    """The coefficients with the smallest weighted sum of squares, then other local optima, of smaller ones first."""
     scale, size = float(np.abs(x).max()) or 1.0, float(np.abs(values).max()) or 1.0
-    u, y, roots = x / scale, values / size, np.sqrt(weights)
+    u, y = x / scale, values / size
     basis = _Basis(float(u.min()), float(u.max()), m, n, form)
-    candidates = _linearised(basis, u, y, weights)
-    if start is not None:
-        a, b = start
+    candidates = []
+    for nearness in _NEARNESSES:
+        candidates += _linearised(basis, u, y, weights / (1 + (u / nearness) ** 2))
+    for a, b in starts:
         with np.errstate(all="ignore"):
             p = np.concatenate([a * scale ** np.arange(m + 1) / size, b * scale ** np.arange(1, n + 1)])
         if np.isfinite(p).all():
             candidates.append(np.linalg.lstsq(basis.matrix, p, rcond=None)[0])
-    if form == "sum_of_abs":
-        for z in candidates:
-            z[m + 1 :] = np.abs(z[m + 1 :])
-    # Levenberg-Marquardt, which has no bounds, wants at least as many residuals as coefficients.
-    missing = max(0, m + n + 1 - len(u))
-
-    def residuals(z: Array) -> Array:
-        return np.pad(roots * (_values(basis.matrix @ z, m, u, form)[0] - y), (0, missing))
-
-    def jacobian(z: Array) -> Array:
-        return np.pad(roots[:, None] * _jacobian(basis, z, u), ((0, missing), (0, 0)))
-
-    def loss(z: Array) -> float:
-        return float(np.square(residuals(z)).sum())
-
-    candidates = sorted((z for z in candidates if math.isfinite(loss(z))), key=loss)[:2]
-    options: dict[str, Any] = {"method": "lm"}
-    if form == "sum_of_abs" and n:
-        lowest = np.concatenate([np.full(m + 1, -np.inf), np.zeros(n)])
-        options = {"method": "trf", "bounds": (lowest, np.full(m + n + 1, np.inf))}
-    for z in candidates[:]:
-        result = least_squares(
-            residuals, z, jac=jacobian, x_scale="jac", ftol=1e-9, xtol=1e-12, gtol=1e-15, max_nfev=200, **options
-        )
-        candidates.append(result.x)
     constant = np.zeros(m + n + 1)
     constant[0] = np.average(y, weights=weights)
-    return _unscaled(basis.matrix @ min([*candidates, constant], key=loss), m, scale, size)
+    for z in _SumOfSquares(basis, u, y, weights).minimised([*candidates, constant]):
+        yield _unscaled(basis.matrix @ z, m, scale, size)
+
+
+class _SumOfSquares:
+    """The sum of weights (F(u) - y)^2 as a function of z, and its minimisation."""
+
+    def __init__(self, basis: _Basis, u: Array, y: Array, weights: Array) -> None:
+        self.basis, self.y, self.roots = basis, y, np.sqrt(weights)
+        self.positive = basis.form == "sum_of_abs"
+        powers = _powers(u, max(basis.m, basis.n))
+        self.powers = powers[:, : basis.m + 1], np.abs(powers[:, 1:]) if self.positive else powers[:, 1:]
+        self.columns = basis.columns(u)
+
+    def residuals(self, z: Array) -> Array:
+        p = self.basis.matrix @ self.signed(z)
+        self.a = self.powers[1][:, : self.basis.n] @ p[self.basis.m + 1 :]
+        self.q = 1.0 + np.abs(self.a)
+        self.f = self.powers[0] @ p[: self.basis.m + 1] / self.q
+        return self._padded(self.roots * (self.f - self.y))
+
+    def signed(self, z: Array) -> Array:
+        """z, with the coefficients of A that have to be positive so."""
+        return np.append(z[: self.basis.m + 1], np.abs(z[self.basis.m + 1 :])) if self.positive else z
+
+    def jacobian(self, z: Array) -> Array:
+        self.residuals(z)
+        of_p, of_a = self.columns
+        slope = np.where(self.a < 0, 1.0, -1.0) * self.f / self.q
+        of_a = slope[:, None] * of_a
+        if self.positive:
+            of_a = np.where(z[self.basis.m + 1 :] < 0, -1.0, 1.0) * of_a
+        return self._padded(self.roots[:, None] * np.hstack([of_p / self.q[:, None], of_a]))
+
+    def _padded(self, rows: Array) -> Array:
+        """At least as many residuals as coefficients, which Levenberg-Marquardt wants."""
+        missing = len(self.basis.matrix) - len(rows)
+        return rows if missing <= 0 else np.pad(rows, ((0, missing), (0, 0))[: rows.ndim])
+
+    def __call__(self, z: Array) -> float:
+        with np.errstate(all="ignore"):
+            return float(np.square(self.residuals(z)).sum())
+
+    def minimised(self, starts: list[Array]) -> list[Array]:
+        """The z of the local minima that are found, the smallest first: a few steps from each start, more from some."""
+        found = sorted((self._descended(z, 15) for z in starts if math.isfinite(self(z))), key=self)
+        found = sorted([*(self._descended(z, 200) for z in found[:3]), *found[3:], starts[-1]], key=self)
+        sums = [self(z) for z in found]
+        new = [this != last and this <= _WORSE * sums[0] for this, last in zip(sums, [None, *sums], strict=False)]
+        return [self.signed(z) for z, is_new in zip(found, new, strict=True) if is_new]
+
+    def _descended(self, z: Array, steps: int) -> Array:
+        options: dict[str, Any] = {"ftol": 1e-9, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": steps}
+        return least_squares(self.residuals, z, jac=self.jacobian, x_scale="jac", method="lm", **options).x
 
 
 def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array]:
@@ -524,7 +579,11 @@ def _nonnegative(first: Array, second: Array, right: Array) -> Array:
     basis = np.linalg.qr(first)[0]
     b = np.zeros(second.shape[1])
     if second.shape[1]:
-        b = nnls(second - basis @ (basis.T @ second), right - basis @ (basis.T @ right))[0]
+        left, rest = second - basis @ (basis.T @ second), right - basis @ (basis.T @ right)
+        try:
+            b = nnls(left, rest)[0]
+        except RuntimeError:  # columns that are alike, among which it goes round in circles
+            b = np.maximum(np.linalg.lstsq(left, rest, rcond=None)[0], 0.0)
     a = np.linalg.lstsq(first, right - second @ b, rcond=None)[0]
     return np.concatenate([a, b])
 

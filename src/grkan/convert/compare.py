@@ -1,0 +1,239 @@
+"""How far a converted model, and each of its MLPs, is from what it was: on the data, and in bounded memory."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.kinds import is_conv1d, linear_width
+from ..nn.modes import evaluating
+from .calibrate import GroupFit, Histogram, real_tokens
+from .recipe import LayerRecipe, Recipe, apply_recipe
+from .structure import Site
+
+# Of the batches a few are kept, spread over all of them: of many a quarter, at most so many and so many bytes of them.
+_FEW, _MANY, _BYTES = 4, 64, 2**25
+# Scalars of an output that are kept.
+_OUTPUT = 2**20
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+class KeptBatches:
+    """Some of the batches, each with what the model made of it.
+
+    Args:
+        model: whose outputs are compared.
+        run: calls it with a batch.
+    """
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self.run = model, run
+        self.step = 1
+        self.inside = False
+        self.kept: list[tuple[int, Any, Tensor]] = []
+
+    def feed(self, number: int, batch: Any) -> None:
+        """Run the model with a batch, and maybe keep it."""
+        wanted = number % self.step == 0
+        own = copy.deepcopy(batch) if wanted else None  # the model may change it
+        output = self.output(batch)
+        if not wanted or output is None:
+            return
+        self.kept.append((number, own, output))
+        while len(self.kept) > 1 and self.too_much(number + 1):
+            self.step *= 2
+            self.kept = [entry for entry in self.kept if entry[0] % self.step == 0]
+
+    def too_much(self, seen: int) -> bool:
+        """Whether fewer are to be kept."""
+        size = sum(_bytes(batch) + _bytes(output) for _, batch, output in self.kept)
+        return size > _BYTES or len(self.kept) > min(_MANY, max(_FEW, seen / 4))
+
+    def output(self, batch: Any) -> Tensor | None:
+        """What the model computes for a batch: some rows of its first output that is no loss."""
+        masks = real_tokens(batch)
+        found = None if self.inside else main_output(self.run(self.model, batch))
+        if found is None:  # tokens, or a loss alone: what was computed lies inside
+            found = self.output_inside(batch)
+            self.inside = found is not None
+        return None if found is None else _some_rows(found, masks)
+
+    def output_inside(self, batch: Any) -> Tensor | None:
+        """The output of the model's first call meanwhile (it may generate), or else of the last of its parts."""
+        own: list[Tensor] = []
+        parts: list[Tensor] = []
+
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if (found := main_output(output)) is not None:
+                if module is self.model:
+                    own.append(found.detach().clone()) if not own else None
+                else:
+                    parts[:] = [found.detach()]
+
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                stack.enter_context(_removing(module.register_forward_hook(hook)))
+            self.run(self.model, batch)
+        return next(iter(own + parts), None)
+
+    def compare(self) -> tuple[float | None, float | None]:
+        """Cosine and relative error of the model's outputs now to those that were kept; None: nothing to compare."""
+        before, after = [], []
+        with evaluating(self.model):
+            for _, batch, output in self.kept:
+                now = self.output(batch)
+                if now is not None and now.shape == output.shape:
+                    before.append(output)
+                    after.append(now)
+        return _cosine_and_error(before, after)
+
+
+def main_output(output: Any, name: str = "") -> Tensor | None:
+    """The first floating-point tensor in what a model returns that is no loss and no single number, if there is one."""
+    if "loss" in name.lower():
+        return None
+    if isinstance(output, Tensor):
+        one = output.dim() < 2 and output.numel() == 1
+        return output if output.is_floating_point() and not one else None
+    items: Iterator[tuple[str, Any]] = iter(())
+    if isinstance(output, Mapping):
+        items = ((str(key), value) for key, value in output.items())
+    elif hasattr(output, "__dataclass_fields__"):
+        items = iter(vars(output).items())
+    elif isinstance(output, (tuple, list)):
+        items = zip(getattr(output, "_fields", [""] * len(output)), output, strict=True)
+    return next((found for key, value in items if (found := main_output(value, key)) is not None), None)
+
+
+def _some_rows(output: Tensor, masks: Sequence[Tensor], scalars: int = _OUTPUT) -> Tensor:
+    """A copy of rows of an output (..., C), without those of padding: (rows, C) on the CPU."""
+    output = output.detach()
+    if output.is_nested:
+        output = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.unbind()])
+    rows = output.reshape(-1, output.shape[-1]) if output.dim() > 1 else output.reshape(-1, 1)
+    for mask in masks:
+        if output.dim() > 2 and output.shape[:-1] == mask.shape:
+            rows = rows[mask.flatten().to(rows.device)]
+            break
+    step = max(1, -(-rows.numel() // scalars))
+    return rows[::step].to("cpu", copy=True)
+
+
+def _bytes(value: Any) -> int:
+    """About how much memory a batch takes."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return int(getattr(value, "nbytes", 0) or sys.getsizeof(value))
+
+
+def _cosine_and_error(before: list[Tensor], after: list[Tensor]) -> tuple[float | None, float | None]:
+    if not before:
+        return None, None
+    product = power = size = error = 0.0
+    for old, new in zip(before, after, strict=True):
+        x, y = old.double().flatten(), new.double().flatten()
+        finite = x.isfinite()  # masked logits are not
+        x, y = x[finite], y[finite]
+        product += float(x @ y)
+        size += float(x @ x)
+        power += float(y @ y)
+        error += float((y - x).square().sum())
+    norms = math.sqrt(size) * math.sqrt(power)
+    relative = math.sqrt(error / size) if size else math.sqrt(error)
+    return (product / norms if norms else 1.0), (relative if math.isfinite(relative) else math.inf)
+
+
+def output_error(site: Site, histogram: Histogram, fits: list[GroupFit]) -> float:
+    """How far the output of an MLP is off for the rows that were kept of its activation's inputs, by its norm.
+
+    The output is that of the second linear layer, where the activation's output goes straight into it. Rows of usual
+    size count by themselves, too, so that a few large ones do not hide what becomes of them.
+    """
+    x, weights = histogram.row_weights()
+    parts = list(zip(fits, x.split(site.width // len(fits), 1), strict=True))
+    y = torch.cat([torch.from_numpy(f.target(part.numpy())) for f, part in parts], 1)
+    error = torch.cat([torch.from_numpy(f.fit(part.numpy())) for f, part in parts], 1) - y
+    largest = float(y.abs().max()) or 1.0
+    second: Any = histogram.second
+    weight = getattr(second, "weight", None)
+    if linear_width(second) is not None and isinstance(weight, Tensor) and weight.is_floating_point():
+        weight = weight.detach().to("cpu", torch.float32)
+        weight = weight.T if is_conv1d(second) else weight.flatten(1)
+        bias = None if second.bias is None else second.bias.detach().to("cpu", torch.float32) / largest
+        y, error = F.linear((y / largest).float(), weight, bias), F.linear((error / largest).float(), weight)
+    else:
+        y, error = y / largest, error / largest
+    of_rows = torch.stack([error.double().square().sum(1), y.double().square().sum(1)])
+    usual = weights.clone()
+    usual[: len(histogram.largest.rows)] = 0.0
+    found = 0.0
+    for by in (weights, usual):
+        off, size = (of_rows @ by).tolist()
+        found = max(found, math.sqrt(off / size) if size else math.sqrt(off))
+    return found if math.isfinite(found) else math.inf
+
+
+def errors_alone(
+    model: nn.Module, sites: Sequence[Site], entries: Sequence[LayerRecipe], batch: Any, run: Run
+) -> Iterator[float]:
+    """How far the output of each MLP is off if nothing else of the model is converted, for one batch.
+
+    That is the output of its second linear layer and that of the module around it, or of the model if neither is seen.
+    Of several calls the first counts, for the others see what became of it.
+    """
+
+    def outputs(modules: Sequence[nn.Module | None]) -> list[Tensor | None]:
+        seen: dict[int, Tensor] = {}
+        masks = real_tokens(batch)
+
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if id(module) not in seen and (found := main_output(output)) is not None:
+                seen[id(module)] = _some_rows(found, masks, _OUTPUT // 16)
+
+        with evaluating(model), ExitStack() as stack:
+            for module in {id(module): module for module in modules if module is not None}.values():
+                stack.enter_context(_removing(module.register_forward_hook(hook)))
+            run(model, copy.deepcopy(batch))
+        return [seen.get(id(module)) for module in modules]
+
+    own = [[site.second, site.parent if site.parent is not model else None] for site in sites]
+    before = iter(outputs([module for pair in own for module in [*pair, model]]))
+    for pair, entry in zip(own, entries, strict=True):
+        undo = apply_recipe(model, Recipe((entry,)), record=False)
+        try:
+            after = outputs([*pair, model])
+        finally:
+            undo()
+        errors = [_error_between(next(before), now) for now in after]
+        of_model = math.inf if errors[2] is None else errors[2]
+        yield max((error for error in errors[:2] if error is not None), default=of_model)
+
+
+def _error_between(before: Tensor | None, after: Tensor | None) -> float | None:
+    """The relative error; None if nothing was seen before, infinite if nothing or something else was seen after."""
+    if before is None:
+        return None
+    if after is None or after.shape != before.shape:
+        return math.inf
+    return _cosine_and_error([before], [after])[1]
+
+
+class _removing:
+    """A hook for a `with` block."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
