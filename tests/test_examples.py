@@ -38,7 +38,9 @@ def test_language_model(kind, text, tmp_path):
     bits = [float(line.split()[-4]) for line in output.splitlines() if line.startswith("step")]
     assert len(bits) == 10
     assert bits[-1] < 0.8 * bits[0]
-    assert " times " in output.splitlines()[-1] or " is " in output  # the sample
+    sample = output.rpartition("bits per byte\n")[2]
+    assert len(sample) > 150
+    assert any(word in sample for word in ("times", "and"))
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -74,7 +74,7 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
     language.print_plan(output, settings, 2)
-    assert "1 done, 11 left" in capsys.readouterr().out
+    assert "1 done, 10 left" in capsys.readouterr().out
     language.study(output, settings)
     assert language.plan(language.results(output), settings) == []
     page = tmp_path / "page.md"
