@@ -1,6 +1,6 @@
-"""What arguments have to be: the checks that fits, layers and models share.
+"""Argument checks that fits, layers and models share.
 
-Each returns what it checked, or raises a TypeError or ValueError that names the argument, the value, and what would be
+Each check returns the value, or raises a TypeError or ValueError that names the argument, the value, and what would be
 right.
 """
 
@@ -24,7 +24,7 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_integer(name: str, value: int) -> int:
-    """An int, also from one of numpy or torch."""
+    """Return the value as an int; integers of numpy and torch are accepted."""
     if type(value) is int:
         return value
     try:
@@ -59,7 +59,7 @@ def check_not_negative(name: str, value: float) -> float:
 
 
 def check_pair(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, Any]:
-    """A pair, or one value for both."""
+    """Check a pair, or one value that stands for both."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise GrkanValueError(f"{name} must be one value or a pair; got {value!r}")
@@ -67,7 +67,7 @@ def check_pair(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """One of a few strings; None may be among them."""
+    """Check that the value is one of a few strings; None may be among them."""
     known = " or ".join(map(repr, choices))
     if not isinstance(value, str) and not (value is None and None in choices):
         raise GrkanTypeError(f"{name} must be {known}; got {value!r}")
@@ -77,7 +77,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def check_form(form: str) -> str:
-    # Asked at every call of group_rational: the answer comes before the message is made.
+    # Every call of group_rational runs this, so test before building any message.
     return form if form in FORMS else str(check_choice("form", form, FORMS))
 
 
@@ -97,7 +97,7 @@ def check_order(order: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_groups(name: str, features: int, num_groups: int) -> int:
-    """The features, which the groups divide."""
+    """Return the number of features, after checking that num_groups divides it."""
     features, num_groups = check_positive(name, features), check_positive("num_groups", num_groups)
     if features % num_groups:
         raise GrkanValueError(f"{name} must be divisible by num_groups; got {features} and {num_groups}")
@@ -111,9 +111,9 @@ def check_module(name: str, value: nn.Module) -> nn.Module:
 
 
 def to_float64(name: str, values: Any) -> Tensor:
-    """Real numbers of any kind as a float64 tensor on the CPU."""
+    """Convert real numbers of any kind to a float64 tensor on the CPU."""
     try:
-        # By way of Python's numbers: neither a dtype nor the layout of an array gets in the way, and none becomes real.
+        # Go through Python numbers: then the array's dtype and layout do not matter, and complex numbers fail.
         values = values.tolist() if hasattr(values, "tolist") else values
         return torch.tensor(values, dtype=torch.float64, device="cpu")
     except (OverflowError, RuntimeError, TypeError, ValueError):
@@ -121,16 +121,16 @@ def to_float64(name: str, values: Any) -> Tensor:
 
 
 def evaluate(name: str, function: Callable[[Any], Any], x: Tensor) -> Tensor:
-    """function(x), for a function on numpy arrays or, where it takes none, on tensors.
+    """Compute function(x); the function takes numpy arrays or, if it fails on those, tensors.
 
     Args:
-        name: what the user calls the function.
+        name: the name of the argument, for error messages.
         function: maps an array to an array of its shape; it may overwrite its argument.
         x: float64, on the CPU.
 
     Raises:
-        TypeError: the function takes neither, or returns something else than real numbers.
-        ValueError: it returns another shape.
+        TypeError: the function takes neither arrays nor tensors, or does not return real numbers.
+        ValueError: the result has another shape than x.
     """
     with torch.no_grad():
         try:
@@ -152,5 +152,5 @@ def evaluate(name: str, function: Callable[[Any], Any], x: Tensor) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    """A representation that fits on one line."""
+    """Shorten the repr of a value to one line."""
     return " ".join(reprlib.repr(value).split())

@@ -1,9 +1,9 @@
-"""The C++ kernel of `csrc/`, in the form that `op.py` wants: float16 to float64 on the CPU, any order, both forms.
+"""The C++ kernel of `csrc/`, wrapped for `op.py`: float16 to float64 on the CPU, any order, both forms.
 
-It is a library with the C interface of `csrc/grkan.h`, which knows nothing of PyTorch: it is called with addresses and
-sizes, and with PyTorch's own function to run the parts of the work on its threads. It picks AVX-512, AVX2 or portable
-vectors when it is first called; PyTorch's variable ATEN_CPU_CAPABILITY (default, avx2, avx512) asks for less than the
-machine has.
+The library has the C interface of `csrc/grkan.h` and does not depend on PyTorch. It takes addresses and sizes, and
+PyTorch's function `torch_parallel_for`, with which it runs its work on PyTorch's threads. On its first call it picks
+AVX-512, AVX2 or portable vectors; PyTorch's variable ATEN_CPU_CAPABILITY (default, avx2, avx512) can ask for less than
+the machine has.
 """
 
 import ctypes
@@ -27,10 +27,10 @@ _parallel_for: int
 
 
 def load() -> bool:
-    """Load the library; False if it was not built.
+    """Load the library. Return False if it was not built.
 
     Raises:
-        OSError: the library is there and cannot be used; the message says why.
+        OSError: the library exists but cannot be used; the message says why.
     """
     global _forward, _backward, _parallel_for
     if not LIBRARY.exists():
@@ -43,17 +43,17 @@ def load() -> bool:
     if interface != _INTERFACE:
         raise OSError(f"{LIBRARY} was built for another version of grkan")
     for function, count in ((forward, 15), (backward, 19)):
-        # Whatever has 64 bits goes as an address, which ctypes converts twice as fast as an integer.
+        # Pass every 64-bit value as an address: ctypes converts those twice as fast as integers.
         function.argtypes = [ctypes.c_void_p] * count
         function.restype = ctypes.c_char_p
-    # A library finds what it was linked with: here libtorch_cpu, wherever it lies.
+    # torch._C is linked with libtorch_cpu, so the symbol is found through it, wherever that library lies.
     threads: Any = ctypes.CDLL(torch._C.__file__).torch_parallel_for  # of PyTorch's stable C interface, since 2.10
     _forward, _backward, _parallel_for = forward, backward, ctypes.cast(threads, ctypes.c_void_p).value or 0
     return True
 
 
 def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
-    """F(x), see `op.Kernel`."""
+    """Compute F(x), see `op.Kernel`."""
     if not _are_readable(numerator, denominator):
         numerator, denominator = _readable(numerator), _readable(denominator)
     y = torch.empty_like(x)
@@ -80,7 +80,7 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
 def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients, and with `output` F(x) from the same pass over x; see `op.Kernel`."""
+    """Compute the gradients and, if `output` is true, F(x) in the same pass over x; see `op.Kernel`."""
     if grad.shape != x.shape or grad.dtype != x.dtype or not grad.is_cpu:
         raise GrkanValueError(
             f"grad must be like x, {x.dtype} of shape {tuple(x.shape)} on the CPU; "
@@ -123,7 +123,7 @@ def _error(problem: bytes) -> Exception:
 
 
 def _are_readable(numerator: Tensor, denominator: Tensor) -> bool:
-    """Whether the library takes them as they are: contiguous, float32 or float64."""
+    """Whether the library can read the coefficients directly: they are contiguous, float32 or float64."""
     return (
         numerator.itemsize >= 4
         and denominator.itemsize >= 4

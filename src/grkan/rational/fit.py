@@ -1,27 +1,27 @@
 """Coefficients for any target function: minimax on an interval, or weighted least squares on samples.
 
-**Minimax.** Where the sign of A is prescribed, Q is linear in its coefficients, and whether an error of t can be
-reached is a linear feasibility problem, |f Q - P| <= t Q. The differential correction algorithm (Cheney and Loeb
-1961; Barrodale, Powell and Roberts 1972) solves a few such linear programs and converges to the global optimum from
-any start. In the form sum_of_abs there is one sign pattern, b >= 0. In abs_of_sum two are tried: A has one sign
-everywhere, or it changes sign at zero. The best fits are polished by sequential linear programming on F itself, with
-its extrema among the points: that takes the grid out of the result and lets A change sign where it wants.
-F(x) -> F(x / s) makes every scale the same problem. Far from zero, for the width of the interval, the powers of x are
-hardly told apart; so P and A / x are sought as sums of the interval's Chebyshev polynomials, and in such a way that
-rounding the coefficients of x^k does not show. A target that is constant or linear there is met as that.
+**Minimax.** If the sign of A is prescribed, Q is linear in its coefficients, and whether an error of t can be reached
+is a linear feasibility problem, |f Q - P| <= t Q. The differential correction algorithm (Cheney and Loeb 1961;
+Barrodale, Powell and Roberts 1972) solves a few such linear programs and converges to the global optimum from any
+start. The form sum_of_abs has one sign pattern, b >= 0. For abs_of_sum two are tried: A has one sign everywhere, or it
+changes sign at zero. Sequential linear programming on F itself then polishes the best fits, with the extrema of F
+among the points: so the result does not depend on the grid, and A may change sign anywhere.
+F(x) -> F(x / s) makes every scale the same problem. On an interval that is narrow for its distance from zero, the
+powers of x are nearly alike. So P and A / x are sought as sums of the interval's Chebyshev polynomials, bounded so that
+rounding the coefficients of x^k has no visible effect. A target that is constant or linear there is met exactly.
 
-**Least squares.** The linearised problem is solved a few times, each time divided by the last Q (Sanathanan and
-Koerner 1963), for each pattern. The results, and the table's entry, are the starts of a nonlinear least squares
+**Least squares.** For each sign pattern the linearised problem is solved a few times, each time divided by the last Q
+(Sanathanan and Koerner 1963). The results, and the table's entry, are the starts of a nonlinear least squares
 iteration.
 
-**The table's interval is [-10, 10]**, for every name. The pre-activations of a transformer lie within a few units of
+**The table's interval is [-10, 10]**, for every name. Most pre-activations of a transformer lie within a few units of
 zero, and a few go beyond 10. A fit on [-3, 3] is ten times as exact there and useless at 10; on [-10, 10] the largest
-error at order (5, 4) is 0.007 for GELU and 0.002 for SiLU. No order holds on the whole line: with m = n + 1, F has
-the same slope at both ends, up to the sign, so on one of the sides ReLU and its smooth relatives are missed by half
-the distance or more. What is best on the interval alone can be much worse out there, and even turn back. So a fit for
-the table also has to stay within 1.5 (distance to the interval) (largest |f| on it) / (its length) of the target, up
-to one length of the interval beyond each end, where the order allows it. A zero of A is a spike of F, and is kept 1.5
-times as far from zero.
+error at order (5, 4) is 0.007 for GELU and 0.002 for SiLU. No order works on the whole line: with m = n + 1, F has the
+same slope at both ends, up to the sign, so on one side it misses ReLU and its smooth relatives by half the distance or
+more. The best fit on the interval alone can be much worse outside, and even turn back. So, where the order allows it,
+a fit for the table must also stay within 1.5 (distance to the interval) (largest |f| on it) / (its length) of the
+target, up to one length of the interval beyond each end. A zero of A is a spike of F, so zeros of A are kept out 1.5
+times as far from zero as that.
 
 `python -m grkan.rational.fit` makes `coefficients.json` again.
 """
@@ -57,9 +57,9 @@ Function = Callable[[Array], Array]
 
 @dataclass(frozen=True, eq=False)
 class RationalFit:
-    """A rational function F = P / Q that stands for a target, and how far it is from it.
+    """A rational function F = P / Q fitted to a target, with its errors.
 
-    Calling it evaluates F in float64: a float gives a float, an array an array of its shape.
+    Calling it evaluates F in float64: a float gives a float, an array gives an array of its shape.
     """
 
     numerator: Array
@@ -73,7 +73,7 @@ class RationalFit:
     max_error: float
     """The largest |F - target| on the interval."""
     rms_error: float
-    """The root of the mean of (F - target)^2 over the interval, all of it alike, whatever the weights of a fit were."""
+    """The root of the mean of (F - target)^2 over the interval, uniformly weighted, even if the fit had weights."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -109,30 +109,30 @@ def fit(
     samples: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> RationalFit:
-    """The rational function of an order that is closest to a target; it has no poles, in either form.
+    """Find the rational function of an order that is closest to a target; it has no poles, in either form.
 
-    Without samples the largest error on the interval is minimised, with samples sum_i weights_i (F(x_i) - f(x_i))^2.
+    Without samples, minimise the largest error on the interval; with samples, sum_i weights_i (F(x_i) - f(x_i))^2.
     The same arguments give the same bits.
 
     Args:
         target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
             that maps a 1-D float64 numpy array, or else a tensor, to one of the same shape.
-        order: (m, n), the degrees of numerator and denominator; either may be 0, and neither be above 16.
+        order: (m, n), the degrees of numerator and denominator, each from 0 to 16.
         form: "abs_of_sum" or "sum_of_abs", the denominator's form (see `grkan.group_rational`).
-        interval: (low, high). Without samples it is where the error is minimised and measured; None means (-10, 10) for
-            a callable, and for a name the fit that the table holds: on the table's interval, and held near the target
-            beyond it. With samples it is where the errors are measured, and nothing else; None means their range.
+        interval: (low, high). Without samples, the error is minimised and measured there; None means (-10, 10) for a
+            callable, and for a name a fit like the table's: on the table's interval, and held near the target beyond
+            it. With samples, the interval only says where errors are measured; None means the range of the samples.
         samples: 1-D, the points to fit at, or the centres of a histogram's bins.
-        weights: 1-D, one for each sample, not negative and not all zero; None weighs all alike.
+        weights: 1-D, one for each sample, not negative and not all zero; None: equal weights.
 
     Returns:
         A `RationalFit`.
 
     Raises:
-        TypeError: target, order, form, interval, samples or weights are of a wrong type; a target that takes neither
-            an array nor a tensor, or returns no real numbers.
-        ValueError: an unknown name or form; an interval, order, samples or weights that make no sense; a target that
-            returns another shape or values that are not finite.
+        TypeError: target, order, form, interval, samples or weights have a wrong type; or target takes neither an
+            array nor a tensor, or does not return real numbers.
+        ValueError: the name or form is unknown; interval, order, samples or weights make no sense; or target returns
+            another shape or values that are not finite.
     """
     m, n = check_order(order)
     if max(m, n) > _LARGEST_ORDER:
@@ -163,10 +163,10 @@ def local_fits(
     interval: tuple[float, float],
     starts: Sequence[RationalFit] = (),
 ) -> Iterator[RationalFit]:
-    """`fit` to samples, and the other local optima that it finds on its way, from the best on.
+    """Yield the result of `fit` on samples, then the other local optima found on the way, best first.
 
     Args:
-        starts: fits of the same order and form to start from, too.
+        starts: further fits to start from, of the same order and form.
     """
     f = _as_function(target)
     given = [(start.numerator, start.denominator) for start in starts]
@@ -176,47 +176,48 @@ def local_fits(
         yield _measured(f, a, b, form, interval)
 
 
-# The solvers work on u = x / scale in [-1, 1] and on values divided by their largest, where powers are harmless and
-# tolerances mean the same for every target. p holds the coefficients of P, then those of A; z those in a `_Basis`.
+# The solvers work on u = x / scale in [-1, 1] and on values divided by the largest one, so powers are harmless and
+# tolerances mean the same for every target. p holds the coefficients of P, then those of A; z those of both in a
+# `_Basis`.
 
-# The smallest Q(0), relative to the largest coefficient of Q. It bounds b where the best F has Q(0) = 0.
+# The smallest Q(0), relative to the largest coefficient of Q. It bounds b if the best F has Q(0) = 0.
 _SMALLEST_CONSTANT = 1e-6
 
-# Beyond it float64 cannot tell the powers apart: tanh at (20, 20) came out worse than at (5, 4).
+# Above this order float64 cannot tell the powers apart: tanh at (20, 20) came out worse than at (5, 4).
 _LARGEST_ORDER = 16
 
-# The error that is allowed outside, in (largest |f| on the interval) (distance to it) / (its length).
+# The error allowed outside the interval, in units of (largest |f| on the interval) (distance to it) / (its length).
 _GUARD = 1.5
 
 # A keeps its sign at these multiples of the points outside. A zero of A is a spike of F, and an optimum may put one
-# just behind the last point where it is forbidden. Forbidden up to |x| = 240, it costs GELU at order (7, 6) 9%.
+# just beyond the last point where it is forbidden. Forbidding zeros up to |x| = 240 costs GELU at order (7, 6) 9%.
 _FAR = (1.0, 1.5)
 
 _EXACT_ENOUGH = 1e-14
 
-# Errors that are rounding: this many units in the last place of the largest |f|.
+# Errors up to this fraction of the largest |f| are rounding errors.
 _ROUNDING = 4 * float(np.finfo(np.float64).eps)
 
-# What the coefficients of x^k may come to, for coefficients of one in the basis, and iterations of a linear program,
-# which has 15 to 60 of them and may go on for ever where columns are alike.
+# The largest coefficients of x^k allowed for a coefficient of 1 in the basis; and the most iterations of a linear
+# program, which takes 15 to 60 but may never end if columns are alike.
 _LARGEST_GROWTH = 1e12
 _LINEAR_PROGRAM_ITERATIONS = 1000
 
-# Least squares start from fits to the weights, and to the weights by 1 + (u / nearness)^2, which see what is near zero.
+# Least squares start from fits with weights / (1 + (u / nearness)^2): inf keeps the weights, others stress u near zero.
 _NEARNESSES = (math.inf, 0.1, 0.01)
 
-# How much larger the sum of squares at another local minimum may be than at the best.
+# Other local minima are kept if their sum of squares is at most this many times the best one.
 _WORSE = 9.0
 
-# Points of a linear program; beyond them those with the smallest errors are left out.
+# The most points of a linear program; if there are more, those with the smallest errors are left out.
 _MOST_POINTS = 600
 
 
 class _Basis:
-    """The polynomials of u that P and A are sums of: T_k and u T_k, Chebyshev's for [low, high].
+    """Basis polynomials in u: T_k for P and u T_k for A, where T_k are the Chebyshev polynomials of [low, high].
 
-    In the form sum_of_abs those of A are |u|^j, as their coefficients must not be negative. A polynomial that takes too
-    large coefficients of u^k is 0 here.
+    In the form sum_of_abs the basis of A is |u|^j, because its coefficients must not be negative. A polynomial whose
+    coefficients of u^k are too large is replaced by 0.
     """
 
     def __init__(self, low: float, high: float, m: int, n: int, form: str) -> None:
@@ -241,30 +242,30 @@ class _Basis:
         self.matrix: Array = matrix
         """p = matrix @ z."""
         self.growth: Array = np.abs(matrix).sum(axis=0)
-        """How much larger than z the coefficients in p are."""
+        """How much larger the coefficients in p are than z."""
 
     def columns(self, u: Array) -> tuple[Array, Array]:
-        """The values of the polynomials of P, and of those of A."""
+        """Evaluate the basis polynomials of P, and those of A."""
         t = np.polynomial.chebyshev.chebvander((u - self._centre) / self._half, max(self.m, self.n))
         of_a = _powers(np.abs(u), self.n)[:, 1:] if self.form == "sum_of_abs" else u[:, None] * t[:, : self.n]
         return t[:, : self.m + 1] * (self.growth[: self.m + 1] > 0), of_a * (self.growth[self.m + 1 :] > 0)
 
     def signed_columns(self, u: Array, crosses: bool) -> tuple[Array, Array]:
-        """The same, those of A with the sign that A has: then Q = 1 + their sum."""
+        """Evaluate the same, but with those of A multiplied by the sign of A: then Q = 1 + their sum."""
         of_p, of_a = self.columns(u)
         return of_p, np.where(u < 0, -1.0, 1.0)[:, None] * of_a if crosses else of_a
 
     def limits(self, error: float) -> Array:
-        """How large each z may be for rounding of the coefficients to stay below an error."""
+        """Return how large each z may be so that rounding errors of the coefficients stay below an error."""
         limits = error / (2 * _ROUNDING * np.maximum(self.growth, 1.0))
         return np.where((limits < 1e-9) | (self.growth == 0), 0.0, np.where(limits > 1e6, np.inf, limits))
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """|F(u) - y(u)| is to be small on the basis's interval, and `allowed`, or hardly more, at the points `outside`.
+    """A fit to y: |F - y| should be small on the basis's interval, and about `allowed` at most at the points `outside`.
 
-    The points below the interval come first, then as many above it. Linear programs see those that are `held`.
+    The points below the interval come first, then as many above it. Linear programs use only those marked in `held`.
     """
 
     y: Function
@@ -277,7 +278,7 @@ class _Problem:
         return _values(self.basis.matrix @ z, self.basis.m, u, self.basis.form)[0] - self.y(u)
 
     def extrema(self, p: Array) -> tuple[float, Array]:
-        """The largest |F - y| of a p, and where it is large."""
+        """Return the largest |F - y| for p, and the places where the error is large."""
         basis = self.basis
 
         def error(u: Array) -> Array:
@@ -286,7 +287,7 @@ class _Problem:
         return _extrema(error, basis.low, basis.high, _narrow_places(p[basis.m + 1 :], basis.form))
 
     def is_sane(self, z: Array) -> bool:
-        """Whether F is near enough outside, with no spike: |A| falls to zero where A changes sign."""
+        """Whether F is close enough outside and has no spike there, which it has where A changes sign."""
         b = z[self.basis.m + 1 :]
         inner = [(self.basis.columns(factor * self.outside)[1] @ b).reshape(2, -1) for factor in _FAR]
         sides = np.hstack(inner)
@@ -295,7 +296,7 @@ class _Problem:
 
 
 def _minimax(f: Function, interval: tuple[float, float], m: int, n: int, form: str, guarded: bool) -> RationalFit:
-    """The fit with the smallest largest error on the interval, held close outside, too, if guarded."""
+    """Minimise the largest error on the interval; if guarded, also keep F close to the target outside."""
     low, high = interval
     scale = max(abs(low), abs(high))
     x = _grid(low, high, 2001)
@@ -318,13 +319,13 @@ def _minimax(f: Function, interval: tuple[float, float], m: int, n: int, form: s
     if p is not None:
         return _measured(f, *_unscaled(p, m, scale, size), form, interval)
     p = _best(problem(0), points)
-    assert p is not None  # without a guard, the linearised problem is a candidate at least
+    assert p is not None  # without a guard, the linearised problem gives at least one candidate
     found = _measured(f, *_unscaled(p, m, scale, size), form, interval)
     return simple if simple.max_error <= found.max_error else found
 
 
 def _lines(f: Function, x: Array, values: Array, m: int) -> list[Array]:
-    """The numerators of the best constant, and of the secant, which is the function itself where that is linear."""
+    """Return the numerators of the best constant and of the secant, which equals the target if that is linear."""
     lowest, highest = values.min(), values.max()
     _, peaks = _extrema(lambda u: f(u) - (lowest / 2 + highest / 2), x[0], x[-1])
     of_peaks = f(peaks)
@@ -337,7 +338,7 @@ def _lines(f: Function, x: Array, values: Array, m: int) -> list[Array]:
 
 
 def _best(problem: _Problem, points: Array) -> Array | None:
-    """The p of the best polished fit over all sign patterns; None if none is possible."""
+    """Return the p of the best polished fit over all sign patterns, or None if there is no fit."""
     basis = problem.basis
     weights = np.full(len(points), 1 / len(points))
     candidates = _linearised(basis, points, problem.y(points), weights)
@@ -352,7 +353,7 @@ def _best(problem: _Problem, points: Array) -> Array | None:
 
 
 def _cleaned(problem: _Problem, error: float, z: Array) -> Array:
-    """The p of z, without the coefficients that are there by rounding only: the fit is the same where they are 0."""
+    """Return the p of z with tiny coefficients set to 0, as long as the error of the fit stays the same."""
     basis = problem.basis
     p = basis.matrix @ z
     for limit in (1e-8, 1e-10, 1e-12, 1e-14):
@@ -363,9 +364,9 @@ def _cleaned(problem: _Problem, error: float, z: Array) -> Array:
 
 
 def _differential_correction(problem: _Problem, points: Array, crosses: bool) -> Array | None:
-    """The best fit on the points for one sign pattern of A, by linear programs; None if there is none.
+    """Find the best fit on the points for one sign pattern of A, by linear programs; None if there is none.
 
-    Q = q_0 + s A, with q_0 free: dividing by it at the end normalises to q_0 = 1.
+    Q = q_0 + s A has a free q_0; the division by it at the end normalises to q_0 = 1.
     """
     basis = problem.basis
     m, n = basis.m, basis.n
@@ -421,7 +422,11 @@ def _differential_correction(problem: _Problem, points: Array, crosses: bool) ->
 
 
 def _polished(problem: _Problem, z: Array, points: Array) -> tuple[float, Array]:
-    """A local minimum near z of the largest error on the whole interval, and its z, by sequential linear programs."""
+    """Minimise the largest error on the whole interval, starting from z, by sequential linear programs.
+
+    Returns:
+        The error at the local minimum, and its z.
+    """
     error, extrema = problem.extrema(problem.basis.matrix @ z)
     keep_signs = False
     for _ in range(50):
@@ -446,13 +451,13 @@ def _polished(problem: _Problem, z: Array, points: Array) -> tuple[float, Array]
         elif keep_signs or problem.basis.form == "sum_of_abs":
             break
         else:
-            # Where A touches zero, |A| has a kink that no step across it foresees; the next one stays on this side.
+            # Where A touches zero, |A| has a kink that the linear step ignores; keep the next step on this side of it.
             keep_signs = True
     return error, z
 
 
 def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: bool) -> Array | None:
-    """The d with the smallest largest |e(u) + J(u) d| over the points, with A(u) kept on its side of zero if asked."""
+    """Find the d that minimises the largest |e(u) + J(u) d| over the points; `keep_signs` keeps the sign of A(u)."""
     basis = problem.basis
     residual, jacobian = problem.error(z, points), _jacobian(basis, z, points)
     outside, allowed = problem.outside[problem.held], problem.allowed[problem.held]
@@ -466,7 +471,7 @@ def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: 
             rows.append(np.hstack([np.zeros((len(u), basis.m + 1)), np.where(inner < 0, of_a.T, -of_a.T).T]))
             right.append(np.abs(inner))
     bounded = np.zeros(sum(map(len, right)))
-    bounded[: 2 * len(points)] = -1.0  # the rows that are to be <= t
+    bounded[: 2 * len(points)] = -1.0  # the rows that must be <= t
     matrix = np.hstack([np.vstack(rows), bounded[:, None]])
     highest = basis.limits(error)
     highest[basis.m + 1 :] = np.minimum(highest[basis.m + 1 :], 1 / _SMALLEST_CONSTANT)
@@ -474,7 +479,7 @@ def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: 
     lowest = -highest
     if basis.form == "sum_of_abs":
         lowest[basis.m + 1 :] = 0.0
-    # In units of the present error, so that the solver's tolerance is relative to it.
+    # In units of the current error, so that the solver's tolerance is relative to it.
     limits = [*zip((lowest - z) / error, (highest - z) / error, strict=True), (None, None)]
     solution = _solve(matrix, np.concatenate(right) / error, limits)
     return None if solution is None else error * solution[:-1]
@@ -483,7 +488,7 @@ def _step(problem: _Problem, z: Array, error: float, points: Array, keep_signs: 
 def _least_squares(
     x: Array, values: Array, weights: Array, m: int, n: int, form: str, starts: Sequence[tuple[Array, Array]]
 ) -> Iterator[tuple[Array, Array]]:
-    """The coefficients with the smallest weighted sum of squares, then other local optima, of smaller ones first."""
+    """Yield the coefficients with the smallest weighted sum of squares, then other local optima in increasing order."""
     scale, size = float(np.abs(x).max()) or 1.0, float(np.abs(values).max()) or 1.0
     u, y = x / scale, values / size
     basis = _Basis(float(u.min()), float(u.max()), m, n, form)
@@ -502,7 +507,7 @@ def _least_squares(
 
 
 class _SumOfSquares:
-    """The sum of weights (F(u) - y)^2 as a function of z, and its minimisation."""
+    """The sum of weights (F(u) - y)^2 as a function of z, with a method that minimises it."""
 
     def __init__(self, basis: _Basis, u: Array, y: Array, weights: Array) -> None:
         self.basis, self.y, self.roots = basis, y, np.sqrt(weights)
@@ -519,7 +524,7 @@ class _SumOfSquares:
         return self._padded(self.roots * (self.f - self.y))
 
     def signed(self, z: Array) -> Array:
-        """z, with the coefficients of A that have to be positive so."""
+        """Return z with absolute values for the coefficients of A if those must be positive."""
         return np.append(z[: self.basis.m + 1], np.abs(z[self.basis.m + 1 :])) if self.positive else z
 
     def jacobian(self, z: Array) -> Array:
@@ -532,7 +537,7 @@ class _SumOfSquares:
         return self._padded(self.roots[:, None] * np.hstack([of_p / self.q[:, None], of_a]))
 
     def _padded(self, rows: Array) -> Array:
-        """At least as many residuals as coefficients, which Levenberg-Marquardt wants."""
+        """Pad with zeros: Levenberg-Marquardt needs at least as many residuals as coefficients."""
         missing = len(self.basis.matrix) - len(rows)
         return rows if missing <= 0 else np.pad(rows, ((0, missing), (0, 0))[: rows.ndim])
 
@@ -541,7 +546,7 @@ class _SumOfSquares:
             return float(np.square(self.residuals(z)).sum())
 
     def minimised(self, starts: list[Array]) -> list[Array]:
-        """The z of the local minima that are found, the smallest first: a few steps from each start, more from some."""
+        """Return the z of the local minima found, smallest first: a few steps from each start, more from the best."""
         found = sorted((self._descended(z, 15) for z in starts if math.isfinite(self(z))), key=self)
         found = sorted([*(self._descended(z, 200) for z in found[:3]), *found[3:], starts[-1]], key=self)
         sums = [self(z) for z in found]
@@ -554,7 +559,7 @@ class _SumOfSquares:
 
 
 def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array]:
-    """Fits by Sanathanan and Koerner: |P - y Q|^2 / (last Q)^2 is minimised; the best round for each pattern."""
+    """Fit by Sanathanan and Koerner: minimise |P - y Q|^2 / (last Q)^2. Return the best round for each sign pattern."""
     roots, found = np.sqrt(weights), []
     for crosses in _patterns(u, basis.n, basis.form):
         of_p, of_a = basis.signed_columns(u, crosses)
@@ -575,21 +580,21 @@ def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array
 
 
 def _nonnegative(first: Array, second: Array, right: Array) -> Array:
-    """Minimise |first a + second b - right|^2 for b >= 0; what a cannot reach is a problem in b alone."""
+    """Minimise |first a + second b - right|^2 for b >= 0; projecting out the columns of a leaves a problem in b."""
     basis = np.linalg.qr(first)[0]
     b = np.zeros(second.shape[1])
     if second.shape[1]:
         left, rest = second - basis @ (basis.T @ second), right - basis @ (basis.T @ right)
         try:
             b = nnls(left, rest)[0]
-        except RuntimeError:  # columns that are alike, among which it goes round in circles
+        except RuntimeError:  # it does not converge if columns are alike
             b = np.maximum(np.linalg.lstsq(left, rest, rcond=None)[0], 0.0)
     a = np.linalg.lstsq(first, right - second @ b, rcond=None)[0]
     return np.concatenate([a, b])
 
 
 def _patterns(u: Array, n: int, form: str) -> tuple[bool, ...]:
-    """The sign patterns to try. A(0) = 0: A crosses zero there (True), or touches it and has one sign (False)."""
+    """Return the sign patterns to try. A(0) = 0: A changes sign there (True), or it has one sign throughout (False)."""
     return (False, True) if form == "abs_of_sum" and n and u.min() < 0 < u.max() else (False,)
 
 
@@ -598,14 +603,14 @@ def _powers(u: Array, degree: int) -> Array:
 
 
 def _values(p: Array, m: int, u: Array, form: str) -> tuple[Array, Array]:
-    """F and Q; in the form sum_of_abs for b >= 0."""
+    """Compute F and Q; the form sum_of_abs requires b >= 0."""
     b = p[m + 1 :]
     q = 1.0 + np.abs(_powers(np.abs(u) if form == "sum_of_abs" else u, len(b))[:, 1:] @ b)
     return _powers(u, m) @ p[: m + 1] / q, q
 
 
 def _jacobian(basis: _Basis, z: Array, u: Array) -> Array:
-    """dF/dz; in the form sum_of_abs for b >= 0."""
+    """Compute dF/dz; the form sum_of_abs requires b >= 0."""
     of_p, of_a = basis.columns(u)
     values, q = _values(basis.matrix @ z, basis.m, u, basis.form)
     slope = np.where(of_a @ z[basis.m + 1 :] < 0, 1.0, -1.0) * values / q
@@ -613,7 +618,7 @@ def _jacobian(basis: _Basis, z: Array, u: Array) -> Array:
 
 
 def _solve(rows: Array, right: Array, limits: Sequence[tuple[Any, Any]]) -> Array | None:
-    """The z within limits with the smallest last component and rows @ z <= right; None where the solver finds none."""
+    """Find the z within limits with rows @ z <= right and the smallest last component; None if the solver fails."""
     objective = np.zeros(rows.shape[1])
     objective[-1] = 1.0
     options = {
@@ -621,7 +626,7 @@ def _solve(rows: Array, right: Array, limits: Sequence[tuple[Any, Any]]) -> Arra
         "dual_feasibility_tolerance": 1e-10,
         "maxiter": _LINEAR_PROGRAM_ITERATIONS,
     }
-    for method in ("highs-ds", "highs-ipm"):  # now and then one of them gives up on a problem that the other solves
+    for method in ("highs-ds", "highs-ipm"):  # sometimes one gives up on a problem that the other solves
         result = linprog(objective, A_ub=rows, b_ub=right, bounds=limits, method=method, options=options)
         if result.success:
             return np.asarray(result.x)
@@ -629,7 +634,7 @@ def _solve(rows: Array, right: Array, limits: Sequence[tuple[Any, Any]]) -> Arra
 
 
 def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array]:
-    """The coefficients in x of a fit in u = x / scale to values divided by size."""
+    """Convert a fit in u = x / scale to values / size into coefficients in x for the values."""
     with np.errstate(all="ignore"):
         unscaled = p / scale ** np.concatenate([np.arange(m + 1.0), np.arange(1.0, len(p) - m)])
         unscaled[: m + 1] *= size
@@ -643,14 +648,14 @@ def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array
 
 
 def _evaluate(numerator: Array, denominator: Array, form: str, x: Array) -> Array:
-    """F(x) by its definition, `reference.rational`, in float64."""
+    """Compute F(x) by its definition, `reference.rational`, in float64."""
     a, b = (torch.from_numpy(np.array(c, dtype=np.float64)[None]) for c in (numerator, denominator))
     y = reference.rational(torch.from_numpy(np.array(x).reshape(1, -1)), a, b, form)
     return np.asarray(y.numpy().reshape(np.shape(x)))
 
 
 def _grid(low: float, high: float, count: int) -> Array:
-    """Points of the interval, closer at its ends (Chebyshev's) and around zero, where activations have their bend."""
+    """Return points of the interval, denser at its ends (Chebyshev's) and around zero, where activations bend."""
     x = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, count))
     around_zero = np.linspace(-1, 1, count // 2 * 2 + 1)
     around_zero = max(abs(low), abs(high)) * np.sinh(8 * around_zero) / math.sinh(8)
@@ -659,12 +664,12 @@ def _grid(low: float, high: float, count: int) -> Array:
 
 
 def _narrow_places(b: Array, form: str) -> Array:
-    """Where F may have more than a grid sees: zeros of A, where |A| has a kink, and about the poles of P / (1 +- A).
+    """Return places where a grid may miss details of F: zeros of A, kinks of |A|, and around poles of P / (1 +- A).
 
     Args:
-        b: of F as a function of u = x / scale.
+        b: the coefficients of A for F as a function of u = x / scale.
     """
-    # Of a smaller coefficient nothing is seen for |x| <= 1, and the roots could overflow.
+    # Smaller coefficients have no visible effect for |x| <= 1, and the roots could overflow.
     b = np.trim_zeros(np.where(np.abs(b) < 1e-14 * max(1.0, np.abs(b).max(initial=0.0)), 0.0, b), "b")
     if not len(b):
         return b
@@ -675,10 +680,10 @@ def _narrow_places(b: Array, form: str) -> Array:
 
 
 def _extrema(error: Function, low: float, high: float, more: Sequence[float] | Array = ()) -> tuple[float, Array]:
-    """The largest |error| on [low, high], and where the local maxima of at least half of it are.
+    """Find the largest |error| on [low, high], and where the local maxima of at least half of it lie.
 
     Args:
-        more: points that have to be looked at besides the grid's, those inside.
+        more: points to look at besides the grid, clipped to [low, high].
     """
     x = _grid(low, high, 2001)
     if len(more):
@@ -686,7 +691,7 @@ def _extrema(error: Function, low: float, high: float, more: Sequence[float] | A
     size = np.abs(error(x))
     neighbours = np.pad(size, 1, constant_values=-1.0)
     peaks = np.flatnonzero((size >= neighbours[:-2]) & (size >= neighbours[2:]) & (size >= size.max() / 2))
-    # A constant |error| has a peak everywhere; a few of them say enough.
+    # A constant |error| has a peak everywhere; a few of them are enough.
     peaks = peaks[:: max(1, len(peaks) // 64)]
     left, right = x[np.maximum(peaks - 1, 0)], x[np.minimum(peaks + 1, len(x) - 1)]
     best_x, best = x[peaks], size[peaks]
@@ -717,7 +722,7 @@ def _measured(f: Function, a: Array, b: Array, form: str, interval: tuple[float,
 
 
 def _as_function(target: str | Function) -> Function:
-    """The target on 1-D float64 arrays, checked."""
+    """Return the target as a function on 1-D float64 arrays that checks its values."""
     values: Callable[[Tensor], Tensor]
     if isinstance(target, str):
         values = table.exact(table.canonical_name(target, "target"))
@@ -747,7 +752,7 @@ def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _checked_samples(samples: ArrayLike, weights: ArrayLike | None) -> tuple[Array, Array]:
-    """The samples, and weights that sum to 1."""
+    """Return the checked samples, and weights that sum to 1."""
     x = _checked_vector("samples", samples)
     if weights is None:
         return x, np.full(len(x), 1 / len(x))
@@ -786,7 +791,7 @@ def _table_entry(target: str | Function, order: tuple[int, int], form: str) -> t
 
 
 def make_table() -> Iterator[dict[str, Any]]:
-    """Fit every name in both forms at the orders (5, 4) and (7, 6): the entries of `coefficients.json`."""
+    """Fit every name in both forms at the orders (5, 4) and (7, 6); yield the entries of `coefficients.json`."""
     for name in table.NAMES:
         if name == "identity":  # exact, and not in the file
             continue

@@ -1,18 +1,18 @@
-"""The door to the rational function: checks, layout, dispatch and autograd.
+"""Entry points of the rational function: checks, layout, dispatch and autograd.
 
-`group_rational` and `rational_linear` are Python functions in front of three ways to compute the same, because no
-single one of PyTorch's serves everything:
+`group_rational` and `rational_linear` are Python functions that choose between three ways to compute the same result,
+because no single mechanism of PyTorch covers every case:
 
-* plain operations, those of `reference.py`, wherever derivatives are taken by a transform (`_composite_needed`): an
-  operator with `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns
-  a zero tangent;
+* plain operations, those of `reference.py`, if a transform takes derivatives (`_composite_needed`): an operator with
+  `torch.library.register_autograd` raises under torch.func, and under forward-mode AD it silently returns a zero
+  tangent;
 * the operators `grkan::group_rational` and `grkan::rational_linear` for torch.compile, export, `torch.jit.trace`, fake
-  tensors and whatever else looks at operations (`_is_eager` says when nobody does): an `autograd.Function` with vmap
+  tensors and whatever else looks at operations (`_is_eager` says when nothing does): an `autograd.Function` with vmap
   and jvp rules would break `torch.compile(fullgraph=True)`;
-* an `autograd.Function` around the kernel in plain eager mode. The operators would do, but they cost 90 us more for a
-  forward and a backward, which is a third of the time that GELU takes for 8x197x192 scalars on two cores.
+* an `autograd.Function` around the kernel in plain eager mode. The operators would work too, but they cost 90 us more
+  for a forward and a backward, a third of the time that GELU takes for 8x197x192 scalars on two cores.
 
-The last two share their forward and backward. They keep x and the coefficients for the backward and nothing else.
+The last two share their forward and backward. For the backward they keep only x and the coefficients.
 
 A kernel sees one layout: memory without gaps, [rows, groups, width], in which the scalars of a group lie side by side.
 """
@@ -46,7 +46,7 @@ _BACKENDS = ("auto", "reference", "native")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 TRITON = (3, 6)
-"""The version of Triton that the GPU kernel needs: that of the oldest PyTorch that grkan supports."""
+"""The oldest Triton that the GPU kernel works with: the one of the oldest PyTorch that grkan supports."""
 
 _TRITON = ".".join(map(str, TRITON))
 TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
@@ -57,12 +57,12 @@ BUILD_COMMAND = "pip install --force-reinstall --no-deps ."
 class Kernel:
     """F and its gradients on one device type.
 
-    forward(x, numerator, denominator, form, width) gives F(x), and
-    backward(grad, x, numerator, denominator, form, width, output) the gradients of x, numerator and denominator, and
-    F(x) as a fourth result if `output` is true, None otherwise.
+    forward(x, numerator, denominator, form, width) returns F(x).
+    backward(grad, x, numerator, denominator, form, width, output) returns the gradients of x, numerator and
+    denominator, and as a fourth result F(x) if `output` is true, else None.
 
-    x and grad have any shape, but both lie in memory alike and without gaps, as [rows, groups, width]; results of their
-    shape are like `empty_like(x)`. The number of groups is the larger number of rows of the coefficients.
+    x and grad may have any shape, but both lie in memory as [rows, groups, width], without gaps. Results of their shape
+    have the strides of `empty_like(x)`. The number of groups is the larger number of rows of the coefficients.
     """
 
     forward: Callable[..., Tensor]
@@ -70,12 +70,12 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
-"""Native kernels by device type, "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too); a device that is not here is
-served by the reference. "xpu" is not: extreme x are computed in float64, which not all of Intel's GPUs have."""
+"""Native kernels by device type: "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too). Other devices use the
+reference. "xpu" is left out: extreme x are computed in float64, which not all of Intel's GPUs have."""
 
 _gpu_kernel_wanted = False
 _why_no_gpu_kernel = ""
-_noticed: set[str] = set()  # the device types for which it was said that there is no kernel
+_noticed: set[str] = set()  # the device types for which a missing kernel was reported
 
 
 class _Thread(threading.local):
@@ -87,7 +87,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _backend_of_process = "auto"
-_calls: list["set_backend"] = []  # of set_backend outside of `with`, the last of which holds for the process
+_calls: list["set_backend"] = []  # of set_backend outside of `with`; the last one applies to the process
 _CALLS_KEPT = 16
 
 
@@ -146,7 +146,7 @@ def _load_gpu_kernel() -> None:
 
         if torch.cuda.is_available():
             gpu.try_out()
-    except Exception as error:  # Triton calls compilers and drivers, of which each can be broken in its own way
+    except Exception as error:  # Triton calls compilers and drivers, and each can fail in its own way
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
         _why_no_gpu_kernel = f"{problem}; version {_TRITON} or newer is needed"
@@ -155,13 +155,13 @@ def _load_gpu_kernel() -> None:
 
 
 def why_too_old(triton_version: str) -> str:
-    """What to say of a Triton that is older than TRITON; nothing of another."""
+    """Return the reason why a Triton older than TRITON is refused, or an empty string for a newer one."""
     old = tuple(int(part) for part in triton_version.split(".")[:2]) < TRITON
     return f"Triton is version {triton_version}, and {_TRITON} or newer is needed" if old else ""
 
 
 def find_kernel(device_type: str) -> Kernel | None:
-    """The GPU kernel is loaded when it is first wanted: Triton alone would add half a second to `import grkan`."""
+    """Return the kernel of a device type, or None. Load the GPU kernel on first use: importing Triton takes 0.5 s."""
     global _gpu_kernel_wanted
     if device_type == "cuda" and not _gpu_kernel_wanted:
         _gpu_kernel_wanted = True
@@ -169,13 +169,14 @@ def find_kernel(device_type: str) -> Kernel | None:
     return KERNELS.get(device_type)
 
 
-# Which of them computes.
+# Which kernel computes.
 
 
 class set_backend:
     """Choose what computes the rational function: for the process, or in a `with` block for the thread that runs it.
 
-    A call is in force in every thread from then on; a block comes before it, and ends with it.
+    A plain call applies to every thread from then on. A `with` block overrides it in its own thread until the block
+    ends.
 
     Args:
         name: "auto", the native kernel where there is one and the reference elsewhere; "reference", plain PyTorch
@@ -183,7 +184,8 @@ class set_backend:
 
     Raises:
         TypeError, ValueError: for another name.
-        RuntimeError: for "native" when this installation has no kernel; a call on a device without one raises it, too.
+        RuntimeError: for "native" if this installation has no kernel. With "native", computing on a device without a
+            kernel raises it, too.
     """
 
     def __init__(self, name: str) -> None:
@@ -195,7 +197,7 @@ class set_backend:
                 f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
             )
         self.name = name
-        # Until `__enter__`, this cannot be told from a call. Each takes back itself, in whatever order threads come.
+        # Until `__enter__` runs, a block looks like a plain call. Then it removes itself, whatever other threads do.
         _calls.append(self)
         del _calls[1:-_CALLS_KEPT]
         _settle()
@@ -212,29 +214,30 @@ class set_backend:
 
 
 def _settle() -> None:
-    """Without a lock, which torch.compile could not trace: whoever writes what is no longer so writes once more."""
+    """Apply the last call. torch.compile could not trace a lock: a thread that wrote an outdated name writes again."""
     global _backend_of_process
     while _backend_of_process != _calls[-1].name:
         _backend_of_process = _calls[-1].name
 
 
-set_backend("auto")  # is never taken back
+set_backend("auto")  # is never removed
 
 
 def _backend() -> str:
-    # Not from the list: a compiled graph would be guarded by its length.
+    # Do not read the list here: a compiled graph would be guarded by its length.
     return _thread.backend or _backend_of_process
 
 
 def _check_backend(device_type: str) -> None:
-    # A compiled graph would be guarded by whether the GPU kernel had been loaded; the operator in it asks once more.
+    # For a GPU, do not check while compiling: the graph would be guarded by whether the GPU kernel is loaded. The
+    # operator in the graph checks when it runs.
     if device_type == "meta" or _backend() == "reference" or (device_type != "cpu" and is_compiling()):
         return
     _kernel(device_type, stacklevel=5)
 
 
 def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
-    """The native kernel or the reference; an error for the backend "native", a notice otherwise, if that is slow."""
+    """Return the native kernel, or else the reference: with a warning if that is slow, an error for "native"."""
     kernel = find_kernel(device_type)
     if kernel is not None:
         return kernel
@@ -256,21 +259,21 @@ def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
     return REFERENCE
 
 
-# Which way to go. These two functions ask PyTorch what it does not tell in public.
+# Which of the three ways to take. These two functions use private interfaces of PyTorch, as there are no public ones.
 
 
 def _composite_needed() -> bool:
-    """Whether plain operations have to run, because derivatives are taken by torch.func or in forward mode."""
+    """Whether plain operations must run, because torch.func or forward mode takes derivatives."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # since 2.0
 
 
 def _is_eager(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
-    """Whether a kernel may be called as it is, for nobody looks at the operations.
+    """Whether the kernel can be called directly: no compiler, tracer, mode or transform is watching.
 
-    That is no compiler, tracer, mode or transform, and no other kind of tensor: no subclass, no batch of gradients.
+    Nor is any argument a special tensor, such as a subclass or a batch of gradients.
     """
     return not (
-        is_dynamo_compiling()  # what else compiles has tensors of another type
+        is_dynamo_compiling()  # other compilers pass tensors of another type
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()  # since 2.0
         or forward_ad._current_level >= 0
@@ -280,7 +283,7 @@ def _is_eager(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
         or type(denominator) not in _PLAIN
         or x.is_meta
         or x.is_nested
-        # Tensors whose memory does not hold their numbers: none at all, or those of the other sign.
+        # Tensors whose memory does not hold their values: zero tensors have no memory, negated ones the other sign.
         or x._is_zerotensor()
         or numerator._is_zerotensor()
         or denominator._is_zerotensor()
@@ -291,10 +294,10 @@ def _is_eager(x: Tensor, numerator: Tensor, denominator: Tensor) -> bool:
     )
 
 
-# What a call is: the checks of its arguments, and what follows from them.
+# A call: the checks of its arguments, and what follows from them.
 
 
-# Shape, dtype, device and layout of x; shape, dtype and device of the numerator and of the denominator.
+# Shape, dtype, device and layout of x; then shape, dtype and device of the numerator, and of the denominator.
 _Properties: TypeAlias = tuple[
     torch.Size,
     torch.dtype,
@@ -314,9 +317,9 @@ class _Call(NamedTuple):
     dim: int  # of the channels, not negative
     groups: int
     channels: int  # of a group
-    width: int  # of a group, where x is contiguous; 0 where x is empty, whose strides mean nothing
+    width: int  # of a group if x is contiguous; 0 if x is empty, as its strides mean nothing
     device_type: str
-    shapes: tuple[tuple[int, int], tuple[int, int]] | None  # of the coefficients, where they come as vectors
+    shapes: tuple[tuple[int, int], tuple[int, int]] | None  # of the coefficients, if they are given as vectors
 
 
 def _call(
@@ -335,9 +338,10 @@ def _call(
     order: tuple[int, int] | None,
     group_width: int | None,
 ) -> _Call:
-    """Raise for arguments that do not fit: x, the numerator a, the denominator b and the options of `_group_rational`.
+    """Check x, the numerator a, the denominator b and the options of `_group_rational`; raise if they do not fit.
 
-    It knows nothing of the tensors but these properties, so that a call like an earlier one need not be checked again.
+    It takes only these properties of the tensors, so that its results can be cached: a call like an earlier one is not
+    checked again.
     """
     if dtype not in _DTYPES:
         raise GrkanTypeError(f"x must be float16, bfloat16, float32 or float64; got {_name(dtype)}")
@@ -387,7 +391,7 @@ def _call(
 
 
 def _rows(name: str, shape: torch.Size, columns: int) -> tuple[int, int]:
-    """The shape of a matrix whose rows lie one after the other in a vector of this shape."""
+    """Return the shape of the matrix whose rows lie one after the other in a vector of this shape."""
     if len(shape) != 1 or (shape[0] % columns if columns else shape[0]):
         raise GrkanValueError(f"{name} must be a vector of rows of {columns} coefficients; got shape {tuple(shape)}")
     return shape[0] // columns if columns else 1, columns
@@ -409,7 +413,7 @@ def _linear_call(
     device: torch.device,
     *others: Any,
 ) -> _Call:
-    """The same for `_rational_linear`; x comes as it is before autocast."""
+    """Check the arguments of `_rational_linear`; x is described as it is before autocast."""
     call = _call(shape, dtype, device, *others)
     for name, its_dtype, its_device in (("weight", weight_dtype, weight_device), ("bias", bias_dtype, bias_device)):
         if its_device is not None and its_device != device:
@@ -430,7 +434,7 @@ _known_linear_call = functools.lru_cache(maxsize=1024)(_linear_call)
 
 
 def _properties(x: Tensor, numerator: Tensor, denominator: Tensor) -> _Properties:
-    """The first arguments of `_call`."""
+    """Collect the first arguments of `_call`."""
     return (
         x.shape,
         x.dtype,
@@ -452,7 +456,7 @@ def _check_tensors(**tensors: Any) -> None:
 
 
 def _untraced(function: Callable[[], _Call]) -> _Call:
-    """function(), out of sight of torch.jit.trace, which takes sizes for tensors and warns where they are compared."""
+    """Call function() hidden from torch.jit.trace, which turns sizes into tensors and warns if they are compared."""
     if not torch.jit.is_tracing():
         return function()
     tracing: Any = torch._C
@@ -472,10 +476,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dense(x: Tensor, call: _Call) -> tuple[Tensor, int]:
-    """A tensor like x, which is not contiguous, whose memory is [rows, groups, width] without gaps; and that width.
+    """For an x that is not contiguous, return it with memory [rows, groups, width] without gaps, and that width.
 
-    The dimensions are taken in the order in which `empty_like(x)` has them in memory, so a dense x of any memory format
-    is used as it lies: rows are what comes before the channels, and what comes after them widens the groups.
+    The dimensions keep the order that `empty_like(x)` has in memory, so a dense x of any memory format is not copied.
+    The dimensions before the channels become rows, and those after them widen the groups.
     """
     strides = torch.empty_like(x, device="meta").stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
@@ -484,7 +488,7 @@ def _dense(x: Tensor, call: _Call) -> tuple[Tensor, int]:
 
 
 def _with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The same numbers with other strides; no copy where they are the same."""
+    """Return the same values with the given strides; copy only if the strides differ."""
     return (
         t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
     )
@@ -495,7 +499,7 @@ def _matrix(t: Tensor) -> Tensor:
 
 
 def _as_rows(numerator: Tensor, denominator: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """The coefficients as matrices, which they may be already."""
+    """Return the coefficients as matrices, if they are not matrices already."""
     if call.shapes is None:
         return numerator, denominator
     return numerator.view(call.shapes[0]), denominator.view(call.shapes[1])
@@ -504,16 +508,16 @@ def _as_rows(numerator: Tensor, denominator: Tensor, call: _Call) -> tuple[Tenso
 _UNSEEN = contextlib.nullcontext()
 
 
-# F and the linear layer by plain, differentiable operations.
+# F in plain, differentiable operations.
 
 
 def _composite(
     x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, shape: tuple[int, int] | None = None
 ) -> Tensor:
-    """shape: the groups, and the channels of each; found out where it is not given."""
+    """Compute F in plain operations. `shape` is (groups, channels of each); None: derived from the tensors."""
     shape = shape or _groups_and_channels(x, numerator, denominator, dim)
-    # PyTorch's older ONNX exporter is wrong about a movedim that moves nothing or counts from the end, and takes the
-    # sizes of an unflatten for constants.
+    # PyTorch's older ONNX exporter mishandles a movedim that moves nothing or counts from the end, and it turns the
+    # sizes of an unflatten into constants.
     last = x.dim() - 1
     moved = x if dim == last else x.movedim(dim, last)
     grouped = moved.reshape(*moved.shape[:-1], *shape)
@@ -535,14 +539,14 @@ def _groups_and_channels(x: Tensor, numerator: Tensor, denominator: Tensor, dim:
     return groups, x.shape[dim] // groups
 
 
-# The same by a kernel.
+# F and the linear layer by a kernel.
 
 
 def _evaluate(x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel) -> Tensor:
     if call.shapes is not None:
         numerator, denominator = _as_rows(numerator, denominator, call)
     x, width = (x, call.width) if x.is_contiguous() else _dense(x, call)
-    if not profiler._is_profiler_enabled:  # which would see none of this, for a kernel is no operator of PyTorch's
+    if not profiler._is_profiler_enabled:  # a profiler does not see kernels, as they are not PyTorch operators
         return kernel.forward(x, numerator, denominator, call.form, width)
     with profiler.record_function("grkan::forward"):
         return kernel.forward(x, numerator, denominator, call.form, width)
@@ -563,7 +567,7 @@ def _evaluate_linear(
 def _gradients(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel, output: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Those of x, numerator and denominator; and F(x), if `output` is true."""
+    """Compute the gradients of x, numerator and denominator; and F(x), if `output` is true."""
     if call.shapes is not None:
         numerator, denominator = _as_rows(numerator, denominator, call)
     if call.width and x.is_contiguous():
@@ -589,7 +593,7 @@ def _linear_gradients(
     needs_f: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Those of x, numerator and denominator if `needs_f`, that of weight if `needs_weight`."""
+    """Compute the gradients of x, numerator and denominator if `needs_f`, and of weight if `needs_weight`."""
     dx = da = db = f = None
     if needs_f:
         dx, da, db, f = _gradients(grad @ weight, x, numerator, denominator, call, kernel, needs_weight)
@@ -629,7 +633,7 @@ def _rational_linear_backward_operator(
     needs_f: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, ...]:
-    """An operator returns tensors: what is not needed is empty."""
+    """Compute the gradients. Those not needed are empty tensors, as an operator must return tensors."""
     call = _known_call(*_properties(x, numerator, denominator), form, -1, None, None)
     kernel = _kernel(call.device_type)
     gradients = _linear_gradients(grad, x, numerator, denominator, weight, call, kernel, needs_f, needs_weight)
@@ -688,13 +692,13 @@ def _rational_linear_backward_fake(
     return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape), dweight
 
 
-# What the operators are in plain operations, for exporters that know no others: torch.onnx.export looks here by itself.
-# Where sizes are symbols, PyTorch runs a decomposition even to know the shape of its result, unless the table says it.
+# The operators in plain operations, for exporters that know no others; torch.onnx.export looks them up by itself.
+# With symbolic sizes PyTorch runs a decomposition even to find the shape of its result, unless the table "meta" has it.
 
 
 @register_decomposition(torch.ops.grkan.group_rational.default)
 def _group_rational_decomposition(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    # What the reference does about extreme x, an ONNX graph would do for every x: in float64, three times as slow.
+    # In an ONNX graph the reference would treat every x as extreme: it would compute in float64, three times as slow.
     composite = _exported if torch.onnx.is_in_onnx_export() else _composite
     return composite(x, numerator, denominator, form, dim % x.dim())
 
@@ -707,7 +711,7 @@ def _rational_linear_decomposition(
 
 
 def _exported(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    """F by Horner's method in float32 alone, as `grkan.plain` has it: with a coefficient for every channel."""
+    """Compute F by Horner's method, in float32 only and with coefficients for every channel, as `grkan.plain` does."""
     groups, width = _groups_and_channels(x, numerator, denominator, dim)
 
     def columns(rows: Tensor) -> tuple[Tensor, ...]:
@@ -733,7 +737,7 @@ register_decomposition(torch.ops.grkan.group_rational.default, type="meta")(_gro
 register_decomposition(torch.ops.grkan.rational_linear.default, type="meta")(_rational_linear_fake)
 
 
-# Autograd. Grad mode is on in a backward that will itself be differentiated (create_graph=True).
+# Autograd. Grad mode is on during a backward that will itself be differentiated (create_graph=True).
 
 
 def _group_rational_vjp(
@@ -794,8 +798,8 @@ def _rational_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 def _linear_backward(
     ctx: Any, grad: Tensor, vjp: Callable[..., tuple[Tensor | None, ...]]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the five tensors of `rational_linear`, but for that of bias by vjp(needs_f, needs_weight)."""
-    if _autocasts(grad.device.type):  # the backward has the dtypes of the forward, wherever it is called
+    """Compute the gradients of the five tensors of `rational_linear`; vjp(needs_f, needs_weight) gives all but bias."""
+    if _autocasts(grad.device.type):  # the backward uses the dtypes of the forward, wherever it is called
         with torch.autocast(grad.device.type, enabled=False):
             return _linear_backward(ctx, grad, vjp)
     needs_f, (needs_weight, needs_bias) = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3:5]
@@ -818,7 +822,7 @@ torch.library.register_autograd(
 
 
 class _GroupRational(torch.autograd.Function):
-    """The kernel in eager mode. The backward uses what the forward used, whatever the backend is by then."""
+    """The kernel in eager mode. The backward uses the kernel of the forward, even if the backend has changed since."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numerator: Tensor, denominator: Tensor, call: _Call, kernel: Kernel) -> Tensor:
@@ -840,7 +844,7 @@ class _GroupRational(torch.autograd.Function):
 
 
 class _RationalLinear(torch.autograd.Function):
-    """The same for the linear layer behind the function, too."""
+    """The kernel in eager mode, followed by the linear layer."""
 
     @staticmethod
     def forward(
@@ -881,21 +885,21 @@ class _RationalLinear(torch.autograd.Function):
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x in a linear layer; None if it leaves it alone."""
+    """Return the dtype that autocast casts x to in a linear layer, or None if it does not cast x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if _autocasts(kind) and x.dtype != torch.float64 else None
 
 
 def _autocasts(device_type: str) -> bool:
-    # Asking for meta raises; torch.compile of PyTorch 2.10 cannot trace torch.amp.is_autocast_available.
+    # The query raises for meta; torch.compile of PyTorch 2.10 cannot trace torch.amp.is_autocast_available.
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight or bias as autocast hands it to a linear layer: a weight is cast once, and then taken from the cache.
+    """Cast a weight or bias as autocast does for a linear layer: a weight is cast once, then taken from the cache.
 
-    Nothing in Python reaches that cache, but a product does, and it saves its factors for the backward: here an empty
-    one, whose factor is the cast weight, with its place in the graph.
+    Python has no access to that cache, but a matrix product does, and it saves its factors for the backward. So this
+    runs an empty product and takes the saved factor: the cast weight, with its place in the graph.
     """
     if not torch.is_grad_enabled() and parameter.dtype == torch.float32:
         return parameter  # F.linear will do it
@@ -907,42 +911,42 @@ def _autocast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
         saved.append(t)
         return t
 
-    # These hooks also keep the product out of the sight of others, such as those of offloading and checkpointing.
+    # These hooks also hide the product from other hooks, such as those of offloading and checkpointing.
     empty = parameter.new_empty(0, parameter.shape[0], dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), contextlib.suppress(RuntimeError):
-        torch.mm(empty, parameter)  # which fails where the cache has the weight in the dtype of a block around this one
+        torch.mm(empty, parameter)  # fails if the cache holds the weight in the dtype of an outer autocast block
     for t in saved:
         if t.grad_fn is not None and t.shape == parameter.shape and t.dtype == dtype:
             return t
     return parameter.to(dtype)
 
 
-# The door.
+# The entry points.
 
 
 def group_rational(
     x: Tensor, numerator: Tensor, denominator: Tensor, *, form: str = "abs_of_sum", channel_dim: int = -1
 ) -> Tensor:
-    """Apply to every group of channels its own rational function F(x) = P(x) / Q(x) (arXiv 2409.10594, Eq. 11 and 12).
+    """Apply a rational function F(x) = P(x) / Q(x) to each group of channels (arXiv 2409.10594, Eq. 11 and 12).
 
     P(x) = a_0 + a_1 x + ... + a_m x^m. Q(x) = 1 + |b_1 x + ... + b_n x^n| for form "abs_of_sum", and
     Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n for "sum_of_abs". Channels [k C/G, (k + 1) C/G) are group k.
 
     Args:
         x: any shape of at least one dimension, any strides; float16, bfloat16, float32 or float64. Arithmetic is
-            float64 for float64 and float32 otherwise, and right for every finite x, up to rounding errors relative to
-            the sum of the absolute terms of a polynomial; F(+-inf) is the limit, NaN is NaN. May be nested.
+            float64 for float64 and float32 otherwise, and accurate for every finite x, up to rounding errors relative
+            to the sum of the absolute terms of a polynomial. F(+-inf) is the limit, NaN gives NaN. x may be nested.
         numerator: (G, m + 1), a_0 first; or (1, m + 1), shared by all groups.
         denominator: (G, n), b_1 first, n >= 0; or (1, n), shared by all groups. G is the larger number of rows.
-            Coefficients may have any floating dtype; their gradients have theirs.
+            Coefficients may have any floating dtype; their gradients have the same one.
         form: "abs_of_sum" or "sum_of_abs".
         channel_dim: the dimension of x that holds the channels; its size is a multiple of G.
 
     Returns:
-        A tensor with shape, dtype and strides of `torch.empty_like(x)`, under autocast, too.
+        A tensor with the shape, dtype and strides of `torch.empty_like(x)`, also under autocast.
 
     Raises:
-        TypeError: x or the coefficients are no dense tensors of a floating dtype.
+        TypeError: x or the coefficients are not dense tensors of a floating dtype.
         ValueError: shapes, devices, form or channel_dim do not fit.
         RuntimeError: the backend is "native" and there is no kernel for the device of x.
     """
@@ -968,13 +972,13 @@ def group_rational_of_vectors(
     channel_dim: int = -1,
     group_width: int | None = None,
 ) -> Tensor:
-    """`group_rational` for the layers, which keep their coefficients as vectors, one row after the other.
+    """Run `group_rational` for the layers, which keep their coefficients as vectors, one row after the other.
 
     Args:
         x, form, channel_dim: as for `group_rational`.
         numerator, denominator: (G (m + 1),) or (m + 1,), and (G n,) or (n,).
         order: (m, n).
-        group_width: the channels that a group must have; None: any number.
+        group_width: the number of channels that a group must have; None: any number.
     """
     if has_torch_function_variadic(x, numerator, denominator):
         tensors = x, numerator, denominator
@@ -993,7 +997,7 @@ def _group_rational(
     order: tuple[int, int] | None = None,
     group_width: int | None = None,
 ) -> Tensor:
-    # A small tensor is computed in 2 us: what comes before counts.
+    # A small tensor takes 2 us, so the time of the checks before it matters.
     if form not in FORMS or type(channel_dim) is not int:
         form, channel_dim = check_form(form), check_integer("channel_dim", channel_dim)
     if _is_eager(x, numerator, denominator) and _backend() != "reference":
@@ -1041,10 +1045,10 @@ def rational_linear(
     *,
     form: str = "abs_of_sum",
 ) -> Tensor:
-    """A rational function in front of a linear layer, with x as the only activation that is kept for the backward.
+    """Apply a rational function and then a linear layer, keeping x as the only activation for the backward.
 
-    Equivalent to `F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)`, which keeps F(x), too:
-    here the backward computes it again.
+    Equivalent to `F.linear(group_rational(x, numerator, denominator, form=form), weight, bias)`. That would keep F(x),
+    too; here the backward computes it again.
 
     Args:
         x: (..., in_features); may be nested.
@@ -1056,7 +1060,8 @@ def rational_linear(
         (..., out_features). Under autocast the dtype is autocast's, as with `F.linear`: x is cast before F is applied.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `group_rational`; or weight and bias are not what they should be.
+        TypeError, ValueError, RuntimeError: as for `group_rational`; TypeError or ValueError if weight or bias do not
+            fit.
     """
     tensors = x, numerator, denominator, weight, bias
     if has_torch_function_variadic(*tensors):
@@ -1074,7 +1079,7 @@ def rational_linear_of_vectors(
     form: str,
     group_width: int | None = None,
 ) -> Tensor:
-    """`rational_linear` for the layers, see `group_rational_of_vectors`."""
+    """Run `rational_linear` for the layers, see `group_rational_of_vectors`."""
     tensors = x, numerator, denominator, weight, bias
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(rational_linear_of_vectors, tensors, *tensors, order, form, group_width)
@@ -1131,18 +1136,18 @@ def _rational_linear(
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)
     else:
         y = torch.ops.grkan.group_rational(x, numerator, denominator, form, call.dim)
-    return F.linear(y, weight, bias)  # which autocast knows, and whoever counts or intercepts operations
+    return F.linear(y, weight, bias)  # known to autocast and to tools that count or intercept operations
 
 
 def _plain_operations_wanted() -> bool:
-    """Because derivatives are taken by a transform, the user chose so, or PyTorch's older ONNX exporter traces."""
+    """Whether to use plain operations: by choice, for a transform, or while PyTorch's older ONNX exporter traces."""
     if _backend() == "reference" or _composite_needed():
         return True
     return torch.jit.is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _over_nested(function: Callable[[Tensor, int], Tensor], x: Any, channel_dim: int) -> Tensor:
-    """function(part, channel_dim) of what a nested tensor holds, which a jagged one holds in one piece."""
+    """Apply function(part, channel_dim) to the parts of a nested tensor; a jagged one holds them in one piece."""
     jagged = x.layout is torch.jagged
     dim = channel_dim % x.dim() if -x.dim() <= channel_dim < x.dim() else 0
     if dim == 0 or (jagged and dim == x._ragged_idx):

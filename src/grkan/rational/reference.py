@@ -9,16 +9,16 @@ with one of two denominators that have no root (Molina et al., "Padé Activation
     abs_of_sum    Q(x) = 1 + |A(x)|,   A(x) = b_1 x + ... + b_n x^n         (version B; KAT, arXiv 2409.10594, Eq. 12)
     sum_of_abs    Q(x) = 1 + A(|x|),   A(t) = |b_1| t + ... + |b_n| t^n     (version A; the released KAT kernels)
 
-This file is what every kernel is compared with. Three conventions complete the formula:
+Every kernel is compared with this file. Three conventions complete the formula:
 
-* sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, which is what the gradient of
-  `torch.abs` takes, b would never receive a gradient.
-* Nothing overflows or underflows sooner than the result does: not F, nor its derivatives of first and second order, by
-  the closed form or by autograd. A power of x, 1/Q^2, or a small gradient divided by Q can leave float32 where the
-  results do not, so whatever may meet them is computed in float64, where P and Q are scaled besides (`_normalised`).
-  That is enough for all of float32 up to order 7, and for float64 input up to 1e40. Evaluating in 1/x instead would
-  fail where b = 0.
-* NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; the coefficients get no gradient from there.
+* sign(0) = +1, for both signed zeros. The identity start has b = 0; with sign(0) = 0, as in the gradient of
+  `torch.abs`, b would never receive a gradient.
+* No intermediate result overflows or underflows before the final result does. This holds for F and for its first and
+  second derivatives, in closed form or by autograd. A power of x, 1/Q^2, or a small gradient divided by Q can leave the
+  range of float32 where the results do not. Where that may happen, the computation is in float64, and P and Q are
+  scaled (`_normalised`). That covers all of float32 up to order 7, and float64 input up to 1e40. Evaluating in 1/x
+  instead would fail where b = 0.
+* NaN stays NaN. F(+-inf) is the limit of F and F'(+-inf) the limit of F'; infinite x give the coefficients no gradient.
 
 Both functions take x as [..., groups, width]: the scalars of a group lie along the last dimension.
 """
@@ -29,16 +29,16 @@ from torch import Tensor
 
 FORMS = ("abs_of_sum", "sum_of_abs")
 
-# |x|^m and |x|^(2n) may reach 2^96 before float32 arithmetic is left, so that 2^30 remain for the coefficients: x^m
-# must not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
+# float32 arithmetic is used while |x|^m and |x|^(2n) are at most 2^96, which leaves 2^30 for the coefficients: x^m must
+# not overflow, and 1/Q^2, a factor of the derivatives, must not underflow.
 _SAFE_BITS = 96
 
-# The gradients for which the same holds: grad / Q must not underflow, nor grad x^m overflow.
+# The range of gradients for float32 arithmetic: grad / Q must not underflow, and grad x^m must not overflow.
 _SMALLEST_GRAD, _LARGEST_GRAD = 2.0**-64, 2.0**30
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Tensor:
-    """F(x), differentiable any number of times, in forward and reverse mode and under torch.func.
+    """Compute F(x), differentiable any number of times, in forward and reverse mode and under torch.func.
 
     Args:
         x: [..., G, W], a floating dtype.
@@ -47,8 +47,8 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
         form: "abs_of_sum" or "sum_of_abs".
 
     Returns:
-        Shape and dtype of x. Arithmetic is float64 for float64, where powers of x need it, and where a derivative will
-        be taken; float32 otherwise.
+        A tensor with the shape and dtype of x. Arithmetic is float64 if x is float64, if powers of x need it, or if a
+        derivative will be taken; otherwise float32.
     """
     dtype = _arithmetic(x, numerator, denominator, form)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
@@ -67,9 +67,9 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Te
 def rational_backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The vector-Jacobian product of `rational` in closed form.
+    """Compute the vector-Jacobian product of `rational` in closed form.
 
-    With u = grad / Q and v = -F s, where s is the sign that belongs to the absolute value in Q:
+    With u = grad / Q and v = -F s, where s is the sign from the absolute value in Q:
 
         da_i = sum u x^i,    db_j = sum u x^j v,    dx = u (P'(x) + v A'(x))                 (abs_of_sum, s = sign A(x))
         da_i = sum u x^i,    db_j = sign(b_j) sum u |x|^j v,    dx = u (P'(x) + v sign(x) A'(|x|))   (sum_of_abs, s = 1)
@@ -79,7 +79,8 @@ def rational_backward(
         x, numerator, denominator, form: as for `rational`.
 
     Returns:
-        The gradients of x, numerator and denominator, each with the shape and dtype of its tensor; differentiable.
+        The gradients of x, numerator and denominator, each with the shape and dtype of its tensor. They are
+        differentiable.
     """
     dtype = _arithmetic(x, numerator, denominator, form, grad)
     a, b = _columns(numerator, dtype), _columns(denominator, dtype)
@@ -106,9 +107,9 @@ def rational_backward(
 def _arithmetic(
     x: Tensor, numerator: Tensor, denominator: Tensor, form: str, grad: Tensor | None = None
 ) -> torch.dtype:
-    """The dtype to compute in: float32 where nothing can overflow or underflow it, float64 otherwise.
+    """Choose the dtype to compute in: float32 if nothing can overflow or underflow in it, else float64.
 
-    A derivative that will be taken comes with gradients that are not known yet, so it takes float64.
+    If a derivative will be taken, its gradients are not known yet, so the choice is float64.
     """
     if x.dtype == torch.float64:
         return torch.float64
@@ -120,11 +121,11 @@ def _arithmetic(
     if x.numel() == 0:
         return torch.float32
     low, high = torch.aminmax(x)
-    # NaN hides the extremes; it fails the comparison, and so counts as out of range.
+    # With a NaN the extremes are unknown; the comparison then fails, so x counts as out of range.
     m, n = numerator.shape[-1] - 1, denominator.shape[-1]
     fits = torch.maximum(-low, high).float() <= 2.0 ** (_SAFE_BITS // max(m, 2 * n, 1))
     if form == "abs_of_sum" and n > 1:
-        # A = b_2 x^2 + ... has a sign for every x, and the gradient of b_1 needs it, but near 0 it underflows to 0.
+        # The gradient of b_1 needs the sign of A = b_2 x^2 + ..., but near 0 A underflows to 0 and loses it.
         fits = fits & ~((denominator[:, 0] == 0) & (denominator != 0).any(-1)).any()
     if grad is not None:
         size = grad.abs().float()
@@ -133,7 +134,7 @@ def _arithmetic(
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether Python may branch on the values of x: not while tracing or transforming, and not on the meta device."""
+    """Whether Python may branch on the values of x: no tracing, no transform, no meta device."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
@@ -145,7 +146,7 @@ def _is_readable(x: Tensor) -> bool:
 
 
 def _is_differentiated(t: Tensor) -> bool:
-    """Whether autograd records what is done with t, in reverse or in forward mode."""
+    """Whether autograd records operations on t, in reverse or in forward mode."""
     return (t.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(t).tangent is not None
 
 
@@ -155,12 +156,12 @@ def _columns(coefficients: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _sign(x: Tensor) -> Tensor:
-    """The sign, +1 for both zeros; a constant for autograd. By arithmetic: `torch.where` takes eight times as long."""
+    """The sign of x, +1 for both zeros; a constant for autograd. Arithmetic, as `torch.where` is eight times slower."""
     return 1.0 - 2.0 * (x < 0).to(x.dtype)
 
 
 def _sign_of_product(x: Tensor, y: Tensor) -> Tensor:
-    """The sign of x y, right where the product underflows, too."""
+    """The sign of x y, correct even where the product underflows."""
     return 1.0 - 2.0 * ((x < 0) & (y > 0) | (x > 0) & (y < 0)).to(x.dtype)
 
 
@@ -170,7 +171,7 @@ def _magnitude(x: Tensor) -> Tensor:
 
 
 def _magnitudes(b: list[Tensor], form: str) -> list[Tensor]:
-    """The coefficients of A as they stand in Q."""
+    """The coefficients of A as they appear in Q."""
     return b if form == "abs_of_sum" else [_magnitude(coefficient) for coefficient in b]
 
 
@@ -182,25 +183,25 @@ def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
     return value
 
 
-# Below, b are the coefficients as they stand in Q: their magnitudes in the form sum_of_abs.
+# Below, b holds the coefficients as they appear in Q: their magnitudes in the form sum_of_abs.
 
 
 def _normalised(
     x: Tensor, a: list[Tensor], b: list[Tensor], form: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The same function of z = x / X for X = max(|x|, 1), with P and Q divided by the Q(x) that comes out:
+    """Rewrite F as a function of z = x / X for X = max(|x|, 1), with P and Q divided by the value Q(x):
 
         F(x) = (a_0 w_0 + a_1 w_1 z + ...) / (w_0 + |b_1 w_1 z + ...|),    w_k = X^k / Q(x)
 
-    X and w_k are constants for autograd; F does not depend on them. The derivatives of F go by way of those of Q, which
-    are F / Q and F / Q^2 where Q is not divided, and underflow where what they are multiplied with is large.
+    X and w_k are constants for autograd, as F does not depend on them. Without the division by Q(x), derivatives of F
+    would contain the factors F / Q and F / Q^2, which underflow where the other factors are large.
 
     Returns:
         z; X; a_i w_i; b_j w_j; and w_0, w_1, ...
     """
     size = x.detach().abs().clamp(min=1.0)
     q = _denominator(x.detach(), [coefficient.detach() for coefficient in b], form) if b else torch.ones_like(x)
-    # Beyond the promised range Q may be infinite where F is not.
+    # Outside the supported range Q may be infinite where F is finite.
     w = _times_powers(1.0 / q.clamp(max=2.0**1000), size, max(len(a), len(b) + 1))
     scaled_a = [coefficient * w[i] for i, coefficient in enumerate(a)]
     scaled_b = [coefficient * w[j] for j, coefficient in enumerate(b, 1)]
@@ -208,24 +209,24 @@ def _normalised(
 
 
 def _denominator(x: Tensor, b: list[Tensor], form: str, constant: Tensor | float = 1.0) -> Tensor:
-    """Q(x) with `constant` in the place of 1, for n >= 1."""
+    """Compute Q(x) with `constant` in place of the 1, for n >= 1."""
     t = x if form == "abs_of_sum" else _magnitude(x)
     inner = _horner(b, t)
     return constant + t * inner * _sign_of_product(t, inner)
 
 
 def _ratio(x: Tensor, a: list[Tensor], b: list[Tensor], form: str, constant: Tensor | float = 1.0) -> Tensor:
-    """F(x) with `constant` in the place of the 1 in Q."""
+    """Compute F(x) with `constant` in place of the 1 in Q."""
     numerator = _horner(a, x)
     if len(a) == 1:
-        numerator = numerator + 0.0 * x  # a constant takes the shape of x, and its NaN
+        numerator = numerator + 0.0 * x  # give the constant the shape of x, and its NaN
     return numerator / _denominator(x, b, form, constant) if b else numerator
 
 
 def _ratio_backward(
     grad: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], form: str, constant: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """u; what it is multiplied with in dx; and the summands of every da_i and db_j. `constant` as in `_ratio`."""
+    """Return u, its factor in dx, and the summands of each da_i and of each db_j. `constant` is as in `_ratio`."""
     if not b:
         u = grad
         slope = _slope(a, x) if len(a) > 1 else torch.zeros_like(x)
@@ -245,12 +246,12 @@ def _ratio_backward(
 
 
 def _slope(coefficients: list[Tensor], x: Tensor) -> Tensor:
-    """The derivative of the polynomial, for at least two coefficients."""
+    """Evaluate the derivative of the polynomial, for at least two coefficients."""
     return _horner([k * coefficient for k, coefficient in enumerate(coefficients) if k], x)
 
 
 def _times_powers(first: Tensor, x: Tensor, count: int) -> list[Tensor]:
-    """[first, first x, first x^2, ...]; multiplied up one by one, so that nothing overflows before the last does."""
+    """Return [first, first x, first x^2, ...], multiplied one by one so that nothing overflows before the last term."""
     terms = [first]
     for _ in range(count - 1):
         terms.append(terms[-1] * x)
@@ -258,7 +259,7 @@ def _times_powers(first: Tensor, x: Tensor, count: int) -> list[Tensor]:
 
 
 def _gather(terms: list[Tensor], coefficients: Tensor) -> Tensor:
-    """Sum [..., G, W] summands to the shape and dtype of their coefficients; a shared row takes all of them."""
+    """Sum [..., G, W] summands to the shape and dtype of their coefficients; a shared row gets the sum over all."""
     if not terms:
         return torch.zeros_like(coefficients)
     summed = [*range(terms[0].dim() - 2), -1] + ([-2] if coefficients.shape[0] == 1 else [])
@@ -267,7 +268,7 @@ def _gather(terms: list[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def _limits(x: Tensor, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """How F behaves as x goes to infinity on its own side, from the highest non-zero coefficients of P and Q.
+    """Describe F for x -> +inf or -inf, by the sign of x, from the highest non-zero coefficients of P and Q.
 
     F(x) tends to (p / |q|) x^i / |x|^j for the highest non-zero p = a_i and q = b_j; q = 1 and j = 0 if all b are zero.
 

@@ -1,8 +1,8 @@
-"""The functions that have a name: what each is exactly, and the coefficients of the rational that stands for it.
+"""The named functions: their exact definitions, and the coefficients of the rational functions fitted to them.
 
-`coefficients.json` was made by `python -m grkan.rational.fit`; `fit.py` tells how, and why on the interval [-10, 10].
-It covers every name in both forms at the orders (5, 4) and (7, 6), except the identity, which needs no table. Reading
-it needs torch alone.
+`python -m grkan.rational.fit` made `coefficients.json`; `fit.py` says how, and why on the interval [-10, 10]. The file
+covers every name in both forms at the orders (5, 4) and (7, 6), except the identity, which needs no table. Reading it
+needs only torch.
 """
 
 import difflib
@@ -50,7 +50,7 @@ NAMES = tuple(_EXACT)
 """Every name, without aliases."""
 
 DEFAULT_INTERVAL = (-10.0, 10.0)
-"""The interval of a fit that nothing else is said about."""
+"""The interval of a fit if none is given."""
 
 
 class NotInTableError(KeyError):
@@ -58,11 +58,11 @@ class NotInTableError(KeyError):
 
 
 def canonical_name(name: str, argument: str = "name") -> str:
-    """The name itself, or what it is an alias of: "swish" is "silu".
+    """Return the name itself, or the name that it is an alias of: "swish" gives "silu".
 
     Raises:
         TypeError: `name` is no string; the messages call it `argument`.
-        ValueError: there is no function of that name; the message lists the names, and the nearest one last.
+        ValueError: no function has that name; the message lists all names, then the nearest one.
     """
     if not isinstance(name, str):
         raise GrkanTypeError(f"{argument} must be a string; got {type(name).__name__}")
@@ -78,7 +78,7 @@ def canonical_name(name: str, argument: str = "name") -> str:
 
 
 def exact(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of that name itself, on tensors of any floating dtype; gelu has erf, leaky_relu the slope 0.01.
+    """Return the exact function of a name, for tensors of any floating dtype; gelu uses erf, leaky_relu slope 0.01.
 
     Raises:
         TypeError, ValueError: as for `canonical_name`.
@@ -87,7 +87,7 @@ def exact(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def coefficients(name: str, order: tuple[int, int], form: str = "abs_of_sum") -> tuple[list[float], list[float]]:
-    """The coefficients of F for a name.
+    """Look up the coefficients of F for a name.
 
     The identity is exact for every order with m >= 1, without a table: a_1 = 1 and all others 0.
 
@@ -101,7 +101,7 @@ def coefficients(name: str, order: tuple[int, int], form: str = "abs_of_sum") ->
 
     Raises:
         TypeError, ValueError: an unknown name or form.
-        NotInTableError: a KeyError; the table does not cover the order.
+        NotInTableError: the table does not cover the order; it is a KeyError.
     """
     m, n = order
     if canonical_name(name) == "identity" and m >= 1:
@@ -117,7 +117,7 @@ def coefficients(name: str, order: tuple[int, int], form: str = "abs_of_sum") ->
 
 
 def interval(name: str, order: tuple[int, int], form: str = "abs_of_sum") -> tuple[float, float]:
-    """The interval that the table's fit was made for, or `DEFAULT_INTERVAL` for an order that the table does not cover.
+    """Return the interval of the table's fit, or `DEFAULT_INTERVAL` for an order that the table does not cover.
 
     Raises:
         TypeError, ValueError: an unknown name or form.
