@@ -207,7 +207,7 @@ _LINEAR_PROGRAM_ITERATIONS = 1000
 _NEARNESSES = (math.inf, 0.1, 0.01)
 
 # Other local minima are kept if their sum of squares is at most this many times the best one.
-_WORSE = 9.0
+_WORSE = 4.0
 
 # The most points of a linear program; if there are more, those with the smallest errors are left out.
 _MOST_POINTS = 600
