@@ -1,8 +1,8 @@
 """grkan: the Kolmogorov-Arnold Transformer (arXiv 2409.10594) as a library.
 
-One idea runs through it: a group-wise rational function in front of a linear layer. This module holds the public names.
-Importing it needs torch alone. The KAT models are registered with timm when timm is imported, before grkan or after it.
-Names that need another package load when they are first used, and say which extra brings what is missing.
+Its main idea is a group-wise rational function in front of a linear layer. This module holds the public names.
+Importing it needs only torch. The KAT models are registered with timm when timm is imported, before grkan or after it.
+Names that need another package load on first use; if a package is missing, the error says which extra installs it.
 """
 
 import importlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .parallel import GroupParallel
     from .rational.fit import RationalFit, fit
 
-# name -> the module that has it, and the extra that brings what this module imports
+# name -> its module, and the extra that installs what this module imports
 _LAZY = {
     "ConversionReport": ("grkan.convert", "fit"),
     "GroupParallel": ("grkan.parallel", "models"),
@@ -98,11 +98,11 @@ def _tell_timm(models: Any) -> None:
     _integration("timm").know_conversions(models)
 
 
-# Here and not in the modules concerned, because timm knows our models, transformers those that were converted, and
-# Accelerate their functions, as soon as either is imported, by whomever.
+# These hooks are here, not in the modules concerned, so that `import grkan` is enough: timm then knows our models,
+# transformers the converted ones, and Accelerate their functions, whoever imports these libraries.
 when_imported("timm.models", _tell_timm)
 when_imported("timm.models._manipulate", lambda module: _integration("initialisers").know_named_apply(module))
-# DTensors know no operator without a sharding rule.
+# DTensors support only operators that have a sharding rule.
 when_imported("torch.distributed.tensor", lambda _: importlib.import_module("grkan.parallel"))
 when_imported("transformers.configuration_utils", lambda module: _integration("transformers").know_configs(module))
 when_imported("transformers.modeling_utils", lambda module: _integration("transformers").know_models(module))

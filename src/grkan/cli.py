@@ -1,4 +1,4 @@
-"""The command `grkan`. What a command needs is imported when it runs, so that `grkan --help` answers at once."""
+"""The command `grkan`. Each command imports what it needs when it runs, so that `grkan --help` answers at once."""
 
 import argparse
 import csv
@@ -21,20 +21,20 @@ from .train.config import add_training_options, make_config, merge, read_yaml
 from .train.interruption import SIGTERM_STATUS, TrainingStopped
 
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-"""The names of packages whose modules have another one."""
+"""Packages whose name differs from that of their module."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    A mistake of the user gets one line on standard error. Whatever else is raised is a bug, and is not caught.
+    A mistake of the user prints one line on standard error. Any other error is a bug, and is not caught.
 
     Args:
-        arguments: without the program's name; None takes those of the process.
+        arguments: the arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit status: 0 if it did what was asked; 1 after one line on standard error; 130 after Ctrl-C; 143 after
-        SIGTERM, which `train` and `compare` answer by saving the state.
+        The exit status: 0 for success; 1 after one line on standard error; 130 after Ctrl-C; 143 after SIGTERM, on
+        which `train` and `compare` save their state.
         (argparse ends the process with 2 for arguments that it does not understand.)
     """
     _prepare_streams()
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake gets one line."""
+    """An ArgumentParser that reports a mistake on one line."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _prepare_streams() -> None:
-    """Let nothing that is printed raise: not into a stream that was closed, nor a letter that its encoding lacks."""
+    """Keep printing from raising, to a closed stream or with a character that the encoding lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
@@ -101,12 +101,12 @@ def _prepare_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Keep Python from trying once more, at its end, to write what could not be written."""
+    """Keep Python from trying again, at exit, to write the output that failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _way_on(options: argparse.Namespace) -> str:
-    """How to go on with a run that has begun."""
+    """Return the end of a message that says how to go on with a run that has begun."""
     written, command = getattr(options, "way_on", (None, ""))
     return f"; go on with: {command}" if written is not None and Path(written).exists() else ""
 
@@ -249,7 +249,7 @@ def _add_function_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _name(text: str) -> str:
-    """An empty name is a shell's variable without a value, never what is meant."""
+    """Refuse an empty name: it comes from an unset shell variable and is never intended."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -490,7 +490,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    """`grkan plot` to a page: what a picture shows, and whatever else is known of a run."""
+    """Run `grkan plot` for a page: the content of the picture, and everything else known about a run."""
     from .inspection import count_confusions, rationals, record_inputs
     from .report import make_report
     from .train.data import UnreadableImages
@@ -591,7 +591,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _check_picture(path: str | None) -> None:
-    """A picture's place and format, before the work."""
+    """Check the path and format of a picture before the work starts."""
     if path is not None:
         from .plot import check_picture
         from .writing import check_writable

@@ -1,8 +1,8 @@
-"""The errors that a caller's mistake raises.
+"""The errors that grkan raises for a caller's mistake.
 
-Each is also the built-in error that Python programmers expect: `except ValueError` catches a `GrkanValueError`. What is
-raised as anything else is a bug, of grkan or of a library, and keeps its traceback on the command line, too. Problems
-with files stay the OSErrors that Python raises.
+Each is also the built-in error that Python programmers expect: `except ValueError` catches a `GrkanValueError`. Any
+other error is a bug, of grkan or of a library, and keeps its traceback even on the command line. Problems with files
+stay the OSErrors that Python raises.
 """
 
 
@@ -19,7 +19,7 @@ class GrkanTypeError(GrkanError, TypeError):
 
 
 class GrkanRuntimeError(GrkanError, RuntimeError):
-    """Something that was demanded and is not available here, such as a compiled kernel."""
+    """Something that was requested is not available here, such as a compiled kernel."""
 
 
 class GrkanImportError(GrkanError, ImportError):

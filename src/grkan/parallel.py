@@ -1,8 +1,8 @@
 """The layers on several devices: sharding rules for DTensors, a style for tensor parallelism, a helper for FSDP2.
 
-The rules belong to the operators, so DTensors of any placement go through `grkan.group_rational` and the modules. Where
-the channels are cut, each piece must hold whole groups, whose coefficients it then takes; every other dimension can be
-cut anywhere, and the gradients of the coefficients are sums over the pieces. What is cut otherwise is gathered first.
+The rules belong to the operators, so `grkan.group_rational` and the modules take DTensors of any placement. If the
+channels are cut, each piece must hold whole groups, and it uses their coefficients. Every other dimension can be cut
+anywhere; then the gradients of the coefficients are sums over the pieces. Any other placement is gathered first.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ _Rule = tuple[list[Placement | None], list[Placement | None]]  # of the outputs,
 
 
 class GroupParallel(ParallelStyle):
-    """Tensor parallelism for the second function of an MLP: every rank has the groups of its own channels.
+    """Tensor parallelism for the second function of an MLP: each rank has the groups of its own channels.
 
     For `torch.distributed.tensor.parallel.parallelize_module`, between the two styles of the linear layers:
 
@@ -36,7 +36,7 @@ class GroupParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is no `GroupRational`.
-        ValueError: the ranks do not divide its groups.
+        ValueError: the number of ranks does not divide its number of groups.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -46,10 +46,10 @@ class GroupParallel(ParallelStyle):
 
 
 def shard_groups_(module: nn.Module, name: str, mesh: DeviceMesh, source: int | None) -> None:
-    """Make one of the two parameters of a `GroupRational` a DTensor; errors as of `GroupParallel`.
+    """Turn one of the two parameters of a `GroupRational` into a DTensor; the errors are those of `GroupParallel`.
 
     Args:
-        module: it changes; from then on a plain tensor is taken for the channels of this rank.
+        module: changed in place; from then on it takes a plain tensor as the channels of this rank.
         name: "numerator" or "denominator".
         mesh: of one dimension.
         source: the rank whose coefficients count; None: all ranks have the same.
@@ -73,12 +73,12 @@ def shard_groups_(module: nn.Module, name: str, mesh: DeviceMesh, source: int | 
 def shard_(
     module: nn.Module, mesh: DeviceMesh | None = None, policy: "MixedPrecisionPolicy | None" = None, **options: Any
 ) -> nn.Module:
-    """`torch.distributed.fsdp.fully_shard` for a module that may hold rational functions, which stay float32.
+    """Run `torch.distributed.fsdp.fully_shard` on a module, and keep its rational functions in float32.
 
     A policy such as MixedPrecisionPolicy(param_dtype=torch.bfloat16) rounds all parameters of a module, and 8 bits are
-    too few for coefficients: GELU of order (7, 6) would be off by 3.2e-2 instead of 3.3e-3. Nor does FSDP take a module
-    of bfloat16 weights and float32 coefficients as one. So the functions under `module` become a unit of their own,
-    in float32, and the rest another one. Call it where you would call `fully_shard`: for every block, then the model.
+    too few for coefficients: GELU of order (7, 6) would be off by 3.2e-2 instead of 3.3e-3. FSDP also refuses a unit
+    that mixes bfloat16 weights and float32 coefficients. So the functions under `module` become a unit of their own in
+    float32, and the rest another. Call it where you would call `fully_shard`: for every block, then for the model.
 
     Args:
         module: as for `fully_shard`, which changes it in place.
@@ -98,7 +98,7 @@ def shard_(
     acts = [m for m in module.modules() if isinstance(m, GroupRational) and not isinstance(m, FSDPModule)]
     if acts:
         own = {key: value for key, value in options.items() if key == "offload_policy"}
-        # What enters is not cast; x keeps the dtype that the layers around it have.
+        # Do not cast inputs; x keeps the dtype of the layers around the function.
         in_float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
         units: Any = [act for act in acts if act is not module] or module
         fully_shard(units, mesh=mesh, mp_policy=in_float32, **own)
@@ -129,13 +129,13 @@ def _backward_rules(grad: Any, x: Any, numerator: Any, denominator: Any, form: s
 def _placements(
     x: Any, numerator: Any, denominator: Any, dim: int
 ) -> list[tuple[Placement, list[Placement], list[Placement]]]:
-    """How x may lie on one dimension of the mesh, with its coefficients and their gradients."""
+    """Return the placements that x, its coefficients and their gradients may have on one dimension of the mesh."""
     rows = [t.shape[0] for t in (numerator, denominator)]
     groups = max(rows)
     whole: list[Placement] = [Replicate(), Replicate()]
     rules: list[tuple[Placement, list[Placement], list[Placement]]] = [(Replicate(), whole, whole)]
     rules += [(Shard(d), whole, [Partial(), Partial()]) for d in range(x.ndim) if d != dim or groups == 1]
-    if groups > 1 and groups % x.mesh.size() == 0:  # of all its dimensions, for each of them may cut the channels
+    if groups > 1 and groups % x.mesh.size() == 0:  # of the whole mesh, as each of its dimensions may cut the channels
         own: list[Placement] = [Shard(0) if n == groups else Replicate() for n in rows]
         gradients: list[Placement] = [Shard(0) if n == groups else Partial() for n in rows]
         rules.append((Shard(dim), own, gradients))

@@ -1,7 +1,7 @@
-"""One way to write a file: whole or not at all.
+"""Write files whole or not at all.
 
-A file is made under another name in the same folder, flushed to the disk, and renamed. So an interruption, a full disk
-or a power cut leaves either the old file or the new one. A symbolic link stays one, and what it points to is replaced.
+A file is written under another name in the same folder, flushed to the disk, and renamed. So an interruption, a full
+disk or a power cut leaves either the old file or the new one. A symbolic link is kept, and its target is replaced.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ _TEMPORARY = ".grkan-{token}.tmp{suffix}"
 
 
 def check_writable(path: str | os.PathLike[str] | None) -> None:
-    """Raise if no file can be written there, so that this is known before the work whose result it holds.
+    """Check that a file can be written at `path`, before the work that produces its content.
 
     Args:
-        path: the file; None: there is none to write.
+        path: the file; None: nothing is to be written.
 
     Raises:
         FileNotFoundError: its folder does not exist.
-        IsADirectoryError: it is a folder.
+        IsADirectoryError: the path is a folder.
         PermissionError: its folder cannot be written to.
-        OSError: it is a device or a pipe, which the file would replace.
+        OSError: the path is a device or a pipe, which the file would replace.
     """
     if path is None:
         return
@@ -43,13 +43,13 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file for the block to write, which then takes the place of `path`; nothing is left of it if the block fails.
+    """Give the block a temporary file to write, then replace `path` with it; if the block fails, delete it.
 
-    It has the ending of `path`, for writers that go by it. The new file has the mode of the one that it replaces, or
-    else what the umask says.
+    The temporary file has the suffix of `path`, because some writers choose the format by it. The new file gets the
+    mode of the file that it replaces, or else the mode from the umask.
 
     Raises:
-        OSError: as for `check_writable`, or the file, which is named, cannot be written.
+        OSError: as for `check_writable`; or the file cannot be written. The error names `path`.
     """
     check_writable(path)
     target = Path(os.path.realpath(path))
@@ -57,14 +57,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     before = target.stat().st_mode if target.exists() else None
     try:
         with naming(path, temporary):
-            # Until it is whole, nobody may read it who might not read the old one.
+            # An old file may be private, so only the owner may read its replacement until that is complete.
             file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if before is None else 0o600)
             mode = stat.S_IMODE(os.fstat(file).st_mode if before is None else before)
             os.close(file)
             yield temporary
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
-            os.chmod(temporary, mode)  # safetensors makes files for their owner alone
+            os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,10 +73,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_files(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `replacing`, for writers that put further files beside theirs, as that of the weights.
+    """Do as `replacing`, for writers that put further files beside theirs, such as one with the weights.
 
-    The block gets a path of the same name in a folder of its own. What it leaves there takes the place of the files of
-    these names, that of `path` last.
+    The block gets a path of the same name in a temporary folder. The files that it leaves there replace the files of
+    the same names beside `path`, and `path` itself last.
 
     Raises:
         OSError: as for `replacing`.
@@ -96,10 +96,12 @@ def replacing_files(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
-    """Raise if no folder can be made there: something is there already, but for an empty folder.
+    """Check that a new folder can be made at `path`; an empty folder may exist there.
 
     Raises:
-        FileExistsError, FileNotFoundError, PermissionError: that, or its parent is not there, or cannot be written to.
+        FileExistsError: something else exists there.
+        FileNotFoundError: its parent does not exist.
+        PermissionError: its parent cannot be written to.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -109,7 +111,7 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder for the block to fill, which then is `path`; nothing is left of it if the block fails.
+    """Give the block a temporary folder to fill, then rename it to `path`; if the block fails, delete it.
 
     Raises:
         OSError: as for `check_new_folder`.
@@ -125,7 +127,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """Of a new file, as the umask has it."""
+    """Return the mode that the umask gives a new file."""
     probe = folder / "probe"
     probe.touch()
     mode = probe.stat().st_mode
@@ -135,7 +137,7 @@ def _usual_mode(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside a file or folder, and in the same file system; gone after the block."""
+    """Make a folder beside `target`, in the same file system, and delete it after the block."""
     folder = target.with_name(_TEMPORARY.format(token=secrets.token_hex(8), suffix=""))
     folder.mkdir()
     try:
@@ -145,7 +147,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """`replacing` for content that is at hand.
+    """Write bytes to a file as `replacing` does.
 
     Raises:
         OSError: as for `replacing`.
@@ -156,7 +158,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[None]:
-    """Name `path` in an OSError of the block that names no file, as that of a full disk, or names `temporary`."""
+    """Put `path` into an OSError of the block that names no file (a full disk, for instance) or names `temporary`."""
     try:
         yield
     except OSError as error:
@@ -166,7 +168,7 @@ def naming(path: str | os.PathLike[str], temporary: Path | None = None) -> Itera
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete, in a folder and all in it, the temporary files of processes that were killed while they wrote."""
+    """Delete the temporary files of killed processes, in a folder and everything below it."""
     for temporary in list(folder.rglob(_TEMPORARY.format(token="*", suffix="*"))):
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -175,7 +177,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _synchronise_folder(folder: Path) -> None:
-    """Make the rename, too, survive a power cut. Not every system can, and the file is there in any case."""
+    """Make the rename survive a power cut, too. Not every system can; the file exists in any case."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

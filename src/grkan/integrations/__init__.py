@@ -1,1 +1,1 @@
-"""What other libraries have to be told about grkan. Nothing here imports one: each is told when somebody else does."""
+"""Hooks that make grkan known to other libraries. Each is applied when its library is imported; none imports it."""

@@ -1,4 +1,4 @@
-"""Accelerate puts a checkpoint into a model tensor by tensor, and knows parameters and buffers alone."""
+"""Support for Accelerate, which loads a checkpoint tensor by tensor and knows only parameters and buffers."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -11,7 +11,7 @@ from .imports import put_around
 
 
 def know_extra_state(modeling: ModuleType) -> None:
-    """Let `load_checkpoint_and_dispatch` read what the coefficients in a checkpoint mean, in place of an error."""
+    """Let `load_checkpoint_and_dispatch` read the extra state of rational functions, on which it would fail."""
     put_around(modeling, "set_module_tensor_to_device", _placing)
 
 

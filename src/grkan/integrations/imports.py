@@ -1,7 +1,7 @@
-"""Do something when a module is imported, without importing it.
+"""Run an action when a module is imported, without importing it.
 
-A finder in front of all others waits for the modules. It lets the other finders find them and their loaders load them,
-calls the actions after that, and is gone when nothing waits any more. A module that was loaded keeps no trace of it.
+A finder in front of all others waits for the modules. The other finders find them and their loaders load them; then it
+calls the actions. It removes itself when nothing is waiting, and loaded modules keep no trace of it.
 """
 
 import functools
@@ -20,21 +20,21 @@ _changing = threading.Lock()
 
 
 def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
-    """Call action(module) once, at the end of the import of the module of that name; now, if it is imported already.
+    """Call action(module) once, when the import of the named module ends, or now if it is imported already.
 
-    Attributes that its package gets from it later, as `timm.create_model` does, are not there yet. An action that fails
-    warns: it must not break the import of a module that works without grkan.
+    Names that its package imports from it later, such as `timm.create_model`, do not exist yet. An action that fails
+    only warns, so as not to break the import of a module that works without grkan.
     """
     with _changing:
         _waiting.setdefault(name, []).append(action)
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)
-    if sys.modules.get(name) is not None:  # looked at last, so that no import in another thread falls in between
+    if sys.modules.get(name) is not None:  # checked last, so that an import in another thread is not missed
         _act(importlib.import_module(name))  # waits for the other thread
 
 
 def put_around(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a function of a module, or a method of a class, by wrapper(function); once, whoever is imported again."""
+    """Replace a function of a module, or a method of a class, by wrapper(function). Repeated calls do nothing."""
     found = vars(owner)[name]
     function = found.__func__ if isinstance(found, classmethod) else found
     if not hasattr(function, "_put_around_by_grkan"):
@@ -52,7 +52,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name not in _waiting or getattr(self.local, "searching", False):
             return None
-        self.local.searching = True  # another such finder may ask all finders, this one included
+        self.local.searching = True  # another finder like this may ask all finders, this one included
         try:
             spec = self.find_spec_behind(name, path, target)
         finally:
@@ -66,7 +66,7 @@ class _Finder(MetaPathFinder):
         for finder in finders:
             if finder is self:
                 break
-        for finder in finders:  # those in front have been asked already
+        for finder in finders:  # the finders in front have been asked already
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 return spec
@@ -74,13 +74,13 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads as another loader does, in whose place it is until then."""
+    """A stand-in for another loader: it lets that one load the module, then runs the actions."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self).get("loader"), name)  # it has none yet while it is copied
+        return getattr(vars(self).get("loader"), name)  # during a copy there is no loader yet
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -101,7 +101,7 @@ def _act(module: ModuleType) -> None:
     with _changing:
         actions = _waiting.pop(name, [])
         if not _waiting:
-            # A new list: a thread that is going through the old one would pass over the next finder.
+            # Make a new list: a thread that iterates over the old one would skip the next finder.
             sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
     for action in actions:
         try:

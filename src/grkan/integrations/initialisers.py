@@ -1,4 +1,4 @@
-"""timm's initialisers leave alone what keeps its start, see `grkan.nn.init.keep_start`."""
+"""Keep timm's initialisers from replacing the starts of marked layers, see `grkan.nn.init.keep_start`."""
 
 import sys
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from .imports import put_around
 
 
 def know_named_apply(manipulate: ModuleType) -> None:
-    """Let `named_apply`, by which timm's models are initialised, keep the starts of what it is applied to."""
+    """Make `named_apply`, with which timm initialises models, keep the starts of marked layers."""
     original = manipulate.named_apply
     put_around(manipulate, "named_apply", _keeping)
     for name, module in list(sys.modules.items()):
-        # Those that were imported before have a name of their own for it.
+        # Modules imported earlier hold their own reference to the function.
         if name.startswith("timm.") and vars(module).get("named_apply") is original:
             vars(module)["named_apply"] = manipulate.named_apply
 

@@ -1,7 +1,7 @@
-"""timm saves a model that `grkan.convert_` has converted for its hub, and makes it again, like any other.
+"""Let timm save a model that `grkan.convert_` has converted for its hub, and build it again, like any other.
 
-config.json names the architecture `grkan_converted`, which timm has as soon as grkan is imported, and not without it.
-Its argument is the conversion. Every other model of ours is in timm's registry itself.
+config.json names the architecture `grkan_converted`, which timm has only if grkan is imported. Its argument is the
+conversion. grkan's other models are in timm's registry under their own names.
 """
 
 import json
@@ -23,9 +23,9 @@ _NAME = "grkan_converted"
 
 
 def know_conversions(models: ModuleType) -> None:
-    """Let `save_for_hf` and `push_to_hf_hub` write what was converted, and `create_model` read it."""
+    """Let `save_for_hf` and `push_to_hf_hub` write converted models, and `create_model` read them."""
     put_around(sys.modules[f"{models.__name__}._hub"], "save_config_for_hf", _saving)
-    # Keeps it out of `list_models`: who makes every model by its name alone cannot make this one.
+    # Keep it out of `list_models`: code that creates every listed model by name alone cannot create this one.
     hidden = getattr(sys.modules[f"{models.__name__}._registry"], "_deprecated_models", {})
     hidden[_NAME] = None
 
@@ -52,14 +52,14 @@ def grkan_converted(
     grkan: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A converted model of another architecture, as `timm.create_model("local-dir:FOLDER", pretrained=True)` finds it.
+    """Build a converted model of another architecture, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
-        pretrained, pretrained_cfg, cache_dir, kwargs: as for every model of timm's.
-        grkan: architecture, a name in timm's registry, and conversion, a recipe.
+        pretrained, pretrained_cfg, cache_dir, kwargs: as for every timm model.
+        grkan: a mapping with architecture, a name in timm's registry, and conversion, a recipe.
 
     Raises:
-        ValueError: grkan is none; or the recipe is none, or does not fit the model.
+        ValueError: grkan is None; or the conversion is no recipe, or does not fit the model.
     """
     if grkan is None:
         raise GrkanValueError(
@@ -73,7 +73,7 @@ def grkan_converted(
     model = create_model(name, pretrained_cfg=pretrained_cfg, **kwargs)
     apply_recipe(model, recipe)
     if pretrained:
-        # As timm does it for this architecture: a position embedding of another size is interpolated, and so on.
+        # Load as timm does for this architecture: it interpolates a position embedding of another size, and so on.
         filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         load_pretrained(
             model,

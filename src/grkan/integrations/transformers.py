@@ -1,12 +1,12 @@
-"""transformers saves a converted model, makes it again, and trains it, like any other.
+"""Let transformers save a converted model, build it again, and train it, like any other.
 
-`save_pretrained` writes the recipe of the conversion to config.json, and a model that is made from such a config is
-converted before its weights are loaded. So `from_pretrained` and `from_config` of every class give the converted model
-as soon as grkan is imported. Without grkan `from_pretrained` fails, because `_REFUSED` is in config.json.
+`save_pretrained` writes the recipe of the conversion to config.json, and a model made from such a config is converted
+before its weights are loaded. So once grkan is imported, `from_pretrained` and `from_config` of every class give the
+converted model. Without grkan `from_pretrained` fails, because `_REFUSED` is in config.json.
 
-A quantiser of transformers' registry could convert, too. But a model that counts as quantised refuses `half()` and
-another quantiser, `from_config` passes the conversion over, and a transformers that does not know the method loads what
-it knows of the weights, with a warning.
+A quantiser in transformers' registry could convert, too. But a model that counts as quantised refuses `half()` and
+another quantiser; `from_config` skips the conversion; and a transformers that does not know the method loads the
+weights that it knows, with only a warning.
 """
 
 import copy
@@ -28,8 +28,8 @@ from .imports import put_around
 
 _FIELD = "grkan"
 
-# Whoever reads config.json without knowing grkan would compute with the activations that it names. But a quantisation
-# without a known method is refused: by transformers, vLLM, SGLang, llama.cpp.
+# A program that reads config.json without knowing grkan would use the activations named there. To stop it, claim a
+# quantisation without a known method: transformers, vLLM, SGLang and llama.cpp refuse that.
 _REFUSED = {"grkan": "import grkan, then load: the functions of this model are rational, as the field grkan says"}
 
 _STYLE = "grkan_groups"
@@ -38,12 +38,12 @@ _CUT_STYLES = ("colwise", "packed_colwise")
 
 
 def know_configs(configuration_utils: Any) -> None:
-    """Let configs be read that were written by `save_pretrained` of a converted model."""
+    """Let transformers read configs that `save_pretrained` of a converted model wrote."""
     put_around(configuration_utils.PretrainedConfig, "_dict_from_json_file", _reading)
 
 
 def know_models(modeling_utils: Any) -> None:
-    """Let models be saved with their conversion, and be converted when they are made from a config that says so."""
+    """Save models with their conversion, and convert models made from a config that contains one."""
     model = modeling_utils.PreTrainedModel
     put_around(model, "save_pretrained", _saving)
     put_around(model, "post_init", _making)
@@ -54,7 +54,7 @@ def know_models(modeling_utils: Any) -> None:
 
 
 def know_trainers(trainer: Any) -> None:
-    """Let Trainer decay no rational coefficients: it goes by the names of biases and norms."""
+    """Keep Trainer from decaying rational coefficients; it only excludes parameters with names of biases and norms."""
     put_around(trainer.Trainer, "get_decay_parameter_names", _decaying)
 
 
@@ -92,7 +92,7 @@ def _making(post_init: Callable[..., Any]) -> Callable[..., Any]:
 
 def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # What a checkpoint lacks is memory that nobody has written to until here.
+        # Parameters that the checkpoint lacks are still uninitialised memory here.
         if isinstance(module, GroupRational) and not is_loaded(module):
             module.reset_parameters()
         with starts_kept(module):
@@ -124,7 +124,7 @@ def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _convert(model: Any, recipe: Recipe) -> None:
-    """Convert what the recipe names here: it may be of this model, of one around it, or of this one with a head."""
+    """Convert the recipe's layers that exist here; it may be for this model, one around it, or this one with a head."""
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = []
     for layer in recipe.layers:
@@ -136,15 +136,15 @@ def _convert(model: Any, recipe: Recipe) -> None:
 
 
 def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
-    """Tell the model's plan for tensor parallelism of the functions, and of the linear layers behind another one."""
+    """Add the functions to the model's tensor-parallel plan, and rename linear layers now in a `RationalLinear`."""
     plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
     for layer in layers:
         names = [re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in (layer.activation, layer.linear or "")]
         activation, linear = names
         parent = activation.rpartition(".")[0]
-        # What such a layer gives is the rank's part of the channels, if the plan does not gather it.
+        # The output of such a layer is this rank's part of the channels, unless the plan gathers it.
         is_cut = any(name.rpartition(".")[0] == parent and style in _CUT_STYLES for name, style in plan.items())
-        if is_cut and _has_styles():  # an older transformers refuses a style that it does not know, sharded or not
+        if is_cut and _has_styles():  # an older transformers refuses an unknown style, even without sharding
             plan[activation] = _STYLE
         if linear in plan:
             plan[f"{linear}.linear"] = plan.pop(linear)
@@ -158,10 +158,10 @@ def _has_styles() -> bool:
 
 
 def know_styles(tensor_parallel: ModuleType) -> None:
-    """Let the plans for tensor parallelism name a style for rational functions."""
+    """Register a style for rational functions in plans for tensor parallelism."""
 
     class Groups(tensor_parallel.TensorParallelLayer):  # type: ignore[name-defined]
-        """Every rank has the groups of its own channels, see `grkan.GroupParallel`."""
+        """Each rank has the groups of its own channels, see `grkan.GroupParallel`."""
 
         def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
             from ..parallel import shard_groups_
@@ -175,7 +175,7 @@ def know_styles(tensor_parallel: ModuleType) -> None:
 
 
 def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
-    """Whether the modules that a layer of a recipe names are there, and not converted."""
+    """Whether the modules that a layer of a recipe names exist and are not converted yet."""
     parent, _, slot = layer.activation.rpartition(".")
     owner = modules.get(parent)
     if layer.call is not None and (owner is None or hasattr(owner, slot)):
@@ -187,7 +187,7 @@ def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
 
 
 def _written(model: Any) -> ExitStack:
-    """While this is open, the config says what it has to say in config.json."""
+    """Put into the config what config.json must contain, until the returned stack is closed."""
     stack = ExitStack()
     config, recipe = model.config, recipe_of(model)
     for part in _configs(config):
@@ -222,7 +222,7 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 def _record(model: Any, recipe: Mapping[str, Any], undo: ExitStack) -> None:
-    """Give a model that was converted a config of its own, which says so: other models may have been made from it."""
+    """Give a converted model its own config with the recipe; other models may share the original config."""
     config = getattr(model, "config", None)
     if not _is_config(config):
         return

@@ -1,4 +1,4 @@
-"""Models of timm's registry, made from arguments that may be wrong."""
+"""Build models of timm's registry from arguments that may be wrong."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,25 +11,25 @@ from ..errors import GrkanTypeError, GrkanValueError
 
 
 class WrongArgumentsError(GrkanValueError):
-    """Arguments that do not fit a model of timm's registry. The message has the reason alone."""
+    """Arguments that do not fit a model of timm's registry. The message gives only the reason."""
 
 
 def build_model(name: str, arguments: Mapping[str, Any], right: Mapping[str, Any] | None = None) -> nn.Module:
-    """`timm.create_model`, on the CPU, whatever the default device is.
+    """Call `timm.create_model` on the CPU, whatever the default device is.
 
-    Libraries have no type for the error of a wrong argument: it is a ZeroDivisionError for `num_heads=0`. So the
-    arguments are to blame if the model cannot be laid out with them on the meta device, where there is neither memory
-    nor a kernel that could fail, but can be with the right ones. Any other error is a bug, or the machine's, and is
+    Libraries have no error type of their own for a wrong argument: `num_heads=0` gives a ZeroDivisionError. So the
+    arguments count as wrong if the model cannot be built with them on the meta device, where neither memory nor kernels
+    can fail, but can be built there with the right ones. Any other error comes from a bug or from the machine, and is
     raised as it is.
 
     Args:
-        name: in timm's registry.
+        name: a name in timm's registry.
         arguments: the keyword arguments.
-        right: those that are known to be right; None: the model's defaults.
+        right: keyword arguments that are known to be right; None: the model's defaults.
 
     Raises:
         WrongArgumentsError: the arguments do not fit the model.
-        ImportError: they ask for a package that is missing.
+        ImportError: the arguments need a package that is missing.
     """
     try:
         return _create(name, arguments, "cpu")

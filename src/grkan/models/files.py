@@ -1,4 +1,4 @@
-"""Model files: weights and what is needed to use them, in one safetensors file.
+"""Model files: weights, and the metadata needed to use them, in one safetensors file.
 
 The metadata is one JSON document under the key "grkan", see `metadata.py`. Nothing is unpickled.
 """
@@ -34,30 +34,30 @@ def save_model(
     preprocessing: Mapping[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model to one safetensors file, from which `load_model` makes it again.
+    """Write a model to one safetensors file, from which `load_model` builds it again.
 
-    The file appears whole or not at all, also if there was one already.
+    The file is written whole or not at all, even if it replaces another.
 
     Args:
-        model: any module. A model of timm's registry, grkan's included, is built again from its file alone if its
-            arguments are known; the weights of any other can be loaded into a module that is there already. Tied
-            weights stay tied, dtypes stay what they are. What `grkan.convert_` did to the model is in the file, too.
-            Of a wrapper (DDP, DataParallel, FSDP, torch.compile, an average of the weights) it is the model inside.
+        model: any module. A model of timm's registry, including grkan's, is built again from its file alone if its
+            arguments are known; the weights of any other can be loaded into an existing module. Tied weights stay tied,
+            and dtypes are kept. The file also records what `grkan.convert_` did to the model. For a wrapper (DDP,
+            DataParallel, FSDP, torch.compile, an average of the weights) the model inside is saved.
         path: the file; replaced if it exists. Its folder must exist.
-        state_dict: the weights, where the model does not hold them whole, as a sharded one: what
-            `torch.distributed.checkpoint.state_dict.get_model_state_dict` or Accelerate's `get_state_dict` gather.
+        state_dict: the weights, if the model does not hold them whole, as when it is sharded: the result of
+            `torch.distributed.checkpoint.state_dict.get_model_state_dict` or of Accelerate's `get_state_dict`.
         classes: the names of the outputs; None: those of the file that the model was loaded from, if any.
         preprocessing: how images become inputs, as JSON; None: that of the file that the model was loaded from, else
-            what timm says of the model (input_size, interpolation, mean, std, crop_pct, crop_mode).
-        arguments: the keyword arguments of `timm.create_model` that made the model; None: what grkan's models, and in
-            recent versions timm, keep of them, with what `reset_classifier` and `set_input_size` have changed since.
+            timm's for the model (input_size, interpolation, mean, std, crop_pct, crop_mode).
+        arguments: the keyword arguments of `timm.create_model` that made the model; None: those that grkan's models,
+            and timm in recent versions, remember, updated by what `reset_classifier` and `set_input_size` changed.
 
     Raises:
         ImportError: safetensors is missing.
         FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
-        TypeError: an argument is of a wrong type; an element of arguments, or preprocessing, is not JSON.
-        ValueError: the number of classes is not that of the model's outputs; the model has no data (meta device), or a
-            part of it alone; or state_dict has not the names of the model.
+        TypeError: an argument has a wrong type; or an element of arguments, or preprocessing, is not JSON.
+        ValueError: the number of classes differs from that of the model's outputs; the model has no data (meta device),
+            or only a part of it; or state_dict does not have the names of the model.
     """
     safetensors = _safetensors()
     path = _check_path(path)
@@ -71,7 +71,7 @@ def save_model(
     metadata = describe_model(model, classes, preprocessing, arguments)
     try:
         with replacing(path) as temporary:
-            # It asks a model for its state dict, and nothing else.
+            # save_model uses nothing of a model but its state dict.
             safetensors.torch.save_model(weights, str(temporary), metadata={_KEY: json.dumps(metadata)})
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -82,20 +82,20 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
 
     Args:
         path: the file.
-        model: a module to load the weights into, which stays unchanged if that fails; None: one is built, on the CPU,
-            with the dtypes of the file. Needed where the file does not name a model of timm's registry. If the file
-            holds a converted model, it is converted the same way, unless it is already.
+        model: a module to load the weights into, unchanged if loading fails; None: build one on the CPU, with the
+            dtypes of the file. Required if the file does not name a model of timm's registry. If the file holds a
+            converted model, the module is converted the same way, unless it already is converted.
 
     Returns:
-        The model in eval mode. Its attribute `grkan_metadata` is what `read_metadata` gives.
+        The model in eval mode. Its attribute `grkan_metadata` holds what `read_metadata` returns.
 
     Raises:
         ImportError: safetensors, or timm for a model of its registry, is missing.
         FileNotFoundError: there is no such file.
-        TypeError: path is no path, or model no module.
-        ValueError: the file is none of grkan's, damaged or of a newer version; the model cannot be built, or is on the
-            meta device; or file and model differ in names, shapes, or the form of a rational function. The message
-            says which.
+        TypeError: path is no path, or model is no module.
+        ValueError: the file is not one of grkan's, is damaged or of a newer version; the model cannot be built, or is
+            on the meta device; or file and model differ in names, shapes, or the form of a rational function. The
+            message says which.
     """
     path = _check_path(path)
     if model is not None:
@@ -117,7 +117,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
 
 
 def read_metadata(path: str | os.PathLike[str]) -> ModelMetadata:
-    """What a file of `save_model` says about its model, without the weights.
+    """Read the metadata of a file that `save_model` wrote, without the weights.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as for `load_model`.
@@ -137,7 +137,7 @@ def _check_data(state: Mapping[str, Tensor]) -> None:
 
 
 class _Weights:
-    """What safetensors asks a model for."""
+    """A stand-in for a model, with the one method that safetensors calls."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
@@ -147,7 +147,7 @@ class _Weights:
 
 
 def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weights:
-    """The weights of a model under its own names, whatever is wrapped around it or around its parts."""
+    """Return the weights of a model under its own names, without those of wrappers around it or its parts."""
     if state_dict is None:
         state = _plain_names(unwrap(model).state_dict())
         if sharded := [name for name, t in state.items() if is_sharded(t) or "_flat_param" in name]:
@@ -160,7 +160,7 @@ def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weig
             raise GrkanTypeError(f"state_dict must be a mapping of names to tensors; got {reprlib.repr(state_dict)}")
         outer = "module." if model is not unwrap(model) else ""
         state = {name.removeprefix(outer): tensor for name, tensor in _plain_names(state_dict).items()}
-        # Asked for its names, FSDP1 would gather what it shards, and wait for the other processes.
+        # Calling state_dict() makes FSDP1 gather its shards, and wait for the other processes.
         if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             expected = _plain_names(unwrap(model).state_dict()).keys()
             if wrong := expected ^ state.keys():
@@ -173,7 +173,7 @@ def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weig
 
 
 def _without_padding(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors that are a part of their memory, as gathered ones can be; safetensors refuses these."""
+    """Copy the tensors that use only a part of their memory, as gathered ones may; safetensors refuses these."""
     copies: dict[Any, Tensor] = {}  # tied weights stay tied
     for name, t in state.items():
         if t.untyped_storage().nbytes() != t.numel() * t.itemsize:
@@ -213,13 +213,13 @@ def _read(path: Path, tensors: bool) -> tuple[ModelMetadata, dict[str, Tensor]]:
         metadata = parse_metadata(entries[_KEY])
     except GrkanValueError as error:
         raise GrkanValueError(f"{path} {error}") from error
-    # Of tied weights safetensors keeps one, and notes the others' names with its name.
+    # Of tied weights safetensors stores one; the file's metadata maps the other names to it.
     state |= {name: state[kept] for name, kept in entries.items() if kept in state and name != _KEY}
     return metadata, state
 
 
 def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
-    """The module that the metadata describe, on the CPU, with any weights."""
+    """Build the module that the metadata describe, on the CPU; its weights do not matter yet."""
     name = metadata["model"]
     if name is None:
         raise GrkanValueError(f"{path} does not say how to build its model; pass one: load_model(path, model=...)")
@@ -231,7 +231,7 @@ def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
             f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)"
         )
     arguments = {key: value for key, value in metadata["arguments"].items() if key not in NOT_ARCHITECTURE}
-    # How the weights started is of no use here, and the mimetic start takes a minute.
+    # The initial weights are not used, and the mimetic start takes a minute.
     wanted = {key: value for key, value in arguments.items() if key != "attn_init"}
     try:
         model = build_model(name, wanted)
@@ -242,7 +242,7 @@ def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
 
 
 def _repeat_conversion(model: nn.Module, metadata: ModelMetadata, path: Path) -> Callable[[], None]:
-    """Convert a model as the one in the file was, if it is not converted yet; how to undo it."""
+    """Convert a model as the one in the file was, if it is not converted yet. Return a function that undoes it."""
     recipe = metadata["conversion"]
     if recipe is None or recipe_of(model) is not None:
         return lambda: None

@@ -1,7 +1,7 @@
-"""Kolmogorov-Arnold Transformers in timm's registry, and what the small ones are compared with.
+"""Kolmogorov-Arnold Transformers in timm's registry, and the models that the small ones are compared with.
 
-Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`. The names of models that are no KAT
-begin with grkan_, so that they get in nobody's way.
+Importing this module registers them: `timm.create_model("kat_tiny_patch16_224")`. Names of models that are not a KAT
+begin with grkan_, to avoid clashes.
 """
 
 import inspect
@@ -39,10 +39,10 @@ class KAT(VisionTransformer):
     Args:
         *args, **kwargs: as for timm's VisionTransformer. `weight_init` keeps its meaning for everything but the MLPs,
             which initialise themselves; `fix_init` scales their fc2 down afterwards, as in timm. `act_layer` has no
-            effect on them; an `mlp_layer` has to take the arguments of `GRKAN`, and a `block_fn` to use it.
+            effect on them. An `mlp_layer` must take the arguments of `GRKAN`, and a `block_fn` must use it.
         num_groups, order, act_init, form, share_numerator: of the rational functions, as for `GRKAN`.
         mlp_init: "variance_preserving", or "trunc_normal" for the standard deviation 0.02 of the released code.
-        attn_init: None for what `weight_init` says, or "mimetic", see `MimeticAttention`.
+        attn_init: None to follow `weight_init`, or "mimetic", see `MimeticAttention`.
 
     Raises:
         TypeError, ValueError, ImportError: as for `GRKAN`.
@@ -75,7 +75,7 @@ class KAT(VisionTransformer):
         }
         try:
             inspect.signature(mlp_layer).bind_partial(**arguments)
-        except (TypeError, ValueError):  # ValueError: a builtin, of which Python does not know the arguments
+        except (TypeError, ValueError):  # ValueError: a builtin whose arguments Python does not know
             raise GrkanTypeError(
                 f"mlp_layer must be GRKAN, or take its arguments {', '.join(arguments)}; got {mlp_layer!r}"
             ) from None
@@ -92,7 +92,7 @@ class KAT(VisionTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: timm's, and all rational coefficients."""
+        """Return the names of the parameters without weight decay: timm's, and all rational coefficients."""
         return set(super().no_weight_decay()) | no_weight_decay(self)
 
 
@@ -100,9 +100,9 @@ class MimeticAttention(Attention):
     """timm's Attention with the mimetic initialisation (Trockman and Kolter, arXiv 2305.09828).
 
     In every head W_Q W_K^T is the best approximation of its rank to 0.7 Z + 0.7 I, and over all heads
-    W_V W_proj = 0.4 Z - 0.4 I, where Z ~ N(0, 1/d) is drawn anew. Biases are 0.
+    W_V W_proj = 0.4 Z - 0.4 I, where each Z ~ N(0, 1/d) is a new draw. Biases are 0.
 
-    The draws are factorised by a singular value decomposition: a model of width 768 takes about a minute.
+    A singular value decomposition factorises the draws, so a model of width 768 takes about a minute.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class MimeticAttention(Attention):
 
     def init_weights(self) -> None:
         """Draw the weights again."""
-        # PyTorch's linear layers hold W^T, and the rows of qkv are those of q, k and v, head after head.
+        # PyTorch's linear layers store W^T, and the rows of qkv are those of q, k and v, head after head.
         weight = self.qkv.weight
         heads = [_factors(weight, self.head_dim, 0.7, 0.7) for _ in range(self.num_heads)]
         query, key = zip(*heads, strict=True)
@@ -123,16 +123,16 @@ class MimeticAttention(Attention):
                 nn.init.zeros_(layer.bias)
 
     def reset_parameters(self) -> None:
-        """The same as `init_weights`."""
+        """Alias of `init_weights`."""
         self.init_weights()
 
 
 def _factors(like: Tensor, rank: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
-    """L, R of (d, rank): L R^T is the best approximation of that rank to noise Z + identity I; `like` has d columns."""
+    """Return L, R of (d, rank): L R^T best approximates noise Z + identity I with that rank; `like` has d columns."""
     width = like.shape[1]
     if like.is_meta:
         return (torch.empty(width, rank, device="meta"),) * 2
-    # Half types have no decomposition.
+    # PyTorch has no decomposition for half types.
     placed: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     target = noise / width**0.5 * torch.randn(width, width, **placed) + identity * torch.eye(width, **placed)
     u, s, vt = torch.linalg.svd(target)
@@ -141,7 +141,7 @@ def _factors(like: Tensor, rank: int, noise: float, identity: float) -> tuple[Te
 
 
 class _InitialisedMlp(Mlp):
-    """timm's Mlp with the start of `GRKAN`, so that a comparison of the two is fair."""
+    """timm's Mlp with the initialisation of `GRKAN`, for a fair comparison of the two."""
 
     def __init__(self, *args: Any, weight_init: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,7 +158,7 @@ class _InitialisedMlp(Mlp):
 
 
 def _create(model_cls: Any, architecture: str, pretrained: bool, given: dict[str, Any], **fixed: Any) -> Any:
-    """Build a model, and let it remember how: `grkan.save_model` needs no more than the model."""
+    """Build a model, and store its arguments in it, so that `grkan.save_model` needs only the model."""
     kwargs = {**fixed, **given}
     feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     model = build_model_with_cfg(
@@ -174,7 +174,7 @@ def _create(model_cls: Any, architecture: str, pretrained: bool, given: dict[str
 
 
 def _vit(mlp_init: str | None = None, **kwargs: Any) -> VisionTransformer:
-    """A VisionTransformer of timm's; mlp_init None leaves the MLP to `weight_init`."""
+    """Build timm's VisionTransformer; mlp_init None leaves the MLP to `weight_init`."""
     check_choice("weight_init", kwargs.get("weight_init", ""), TIMM_WEIGHT_INITS)
     if check_choice("mlp_init", mlp_init, (None, *WEIGHT_INITS)) is not None:
         kwargs["mlp_layer"] = partial(_InitialisedMlp, weight_init=mlp_init)
@@ -217,7 +217,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def twin_of(name: str) -> str:
-    """The name of the Vision Transformer of the size of a KAT of this module: timm's, or for the small ones our own."""
+    """Return the name of the Vision Transformer of the same size as a KAT: timm's, or ours for the micro models."""
     return ("grkan_" if "_micro_" in name else "") + name.replace("kat_", "vit_", 1)
 
 
@@ -265,24 +265,24 @@ def kat_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> KAT:
 
 @register_model
 def grkan_vit_micro_patch2_8(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """The Vision Transformer of the size of `kat_micro_patch2_8`; takes mlp_init, too."""
+    """The Vision Transformer of the size of `kat_micro_patch2_8`; it also takes mlp_init."""
     return _create(_vit, "grkan_vit_micro_patch2_8", pretrained, kwargs, patch_size=2, **_MICRO)
 
 
 @register_model
 def grkan_vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """The Vision Transformer of the size of `kat_micro_patch4_28`; takes mlp_init, too."""
+    """The Vision Transformer of the size of `kat_micro_patch4_28`; it also takes mlp_init."""
     return _create(_vit, "grkan_vit_micro_patch4_28", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
 def grkan_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """The Vision Transformer of the size of `kat_micro_patch4_32`; takes mlp_init, too."""
+    """The Vision Transformer of the size of `kat_micro_patch4_32`; it also takes mlp_init."""
     return _create(_vit, "grkan_vit_micro_patch4_32", pretrained, kwargs, patch_size=4, **_MICRO)
 
 
 @register_model
 def grkan_vit_kan_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """`grkan_vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP: what KAT's paper calls ViT with KAN."""
+    """`grkan_vit_micro_patch4_28` with two B-spline KAN layers, d to d, as MLP; KAT's paper calls it ViT with KAN."""
     size = {"patch_size": 4, "mlp_ratio": 1.0, "mlp_layer": SplineMlp, **_MICRO}
     return _create(VisionTransformer, "grkan_vit_kan_micro_patch4_28", pretrained, kwargs, **size)

@@ -1,4 +1,4 @@
-"""What a model file says of its model beside the weights: one JSON document, with the fields of `ModelMetadata`."""
+"""The metadata of a model file: one JSON document, with the fields of `ModelMetadata`."""
 
 import json
 import reprlib
@@ -14,8 +14,8 @@ from ..nn import GroupRational
 
 FORMAT_VERSION = 1
 
-# Arguments of timm.create_model that say where weights come from or go to, not what the model is. A file that could set
-# them could make a loader fetch or unpickle something.
+# Arguments of timm.create_model that say where weights come from or go to, not what the model is. If a file could set
+# them, it could make a loader fetch or unpickle something.
 NOT_ARCHITECTURE = (
     "pretrained",
     "pretrained_cfg",
@@ -31,7 +31,7 @@ NOT_ARCHITECTURE = (
 
 
 class Preprocessing(TypedDict, total=False):
-    """How images become inputs: arguments of `timm.data.create_transform`. Further ones may be there."""
+    """How images become inputs: arguments of `timm.data.create_transform`. There may be further ones."""
 
     input_size: Sequence[int]
     """Channels, height, width."""
@@ -43,7 +43,7 @@ class Preprocessing(TypedDict, total=False):
 
 
 class ModelMetadata(TypedDict):
-    """What a file of `save_model` says about its model."""
+    """The metadata that `save_model` writes about a model."""
 
     format_version: int
     grkan_version: str
@@ -76,7 +76,7 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-# What the values of the fields have to be, in JSON: in words, and as a check.
+# What each field must hold in JSON: in words, and as a check.
 _METADATA_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format_version": ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
     "grkan_version": ("a string", lambda value: isinstance(value, str)),
@@ -98,14 +98,15 @@ _PREPROCESSING_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def parse_metadata(text: str) -> ModelMetadata:
-    """The record that a JSON document holds.
+    """Parse the metadata from a JSON document.
 
     Raises:
-        ValueError: it is of a newer version of grkan, or damaged. The message is the end of a sentence about the file.
+        ValueError: it is damaged, or from a newer version of grkan. The message is the end of a sentence about the
+            file.
     """
     try:
         fields = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits, and too many brackets
+    except (ValueError, RecursionError) as error:  # also for a number with too many digits, or too many brackets
         raise GrkanValueError(f"is damaged: its metadata are no JSON ({error})") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
@@ -123,11 +124,11 @@ def describe_model(
     preprocessing: Mapping[str, Any] | None,
     arguments: Mapping[str, Any] | None,
 ) -> ModelMetadata:
-    """The record about a model, as it reads back from a file; the arguments are those of `save_model`.
+    """Make the metadata of a model, as they read back from a file; the arguments are those of `save_model`.
 
     Raises:
         TypeError: an argument, or preprocessing, is not JSON.
-        ValueError: a field of preprocessing is not what it has to be; the number of classes is not that of the outputs.
+        ValueError: a field of preprocessing is wrong; or the number of classes differs from that of the outputs.
     """
     previous: ModelMetadata | None = getattr(model, "grkan_metadata", None)
     name = None
@@ -163,7 +164,7 @@ def describe_model(
 
 
 def forms(model: nn.Module) -> dict[str, str]:
-    """The form of every rational function, by the name of its module."""
+    """Return the form of every rational function, by the name of its module."""
     return {name: module.form for name, module in model.named_modules() if isinstance(module, GroupRational)}
 
 
@@ -176,7 +177,7 @@ def _metadata_problem(fields: Any) -> str | None:
 
 
 def _problem(fields: Mapping[str, Any], known: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> str | None:
-    """What is wrong with the first field that is wrong."""
+    """Describe the first wrong field, or return None if all are right."""
     for name, (kind, is_right) in known.items():
         if name in fields and not is_right(fields[name]):
             return f"{name} must be {kind}; got {reprlib.repr(fields[name])}"
@@ -184,10 +185,10 @@ def _problem(fields: Mapping[str, Any], known: Mapping[str, tuple[str, Callable[
 
 
 def _as_json(name: str, value: Any) -> Any:
-    """The value as it reads back from JSON."""
+    """Return the value as it reads back from JSON."""
     try:
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError):  # ValueError: it holds itself
+    except (TypeError, ValueError):  # ValueError: it contains itself
         raise GrkanTypeError(
             f"{name} must be JSON to be written to a file (numbers, strings, lists); got {value!r}; "
             "save_model(..., arguments=...) replaces what a model remembers"
@@ -195,7 +196,7 @@ def _as_json(name: str, value: Any) -> Any:
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    """What a model of timm's registry was made with, brought up to date."""
+    """Return the arguments that a model of timm's registry was made with, updated by later changes."""
     from timm import models
 
     if hasattr(model, "grkan_arguments"):
@@ -207,7 +208,7 @@ def _arguments(model: Any) -> dict[str, Any]:
     if isinstance(getattr(model, "num_classes", None), int):
         arguments["num_classes"] = model.num_classes
     if isinstance(model, models.VisionTransformer):
-        # Where the last norm is depends on the pooling at the start, and stays there when the pooling changes.
+        # The initial pooling determines where the last norm is; it stays there if the pooling changes.
         arguments |= {"global_pool": model.global_pool, "fc_norm": not isinstance(model.fc_norm, nn.Identity)}
         if model.patch_embed.img_size is not None:
             arguments["img_size"] = model.patch_embed.img_size
@@ -215,7 +216,7 @@ def _arguments(model: Any) -> dict[str, Any]:
 
 
 def _preprocessing(model: nn.Module, arguments: Mapping[str, Any], previous: Preprocessing | None) -> Mapping[str, Any]:
-    """What the file that the model came from says, or else timm, for the size and the channels of this model."""
+    """Return the preprocessing of the model's file, or else timm's, for the size and channels of this model."""
     from timm.data import resolve_model_data_config
     from timm.layers import to_2tuple
 

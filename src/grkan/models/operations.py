@@ -1,4 +1,4 @@
-"""How many operations a model takes for one image."""
+"""Count the operations of a model for one image."""
 
 import copy
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from ..rational.arguments import check_module, check_positive
 
 
 def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> dict[str, int]:
-    """Count parameters and operations of a model for one input, without computing anything: it runs on the meta device.
+    """Count parameters and operations of a model for one input, on the meta device, so that nothing is computed.
 
     Args:
-        model: any module that takes one float tensor; it is left as it is.
+        model: any module that takes one float tensor; it is not changed.
         input_size: the shape of the input without its batch dimension; (channels, height, width) for images.
 
     Returns:
@@ -27,19 +27,19 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         - `paper_operations`: as counted in arXiv 2409.10594: the multiply-adds of linear and convolution layers without
           the products of attention, plus 5 for each scalar that passes a LayerNorm, plus 2m + 2n + 3 for each that
           passes a rational function of order (m, n). Other activations count nothing.
-        - `multiply_adds`: those of all matrix products and convolutions, q k^T and the product with v among them, and
-          nothing else; what other tools call MACs, half of what `torch.utils.flop_counter` counts.
+        - `multiply_adds`: those of all matrix products and convolutions, including q k^T and the product with v, and
+          nothing else. Other tools call them MACs; `torch.utils.flop_counter` counts twice as many.
 
     Raises:
         TypeError: model is no module; input_size is no sequence of ints.
-        ValueError: input_size has a number below 1, or the model does not take an input of that size; the message has
+        ValueError: input_size has a number below 1, or the model does not take an input of that size; the message gives
             the reason.
     """
     check_module("model", model)
     if not isinstance(input_size, Sequence) or isinstance(input_size, str):
         raise GrkanTypeError(f"input_size must be a sequence of ints, as (3, 224, 224); got {input_size!r}")
     input_size = tuple(check_positive("each number of input_size", size) for size in input_size)
-    # deepcopy takes what is in the memo for the copy: so the weights are not copied, and a large model costs no memory.
+    # deepcopy takes the copies in the memo instead of copying the weights, so a large model needs no extra memory.
     memo = {id(t): _on_meta(t) for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo).to("meta", torch.float32).eval()
     paper = 0
@@ -56,7 +56,7 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         elif isinstance(module, nn.LayerNorm):
             paper += inputs[0].numel() * 5
 
-    # A layer runs its functions and linear layers as modules, where they can be counted, as soon as they have hooks.
+    # Hooks also make a layer run its functions and linear layers as separate modules, which can be counted.
     for module in twin.modules():
         if isinstance(module, (GroupRational, nn.Linear, _ConvNd, nn.LayerNorm)):
             module.register_forward_hook(add)

@@ -1,8 +1,8 @@
-"""The checkpoints that the paper's authors released: read into a KAT, and written from one.
+"""Read the checkpoints that the paper's authors released into a KAT, and write them from one.
 
-Their keys are those of timm's VisionTransformer, and mlp.act1 and mlp.act2 with weight_numerator (1, 6) and
-weight_denominator (8, 4). Their kernels compute the form sum_of_abs. `GroupRational` itself knows these names; this
-module finds out which model a file is for.
+Their keys are those of timm's VisionTransformer, plus mlp.act1 and mlp.act2 with weight_numerator (1, 6) and
+weight_denominator (8, 4). The authors' kernels compute the form sum_of_abs. `GroupRational` itself accepts these names;
+this module finds out which model a file is for.
 """
 
 import io
@@ -40,15 +40,15 @@ _PATCH = 16
 def load_released_checkpoint(
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], *, use_ema: bool = True, **model_args: Any
 ) -> nn.Module:
-    """A KAT with the weights of a checkpoint of github.com/Adamdad/kat, which computes what their GPU kernels compute.
+    """Load a checkpoint of github.com/Adamdad/kat into a KAT, which computes what their GPU kernels compute.
 
     Args:
-        path_or_state_dict: a .pth or .safetensors file, or what it holds: the weights, or a mapping that has them under
-            state_dict_ema, model_ema, state_dict or model. Names may begin with "module.". A file is read by timm's
-            loader, which admits tensors, plain values and `argparse.Namespace`, and runs no code.
-        use_ema: take the average of the weights where there is one.
-        **model_args: for `timm.create_model`. With another num_classes the head is new; with another img_size the
-            position embedding is resampled as timm does.
+        path_or_state_dict: a .pth or .safetensors file, or its content: the weights, or a mapping that has them under
+            state_dict_ema, model_ema, state_dict or model. Names may begin with "module.". timm's loader reads the
+            file; it accepts tensors, plain values and `argparse.Namespace`, and runs no code.
+        use_ema: take the average of the weights if there is one.
+        **model_args: arguments of `timm.create_model`. With another num_classes the head is new; with another img_size
+            the position embedding is resampled as timm does.
 
     Returns:
         kat_tiny, kat_small or kat_base_patch16_224 of the form "sum_of_abs"; on the CPU, float32, in eval mode.
@@ -95,11 +95,11 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
 
     Args:
         model: a KAT of the form "sum_of_abs" and the order (5, 4), with one numerator for all groups of a function.
-        path: a .safetensors file, or any other for `torch.save`. It appears whole or not at all.
+        path: a .safetensors file, or any other for `torch.save`. It is written whole or not at all.
 
     Raises:
         ValueError: the layout cannot hold this model; the message says why.
-        OSError: the file cannot be written; path is a folder, or lies in none.
+        OSError: the file cannot be written; or path is a folder, or its folder does not exist.
     """
     modules = check_module("model", model).named_modules()
     functions = {name: module for name, module in modules if isinstance(module, GroupRational)}
@@ -120,7 +120,7 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
             del state[f"{name}.{own}"]
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    # Made in memory: on a full disk both libraries have an error of their own, which hides the reason.
+    # Make the content in memory: on a full disk both libraries raise errors of their own, which hide the reason.
     if path.suffix == ".safetensors":
         from safetensors.torch import save
 
@@ -133,7 +133,7 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
 
 
 def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
-    """The weights, and what to call where they come from."""
+    """Return the weights, and a name for their source in error messages."""
     if isinstance(source, Mapping):
         label = "path_or_state_dict"
         keys = (*(("state_dict_ema", "model_ema") if use_ema else ()), "state_dict", "model")
@@ -143,13 +143,13 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
         label = str(source)
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no checkpoint {label}")
-        with open(source, "rb"):  # or an OSError, as for want of permission; the loader has one for a damaged file, too
+        with open(source, "rb"):  # raise OSError, e.g. for missing permission; the loader's may mean a damaged file
             pass
         try:
             state = load_state_dict(label, use_ema)
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+        except Exception as error:  # zipfile, pickle, PyTorch and safetensors each raise their own
             reason = " ".join(str(error).split()).partition(" No automatic")[0][:200]
             raise GrkanValueError(
                 f"{label} is damaged, no checkpoint, or would have to run code: {type(error).__name__}: {reason}"
@@ -162,10 +162,10 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
 
 
 def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
-    """The name of the model that the weights are for, and the arguments in which it differs."""
+    """Return the name of the model that the weights are for, and the arguments that differ from its defaults."""
 
     def shape(key: str, dims: int) -> tuple[int, ...]:
-        """That of a tensor; zeros if it is missing or has other dimensions."""
+        """Return the shape of a tensor, or zeros if it is missing or has another number of dimensions."""
         found = tuple(state[key].shape) if key in state else ()
         return found if len(found) == dims else (0,) * dims
 

@@ -1,4 +1,4 @@
-"""B-spline KAN layers (arXiv 2404.19756): what KAT is compared with; nothing else here is built on them."""
+"""B-spline KAN layers (arXiv 2404.19756), only for comparisons with KAT."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..nn import variance_gain
 
 GRID, ORDER = 8, 3
-"""Of all B-splines here. Then a layer has 12 weights for each of d_in d_out, and a ViT with layers d to d comes to what
-KAT's paper reports for its "ViT with KAN": 12.8, 50.4 and 199.8 million parameters."""
+"""The grid and order of all B-splines here. They give a layer 12 weights for each of d_in d_out, and a ViT with layers
+d to d the sizes that KAT's paper reports for its "ViT with KAN": 12.8, 50.4 and 199.8 million parameters."""
 
 
 class SplineKAN(nn.Module):
@@ -21,7 +21,7 @@ class SplineKAN(nn.Module):
     Args:
         in_features: d_in.
         out_features: d_out.
-        limit: the bases cover [-limit, limit], in GRID intervals. Beyond, the first sum alone remains.
+        limit: the bases cover [-limit, limit], in GRID intervals. Outside, only the first sum remains.
 
     Shape:
         (..., in_features) to (..., out_features).
@@ -35,13 +35,13 @@ class SplineKAN(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Keep the variance by the first sum, and let the splines start near zero, as KANs do."""
+        """Draw weights whose first sum keeps the variance and whose splines start near zero, as in KANs."""
         width = self.base.shape[1]
         nn.init.normal_(self.base, std=(variance_gain("silu") / width) ** 0.5)
         nn.init.normal_(self.spline, std=0.1 / width**0.5)
 
     def bases(self, x: Tensor) -> Tensor:
-        """The GRID + ORDER cubic B-splines, in a new last dimension."""
+        """Compute the GRID + ORDER cubic B-splines, in a new last dimension."""
         return cubic_bases(x, GRID, self.limit)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ class SplineKAN(nn.Module):
 
 
 def cubic_bases(x: Tensor, grid: int, limit: float) -> Tensor:
-    """The grid + 3 cubic B-splines on uniform knots that do not vanish on [-limit, limit], in a new last dimension.
+    """Compute the grid + 3 cubic B-splines on uniform knots that are not 0 on [-limit, limit], in a new last dimension.
 
-    In closed form, for the recursion takes four times as long: in units of the knots' distance and around its middle,
-    each is (max(2 - |t|, 0)^3 - 4 max(1 - |t|, 0)^3) / 6.
+    The closed form is used, as the recursion takes four times as long. In units of the distance between knots, with t
+    measured from its middle, each spline is (max(2 - |t|, 0)^3 - 4 max(1 - |t|, 0)^3) / 6.
     """
     step = 2 * limit / grid
     middles = torch.arange(-1, grid + 2, dtype=x.dtype, device=x.device) - grid / 2
@@ -61,9 +61,9 @@ def cubic_bases(x: Tensor, grid: int, limit: float) -> Tensor:
 
 
 class SplineMlp(nn.Module):
-    """Two B-spline layers in the place of a transformer's MLP; the arguments are those of timm's `Mlp`.
+    """Two B-spline layers in place of a transformer's MLP; the arguments are those of timm's `Mlp`.
 
-    The layer norm before it gives inputs of standard deviation 1: hence splines on [-3, 3].
+    The layer norm in front gives inputs of standard deviation 1, so the splines cover [-3, 3].
     """
 
     def __init__(

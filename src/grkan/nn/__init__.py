@@ -1,4 +1,4 @@
-"""Layers: the rational function as a module, in front of a linear layer, and as a transformer's MLP."""
+"""Layers: the rational function alone, in front of a linear layer, and in a transformer's MLP."""
 
 from .grkan import GRKAN
 from .init import variance_gain

@@ -1,4 +1,4 @@
-"""GR-KAN: the layer that takes the place of a transformer's MLP."""
+"""GR-KAN: the layer that replaces a transformer's MLP."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,25 +26,25 @@ from .rational import GroupRational
 class GRKAN(nn.Module):
     """Two rational functions, each in front of a linear layer (arXiv 2409.10594, section 4).
 
-    act1 -> fc1 -> act2 -> drop1 -> norm -> fc2 -> drop2, which are the names of the children. The arguments up to
-    `use_conv` are those of timm's `Mlp`, so the class goes wherever timm takes an `mlp_layer`. It initialises itself,
-    and does so again in `init_weights`, which timm's recursive initialisation calls after overwriting fc1 and fc2.
+    The children are act1 -> fc1 -> act2 -> drop1 -> norm -> fc2 -> drop2. The arguments up to `use_conv` are those of
+    timm's `Mlp`, so the class works wherever timm takes an `mlp_layer`. It initialises itself, and does so again in
+    `init_weights`, which timm's recursive initialisation calls after overwriting fc1 and fc2.
 
     Args:
         in_features: channels of the input, a multiple of num_groups.
         hidden_features: channels between the linear layers, a multiple of num_groups; None: in_features.
         out_features: channels of the output; None: in_features.
-        act_layer: accepted and ignored: the functions are rational.
+        act_layer: accepted and ignored, because the functions are rational.
         norm_layer: called as norm_layer(hidden_features, device=..., dtype=...), or as norm_layer(hidden_features) if
             it takes no more; None: no norm.
-        bias: of fc1 and fc2; one for both, or a pair.
+        bias: whether fc1 and fc2 have a bias; one for both, or a pair.
         drop: dropout rates of drop1 and drop2; one for both, or a pair.
-        use_conv: 1x1 convolutions on (N, C, H, W) instead of linear layers on (..., C).
+        use_conv: use 1x1 convolutions on (N, C, H, W) instead of linear layers on (..., C).
         num_groups, order, form, share_numerator: of both rational functions, as for `GroupRational`.
         act_init: the `init` of act1 and of act2.
         device, dtype: of the parameters; the coefficients are float32 or wider.
-        weight_init: "variance_preserving" draws the weights of fc1 and fc2 from N(0, alpha / fan_in) with the gain
-            alpha of the function in front (1 behind a norm); "trunc_normal" with the standard deviation 0.02.
+        weight_init: "variance_preserving" draws the weights of fc1 and fc2 from N(0, alpha / fan_in), where alpha is
+            the gain of the function in front (1 after a norm); "trunc_normal" uses the standard deviation 0.02.
 
     Raises:
         TypeError, ValueError, ImportError: as for `GroupRational`.
@@ -117,18 +117,18 @@ class GRKAN(nn.Module):
                 reset()
 
     def remember_start(self) -> None:
-        """Tell fc1 and fc2 the gains of the functions in front of them, for their `reset_parameters`."""
+        """Store in fc1 and fc2 the gains of the functions in front of them, for their `reset_parameters`."""
         normed = not isinstance(self.norm, nn.Identity)
         for act, fc, preserved in ((self.act1, self.fc1, False), (self.act2, self.fc2, normed)):
             gain = 1.0 if preserved or self.weight_init != "variance_preserving" else initial_gain(act)
             remember_start(fc, gain, self.weight_init)
 
     def reset_parameters(self) -> None:
-        """The same as `init_weights`."""
+        """Alias of `init_weights`."""
         self.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes as in the description of the class."""
+        """Compute the layer; the shapes are those in the description of the class."""
         if torch.jit.is_scripting():
             x = self.fc2(self.norm(self.drop1(self.act2(self.fc1(self.act1(x))))))
         else:
@@ -147,11 +147,11 @@ def _does_nothing(module: Any) -> bool:
 
 
 def _norm(norm_layer: Any, features: int, placed: dict[str, Any]) -> nn.Module:
-    """The norm on its device, whether or not norm_layer takes one."""
+    """Make the norm on its device, whether or not norm_layer takes a device."""
     try:
         try:
             norm = norm_layer(features, **placed)
-        except TypeError:  # it may know of the width alone
+        except TypeError:  # it may take only the width
             norm = norm_layer(features).to(**placed)
         return check_module("what norm_layer returns", norm)
     except (AttributeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The variance-preserving start."""
+"""Variance-preserving initialisation."""
 
 import math
 import threading
@@ -17,34 +17,34 @@ from .kinds import is_conv1d
 
 WEIGHT_INITS = ("variance_preserving", "trunc_normal")
 
-# The normal density is 2e-32 at 12. Most functions bend at whole numbers, or not at all; a kink between two steps of
-# 1/512 costs below 1e-6.
+# The normal density is 2e-32 at 12. Most functions have kinks at whole numbers, or none; a kink between two steps of
+# 1/512 causes an error below 1e-6.
 _REACH, _STEPS_PER_UNIT = 12, 512
 
-# Numbers of a weight that tell whether an initialiser has written to it: one that goes by `.data` counts no version.
+# How many values of a weight are compared to see if an initialiser wrote to it: writing to `.data` counts no version.
 _SAMPLE = 16
 _keeping = threading.local()
 
 
 def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
-    """The gain alpha = 1 / E[F(z)^2] for z standard normal (arXiv 2409.10594, Eq. 20 and Table 3).
+    """Compute the gain alpha = 1 / E[F(z)^2] for z standard normal (arXiv 2409.10594, Eq. 20 and Table 3).
 
-    A weight w ~ N(0, alpha / d) behind F keeps the mean square of a standard normal input of width d.
+    A weight w ~ N(0, alpha / d) after F keeps the mean square of a standard normal input of width d.
 
     Args:
-        function_or_numerator: a name of `grkan.fit`, for that function itself and not for a fit to it; a callable on
+        function_or_numerator: a name of `grkan.fit`, meaning the exact function and not a fit to it; a callable on
             numpy arrays or tensors; a `RationalFit` or a `GroupRational`; or the numerator of coefficients, (m + 1,)
             or (G or 1, m + 1), with a_0 first.
-        denominator: (n,) or (G or 1, n), with b_1 first; for a numerator, and for nothing else.
-        form: "abs_of_sum" or "sum_of_abs"; of coefficients. A `RationalFit` has its own.
+        denominator: (n,) or (G or 1, n), with b_1 first; only for a numerator.
+        form: "abs_of_sum" or "sum_of_abs", for coefficients. A `RationalFit` or a `GroupRational` has its own.
 
     Returns:
         The gain, by Simpson's rule in float64. For several groups 1 / (mean over the groups of E[F^2]).
 
     Raises:
-        TypeError: none of these things; a numerator without a denominator; a callable that takes neither arrays nor
-            tensors, or returns no real numbers.
-        ValueError: an unknown name or form; shapes that do not fit; a function that is zero, or not finite.
+        TypeError: the function is none of these things; a numerator comes without a denominator; or a callable takes
+            neither arrays nor tensors, or does not return real numbers.
+        ValueError: the name or form is unknown; shapes do not fit; or the function is zero or not finite.
     """
     check_form(form)
     f = function_or_numerator
@@ -74,9 +74,9 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
 
 
 def fitted(value: Any) -> tuple[Any, Any, str] | None:
-    """Numerator, denominator and form of a `GroupRational`, of a `RationalFit` or of what looks like one; else None.
+    """Return numerator, denominator and form of a `GroupRational`, a `RationalFit` or a look-alike, or None.
 
-    To import the classes would need SciPy here, or go round in circles.
+    It looks at attributes because importing the classes would need SciPy, or be circular.
     """
     if not all(hasattr(value, name) for name in ("numerator", "denominator", "form")):
         return None
@@ -85,7 +85,7 @@ def fitted(value: Any) -> tuple[Any, Any, str] | None:
 
 
 def initial_gain(act: Any) -> float:
-    """The gain of a module as it starts: not from its parameters, which hold no numbers on the meta device."""
+    """Compute the gain of a module's initial function; parameters are not read, as they have no values on meta."""
     if not hasattr(act, "initial_coefficients"):
         return variance_gain(act)
     return variance_gain(*act.initial_coefficients(), form=act.form)
@@ -97,8 +97,8 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
     Args:
         layer: a linear layer, a convolution, or transformers' Conv1D.
         gain: alpha; "variance_preserving" draws from N(0, alpha / fan_in).
-        scheme: "variance_preserving", or "trunc_normal": standard deviation 0.02 whatever the gain, which is what the
-            initialisation of the released code comes to.
+        scheme: "variance_preserving"; or "trunc_normal", the standard deviation 0.02 whatever the gain, as in effect in
+            the released code.
     """
     _draw(layer, gain, scheme)
     if layer.bias is not None:
@@ -107,7 +107,7 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
 
 def _draw(layer: Any, gain: float, scheme: str) -> None:
     weight = layer.weight
-    # A sharded weight is drawn whole: on a CPU, processes with the same seed would draw the same for different parts.
+    # Draw a sharded weight whole: on a CPU, processes with the same seed would draw the same values for their parts.
     drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
     if scheme == "trunc_normal":
         nn.init.trunc_normal_(drawn, std=0.02)
@@ -119,7 +119,7 @@ def _draw(layer: Any, gain: float, scheme: str) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, without an import of what defines these."""
+    """Whether a tensor is a DTensor, without importing the module that defines DTensor."""
     return hasattr(tensor, "placements")
 
 
@@ -129,7 +129,7 @@ def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> N
     Args:
         parameter: on any device; a DTensor takes its part.
         values: of any dtype and device.
-        src_rank: whose values all processes take; None where they have the same.
+        src_rank: the rank whose values all processes take; None if all have the same.
     """
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
@@ -142,25 +142,25 @@ def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> N
 
 
 def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preserving") -> None:
-    """Let `layer.reset_parameters()` be `init_linear_`, whoever calls it and when.
+    """Make `layer.reset_parameters()` call `init_linear_` with this gain and scheme.
 
-    Sharders and deferred initialisation call it on all modules in any order. No subclass knows of the function in front
-    of it: quantisers and adapters go by the class. The partial refers to the layer, so its copy refers to the copy.
+    Sharders and deferred initialisation call it on all modules, in any order. A subclass of the linear layer is no
+    option, because quantisers and adapters go by the class. A copy of the layer gets a partial that refers to the copy.
     """
     layer.reset_parameters = partial(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
 
 
 def keep_start(layer: nn.Module, gain: float) -> None:
-    """`remember_start`, and keep it, too, when an initialiser of another library runs under `starts_kept`."""
+    """Call `remember_start`, and mark the layer so that `starts_kept` protects its start from other initialisers."""
     remember_start(layer, gain)
     layer.keeps_start = True  # type: ignore[assignment]
 
 
 @contextmanager
 def starts_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever is written meanwhile to the linear layers under a module that keep their start, is drawn anew.
+    """Draw anew, after the block, what the block wrote to the linear layers in `module` that `keep_start` marked.
 
-    What is not written to, as the weights that transformers has loaded, stays.
+    Parameters that the block does not write to stay, such as weights that transformers has loaded.
     """
     if getattr(_keeping, "now", False):  # an initialiser that is called by another one
         yield
@@ -180,7 +180,7 @@ def starts_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _trace(tensor: Tensor | None) -> tuple[Any, ...]:
-    """What tells whether a tensor was replaced or written to."""
+    """Record what shows later whether a tensor was replaced or written to."""
     if tensor is None or tensor.is_meta:
         return tensor, 0, torch.empty(0)
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -190,12 +190,12 @@ def _trace(tensor: Tensor | None) -> tuple[Any, ...]:
 
 def _differs(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     same = before[0] is after[0] and before[1] == after[1] and before[2].shape == after[2].shape
-    # Garbage may be NaN, which is not equal to itself.
+    # Uninitialised memory may hold NaN, which is not equal to itself.
     return not (same and torch.allclose(before[2], after[2], 0.0, 0.0, equal_nan=True))
 
 
 def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:
-    """F of every group at z: [G, len(z)]."""
+    """Compute F of every group at z: [G, len(z)]."""
     a = torch.atleast_2d(to_float64("numerator", numerator))
     b = torch.atleast_2d(to_float64("denominator", denominator))
     groups = max(len(a), len(b))

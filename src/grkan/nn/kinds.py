@@ -1,4 +1,4 @@
-"""What stands for a linear layer, and whether a call of a module is more than its forward."""
+"""Tests for modules: whether one counts as a linear layer, and whether calling it runs only its forward."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_conv1d(module: Any) -> bool:
-    """Whether it is transformers' Conv1D, GPT-2's linear layer, whose weight lies as (inputs, outputs)."""
+    """Whether a module is transformers' Conv1D, GPT-2's linear layer, whose weight is (inputs, outputs)."""
     return _conv1d(module) is not None
 
 
@@ -17,10 +17,10 @@ def _conv1d(module: Any) -> type | None:
 
 
 def linear_kind(module: Any) -> str | None:
-    """What stands for a linear layer here: "linear", "conv1d" (GPT-2's), or None.
+    """Return the kind of a linear layer: "linear", "conv1d" (GPT-2's), or None for any other module.
 
     A subclass with a forward of its own (quantised, with adapters), an instance with one (Accelerate's offloading) and
-    a parametrised one compute something else, and are none.
+    a parametrised layer compute something else, so they give None.
     """
     if not isinstance(module, nn.Module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
         return None
@@ -32,7 +32,7 @@ def linear_kind(module: Any) -> str | None:
 
 
 def linear_width(module: Any) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer or of a 1x1 convolution, of whatever class; None for anything else."""
+    """Return (inputs, outputs) of a linear layer or a 1x1 convolution of any class; None for anything else."""
     if is_conv1d(module):
         return tuple(module.weight.shape)
     if isinstance(module, nn.Conv2d):
@@ -46,9 +46,9 @@ def linear_width(module: Any) -> tuple[int, int] | None:
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module runs `kind.forward` and nothing else.
 
-    Not so for a subclass or a replacement (adapters, quantisation, parametrisations, FSDP), with a hook, its own or one
-    for all modules (pruning, feature extraction, tensor parallelism, profilers), or with a forward of its own
-    (Accelerate's offloading).
+    False for a subclass or a replacement (adapters, quantisation, parametrisations, FSDP); for a module with a hook,
+    its own or a global one (pruning, feature extraction, tensor parallelism, profilers); and for an instance with a
+    forward of its own (Accelerate's offloading).
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and not (hooks or _has_any_global_hook()) and "forward" not in module.__dict__

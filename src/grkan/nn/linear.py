@@ -13,15 +13,16 @@ from .kinds import is_conv1d, is_plain, linear_kind, linear_width
 from .rational import GroupRational
 
 _PLAIN = (Tensor, nn.Parameter)
-# What code reads of a linear layer, and sets.
+# The attributes that other code reads and sets on a linear layer.
 _OF_THE_LINEAR_LAYER = ("weight", "bias", "in_features", "out_features")
 
 
 class _NoticedHooks(OrderedDict[int, Any]):
-    """The hooks of a module, one more for whoever counts them.
+    """The hooks of a module, with a length that is one too large.
 
-    PyTorch's encoder layer has a fast path that takes the weights of its children and calls none of them; it counts
-    their hooks, and does not take it if there are any. A hook that does nothing would do, but costs 1.6 us a call.
+    It keeps PyTorch's encoder layer off its fast path, which takes the weights of its children without calling them.
+    The encoder layer avoids that path if `len` finds a hook. A hook that does nothing would work, but costs 1.6 us a
+    call.
     """
 
     def __len__(self) -> int:
@@ -34,18 +35,18 @@ class _NoticedHooks(OrderedDict[int, Any]):
 class RationalLinear(nn.Module):
     """A rational function in front of a linear layer: y = F(x) W^T + b, by `grkan.rational_linear`.
 
-    The children are `act`, a `GroupRational`, and `linear`, a plain `nn.Linear`: what is done to either takes effect.
-    It is no `nn.Linear` itself, for it would be taken for x -> W x + b. Its dtype, device and sizes can be read, and
-    set, as those of a linear layer: weight, bias, in_features and out_features are `linear`'s.
+    The children are `act`, a `GroupRational`, and `linear`, a plain `nn.Linear`; changes to either take effect. The
+    class is not an `nn.Linear`, because other code would then take it for x -> W x + b. But its dtype, device and sizes
+    can be read and set as on a linear layer: weight, bias, in_features and out_features are those of `linear`.
 
-    The start preserves the variance: b = 0 and W ~ N(0, alpha / in_features), alpha being the function's
-    `grkan.variance_gain`. A state dict may have weight and bias in place of linear.weight and linear.bias, as that of a
-    model from before its conversion.
+    The initial weights preserve the variance: b = 0 and W ~ N(0, alpha / in_features), where alpha is the function's
+    `grkan.variance_gain`. A state dict may have weight and bias instead of linear.weight and linear.bias, like one of a
+    model before its conversion.
 
     Args:
         in_features: channels of the input, a multiple of num_groups.
         out_features: channels of the output.
-        bias: whether there is a b.
+        bias: whether the linear layer has a bias b.
         num_groups, init, order, form, share_numerator: as for `GroupRational`.
         device, dtype: of the parameters; the coefficients are float32 or wider.
 
@@ -56,7 +57,7 @@ class RationalLinear(nn.Module):
         (..., in_features) to (..., out_features).
     """
 
-    if TYPE_CHECKING:  # TorchScript takes the types of modules for those of interfaces
+    if TYPE_CHECKING:  # TorchScript would take these annotations for interface types
         act: GroupRational
         linear: nn.Module
 
@@ -84,10 +85,10 @@ class RationalLinear(nn.Module):
 
     @classmethod
     def around(cls, act: GroupRational, linear: nn.Module) -> "RationalLinear":
-        """A function in front of a linear layer that is there already, which keeps its weights.
+        """Put a function in front of an existing linear layer, which keeps its weights.
 
         Args:
-            act: its groups divide the inputs of the layer, which are the last dimension.
+            act: a function whose groups divide the inputs of the layer, which are the last dimension.
             linear: an `nn.Linear`, or transformers' Conv1D.
         """
         self = cls.__new__(cls)
@@ -113,24 +114,24 @@ class RationalLinear(nn.Module):
                 reset()
 
     def init_weights(self) -> None:
-        """The same as `reset_parameters`, under the name that timm calls."""
+        """Alias of `reset_parameters`, the name that timm calls."""
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """F(x) W^T + b."""
+        """Compute F(x) W^T + b."""
         if torch.jit.is_scripting():
             return self.linear(self.act(x))
-        else:  # without which TorchScript would compile this, too
+        else:  # without the else TorchScript would compile this, too
             return rational_then_linear(self.act, self.linear, x)
 
     @property
     def weight(self) -> Any:
-        """That of `linear`; to read, for F is not in it."""
+        """The weight of `linear`. It does not contain F."""
         return self.linear.weight
 
     @property
     def bias(self) -> Any:
-        """That of `linear`, or None."""
+        """The bias of `linear`, or None."""
         return self.linear.bias
 
     @property
@@ -144,14 +145,14 @@ class RationalLinear(nn.Module):
         return (linear_width(self.linear) or (0, 0))[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A property's setter would not do: nn.Module registers a Parameter without asking for one.
+        # A property's setter would not work: nn.Module registers a Parameter without calling the setter.
         if name in _OF_THE_LINEAR_LAYER:
             setattr(self.linear, name, value)
         else:
             super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the names of a linear layer without a function in front."""
+        """Accept the names of a linear layer without a function in front: weight and bias."""
         for name in ("weight", "bias"):
             inner = f"{prefix}linear.{name}"
             if prefix + name in state_dict and inner not in state_dict:
@@ -160,11 +161,11 @@ class RationalLinear(nn.Module):
 
 
 def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
-    """linear(act(x)), in one operation where nobody could tell the difference."""
+    """Compute linear(act(x)), in one operation if both modules are plain, so that no hook or replacement is skipped."""
     kind = type(linear)
     conv1d = kind.__name__ == "Conv1D" and is_conv1d(linear)
-    # The type of x: a tracer's stand-in is to see two modules. That of the weight: a quantised or a sharded one has a
-    # multiplication of its own.
+    # Check the type of x, because a tracer's proxy must see two modules; and that of the weight, because quantised and
+    # sharded weights have a multiplication of their own.
     plain = (kind is nn.Linear or conv1d) and is_plain(linear, kind) and is_plain(act, GroupRational)
     if plain and isinstance(x, Tensor) and type(weight := linear.weight) in _PLAIN:
         numerator, denominator = act.vectors_for(x)

@@ -1,4 +1,4 @@
-"""The modes of modules."""
+"""Train and eval modes of modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a `with` block; the mode of each module is restored."""
+    """Put a model in eval mode without gradients for a `with` block, then restore the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

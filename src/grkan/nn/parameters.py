@@ -1,4 +1,4 @@
-"""The coefficients among a model's parameters, for optimisers."""
+"""Parameter groups for optimisers, which treat rational coefficients separately."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from .rational import GroupRational
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """The full names of all rational coefficients in a model, for the parameter group without weight decay.
+    """Return the full names of all rational coefficients in a model, for the parameter group without weight decay.
 
-    Decay would pull every learned function towards zero. Parametrised coefficients are found, too. A parameter that has
-    several names is listed under all.
+    Decay would pull every learned function towards zero. Parametrised coefficients are included. A parameter with
+    several names is listed under all of them.
 
     Raises:
         TypeError: model is no module.
@@ -24,22 +24,23 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 def param_groups(
     model: nn.Module, weight_decay: float, *, lr: float | None = None, coefficient_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in groups for any optimiser of PyTorch's kind.
+    """Split the trainable parameters of a model into groups for any PyTorch-style optimiser.
 
         torch.optim.AdamW(grkan.param_groups(model, 0.05), lr=1e-3)
 
     Args:
         model: any module.
-        weight_decay: that of matrices and everything else of two dimensions or more.
+        weight_decay: the decay of matrices and everything else of two dimensions or more.
         lr: the learning rate; None leaves it to the optimiser.
-        coefficient_lr: that of the rational coefficients; None: lr.
+        coefficient_lr: the learning rate of the rational coefficients; None: lr.
 
     Returns:
-        What is decayed; what is not, of fewer than two dimensions, as biases and norms; and the rational coefficients,
-        which are not decayed either. Each parameter is in one group; frozen ones, and groups without any, are left out.
+        Up to three groups: parameters with decay; those of fewer than two dimensions, such as biases and norms, without
+        decay; and rational coefficients, also without decay. Each parameter is in one group. Frozen parameters and
+        empty groups are left out.
 
     Raises:
-        TypeError: model is no module, or a rate no number.
+        TypeError: model is no module, or a rate is no number.
         ValueError: a rate is negative.
     """
     coefficients = _coefficients(check_module("model", model))
@@ -60,5 +61,5 @@ def param_groups(
 
 
 def _coefficients(model: nn.Module) -> set[int]:
-    """The ids of the parameters of all rational functions, and of what parametrises them."""
+    """Return the ids of the parameters of all rational functions, parametrisations included."""
     return {id(p) for module in model.modules() if isinstance(module, GroupRational) for p in module.parameters()}

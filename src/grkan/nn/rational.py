@@ -21,21 +21,21 @@ from .init import assign_, fitted, is_sharded
 
 _COEFFICIENTS = ("numerator", "denominator")
 
-# Bytes of the text that says what the coefficients in a state dict mean: of one length, so that shapes tell nothing.
+# Bytes of the text that says what the coefficients in a state dict mean. The length is fixed, so shapes always match.
 _EXTRA_STATE_BYTES = 64
 
 
 class GroupRational(nn.Module):
-    """A learnable rational function F = P / Q for every group of channels, `grkan.group_rational` as a module.
+    """A learnable rational function F = P / Q for each group of channels: `grkan.group_rational` as a module.
 
-    The coefficients are float32 or wider and stay so: `.half()`, `.bfloat16()` and `.to(torch.bfloat16)` leave their
-    dtype alone, because an update of a coefficient is smaller than what 8 or 11 bits can hold.
+    The coefficients are float32 or wider and stay so: `.half()`, `.bfloat16()` and `.to(torch.bfloat16)` do not change
+    their dtype, because updates of a coefficient are too small for 8 or 11 bits.
 
     Args:
         num_groups: G, the number of groups; it divides the channels of every input.
-        init: what F is at the start: a name of `grkan.fit` ("identity", "gelu", "silu" = "swish", ...); a callable on
-            numpy arrays or tensors; a `RationalFit` of this order and form; or (numerator, denominator), each 1-D for
-            all groups alike or 2-D with a row for each group.
+        init: the initial F: a name of `grkan.fit` ("identity", "gelu", "silu" = "swish", ...); a callable on numpy
+            arrays or tensors; a `RationalFit` of this order and form; or (numerator, denominator), each 1-D for all
+            groups alike or 2-D with a row for each group.
         order: (m, n), the degrees of P and Q.
         form: "abs_of_sum" or "sum_of_abs", see `grkan.group_rational`.
         share_numerator: one numerator for all groups, as in the released weights.
@@ -43,14 +43,14 @@ class GroupRational(nn.Module):
         device, dtype: of the coefficients; a dtype narrower than float32 gives float32.
 
     Attributes:
-        numerator: the parameter, 1-D: a_0 to a_m of the first group, then of the next; of one group if shared. A
-            vector, as biases are, so every rule by the number of dimensions (weight decay, Muon) is right for it.
+        numerator: the parameter, 1-D: a_0 to a_m of the first group, then of the next; of one group if shared. It is
+            a vector, like a bias, so rules that go by the number of dimensions (weight decay, Muon) treat it correctly.
         denominator: the parameter, 1-D: b_1 to b_n of the first group, then of the next.
-        width: the channels of every input, where a layer around the function knows them; else None.
+        width: the number of channels of every input, if a layer around the function knows it; else None.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type, or has a value that does not fit the others.
-        ImportError: `init` needs a fit, and SciPy is missing: the orders (5, 4) and (7, 6) of a name need none.
+        TypeError, ValueError: an argument has a wrong type, or a value that does not fit the others.
+        ImportError: `init` needs a fit, and SciPy is missing. Names at the orders (5, 4) and (7, 6) need no fit.
 
     Shape:
         Any shape with the channels in `channel_dim`; the output has the shape and dtype of the input. A nested tensor
@@ -60,7 +60,7 @@ class GroupRational(nn.Module):
     width: int | None
 
     groups_are_local = False
-    """Whether the coefficients are DTensors of which a plain tensor meets its rank's own, see `grkan.GroupParallel`."""
+    """Whether the coefficients are DTensors, and a plain input uses this rank's own; see `grkan.GroupParallel`."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class GroupRational(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
         self.init_name = init if isinstance(init, str) else getattr(init, "__name__", type(init).__name__)
         rows = 1 if self.share_numerator else self.num_groups
-        # Plain numbers: tensors would follow a default device, and so be lost under `torch.device("meta")`.
+        # Keep plain numbers: tensors would follow a default device, and lose their values under `torch.device("meta")`.
         self._initial = _initial_coefficients(init, self.order, form, rows, self.num_groups)
         m, n = self.order
         self.numerator = nn.Parameter(torch.empty(rows * (m + 1), device=device, dtype=dtype))
@@ -94,14 +94,14 @@ class GroupRational(nn.Module):
         self.reset_parameters()
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
-        """The parameters as `grkan.group_rational` takes them: (G or 1, m + 1) and (G, n), views."""
+        """Return views of the parameters as `grkan.group_rational` takes them: (G or 1, m + 1) and (G, n)."""
         m, n = self.order
         numerator, denominator = self.numerator, self.denominator
-        # The number of rows is not asserted: a shard of the groups has fewer.
+        # Do not assert the number of rows: a shard of the groups has fewer.
         return numerator.view(-1, m + 1), denominator.view(-1, n) if n > 0 else denominator.view(self.num_groups, 0)
 
     def initial_coefficients(self) -> tuple[Tensor, Tensor]:
-        """The coefficients of `init`, whatever was learned or loaded since: as `coefficients`, float64, on the CPU."""
+        """Return the coefficients of `init`, not the learned or loaded ones: shaped as `coefficients`, float64, CPU."""
         numerator, denominator = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in self._initial)
         return numerator, denominator
 
@@ -111,22 +111,22 @@ class GroupRational(nn.Module):
             assign_(parameter, rows.flatten())
 
     def init_weights(self) -> None:
-        """The same as `reset_parameters`, under the name that timm calls."""
+        """Alias of `reset_parameters`, the name that timm calls."""
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """F(x)."""
+        """Compute F(x)."""
         if torch.jit.is_scripting():
             numerator, denominator = self.coefficients()
             return torch.ops.grkan.group_rational(x, numerator, denominator, self.form, self.channel_dim)
-        else:  # without which TorchScript would compile this, too
+        else:  # without the else TorchScript would compile this, too
             numerator, denominator = self.vectors_for(x)
             return group_rational_of_vectors(
                 x, numerator, denominator, self.order, self.form, self.channel_dim, self.group_width()
             )
 
     def vectors_for(self, x: Any) -> tuple[Tensor, Tensor]:
-        """The parameters; for a plain tensor that meets DTensors of them, this rank's own groups."""
+        """Return the parameters; if they are DTensors and x is a plain tensor, return this rank's own groups."""
         if not self.groups_are_local or not isinstance(x, Tensor) or is_sharded(x):
             return self.numerator, self.denominator
         from torch.distributed.tensor import Partial
@@ -134,22 +134,22 @@ class GroupRational(nn.Module):
         local = []
         for parameter in (self.numerator, self.denominator):
             sharded: Any = parameter
-            # A numerator that the ranks share gets its gradient from all of them.
+            # A numerator that all ranks share sums its gradient over them.
             whole = all(placement.is_replicate() for placement in sharded.placements)
             local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
         numerator, denominator = local
         return numerator, denominator
 
     def group_width(self) -> int | None:
-        """The channels of a group as the coefficients have them, where the width is known."""
+        """Return the number of channels of a group, or None if it is unknown."""
         if self.width is None:
             return None
-        if self.share_numerator and self.order[1] == 0:  # one group serves all
+        if self.share_numerator and self.order[1] == 0:  # there is one group for all channels
             return None if self.groups_are_local else self.width
         return self.width // self.num_groups
 
     def to_function(self, group: int) -> Callable[[Any], Any]:
-        """One group's F as it is now, as a plain function in float64: a float gives a float, a numpy array an array.
+        """Return one group's current F as a plain function in float64: a float gives a float, a numpy array an array.
 
         Raises:
             TypeError: group is no int.
@@ -172,7 +172,7 @@ class GroupRational(nn.Module):
         return function
 
     def extra_repr(self) -> str:
-        """The arguments that say what the module computes."""
+        """Return the arguments that define what the module computes."""
         text = f"num_groups={self.num_groups}, order={self.order}, init={self.init_name}, form={self.form}"
         if self.share_numerator:
             text += ", share_numerator=True"
@@ -181,19 +181,19 @@ class GroupRational(nn.Module):
         return text
 
     def get_extra_state(self) -> Tensor:
-        """What the coefficients of a state dict mean: form, groups and order, as text in a uint8 tensor.
+        """Return what the coefficients of a state dict mean: form, groups and order, as text in a uint8 tensor.
 
-        A tensor, because that is what savers, averages and sharders can handle; made anew, and no buffer, because
-        `to_empty` leaves garbage in those. It is where the coefficients are.
+        It is a tensor because savers, averages and sharders can handle tensors. It is made anew, not a buffer, because
+        `to_empty` leaves buffers uninitialised. It is on the device of the coefficients.
         """
         text = self._meaning().ljust(_EXTRA_STATE_BYTES).encode()
         return torch.tensor(list(text), dtype=torch.uint8, device=self.numerator.device)
 
     def set_extra_state(self, state: Any) -> None:
-        """Raise if a state dict is of another form, of other groups or of another order.
+        """Check that a state dict has the form, groups and order of this module.
 
         Raises:
-            ValueError: it is.
+            ValueError: the state dict has others.
         """
         if problem := self._contradiction(state):
             raise GrkanValueError(problem)
@@ -205,7 +205,7 @@ class GroupRational(nn.Module):
         if isinstance(state, Tensor) and state.is_meta:
             return None
         try:
-            # Whoever casts a state dict casts this, too; half types hold every byte exactly.
+            # Casting a state dict also casts this; half types hold every byte exactly.
             said = bytes(map(int, state.tolist())).decode().rstrip()
         except (AttributeError, TypeError, ValueError):
             return f"the extra state of a rational function must be a uint8 tensor of grkan's; got {state!r}"
@@ -223,7 +223,7 @@ class GroupRational(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Refuse what means another function; take the released names, too: weight_numerator and weight_denominator."""
+        """Refuse coefficients of another function; also accept the released weight_numerator and weight_denominator."""
         extra = f"{prefix}_extra_state"
         released = {name: state_dict.pop(f"{prefix}weight_{name}", None) for name in _COEFFICIENTS}
         given = {prefix + name for name in _COEFFICIENTS} & state_dict.keys()
@@ -249,7 +249,7 @@ class GroupRational(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if extra in missing_keys and not given:  # released weights, and a model from before its conversion, have none
+        if extra in missing_keys and not given:  # released weights, and models before their conversion, have none
             missing_keys.remove(extra)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupRational":
@@ -264,7 +264,7 @@ class GroupRational(nn.Module):
 def _initial_coefficients(
     init: Any, order: tuple[int, int], form: str, numerator_rows: int, denominator_rows: int
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """The rows of numerator and denominator that `init` stands for."""
+    """Return the rows of numerator and denominator that `init` specifies."""
     m, n = order
     if isinstance(init, str):
         table.canonical_name(init, "init")
@@ -293,7 +293,7 @@ def _fit(init: Any, order: tuple[int, int], form: str) -> tuple[Any, Any]:
 
     try:
         found = fit(init, order, form=form)
-    except (TypeError, ValueError) as error:  # which calls it the target
+    except (TypeError, ValueError) as error:  # whose message says "target", not "init"
         kind = GrkanTypeError if isinstance(error, TypeError) else GrkanValueError
         raise kind(f"init must be a function that can be fitted: {error}") from error
     return found.numerator, found.denominator

@@ -1,4 +1,4 @@
-"""What others put around a model: parallelism, compilation, averages of the weights."""
+"""Wrappers that other libraries put around a model: parallelism, compilation, averages of the weights."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 from ..errors import GrkanValueError
 from .init import is_sharded
 
-# The class of a wrapper -> the attribute that is the model. By names, so that none of their libraries is imported.
+# The class of a wrapper -> the attribute that holds the model. Names, so that none of their libraries is imported.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -18,21 +18,21 @@ _WRAPPERS = {
     "ModelEmaV3": "module",
 }
 
-# Nothing in these wrappers depends on the parameters that were there when they were made.
+# These wrappers do not depend on the parameters that the model had when it was wrapped.
 _OPEN = ("OptimizedModule", "DataParallel")
 
 _NAMES_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of any number of wrappers."""
+    """Return the model inside any number of wrappers."""
     while (kind := _kind(model)) is not None:
         model = getattr(model, _WRAPPERS[kind])
     return model
 
 
 def unwrap_to_change(model: nn.Module) -> nn.Module:
-    """The model inside, for a change of its parameters.
+    """Return the model inside any number of wrappers, in order to change its parameters.
 
     Raises:
         ValueError: a wrapper, or FSDP2, keeps a list of the parameters.
@@ -57,7 +57,7 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or a parameter without those of wrappers around its parts (compiled, checkpointed)."""
+    """Remove from the name of a module or parameter those of wrappers around its parts (compiled, checkpointed)."""
     return ".".join(part for part in name.split(".") if part not in _NAMES_OF_WRAPPERS)
 
 
