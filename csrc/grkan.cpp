@@ -6,7 +6,7 @@
 
 namespace {
 
-// The interface's threads in the words of rational.h.
+// Adapts the interface's threads to rational.h.
 struct Pool {
   GrkanParallelFor parallel_for;
 

@@ -1,9 +1,9 @@
-// The door for ONNX Runtime: its name for the function is a node `GroupRational` of the domain "grkan", with an attribute
-// `form`, "abs_of_sum" or "sum_of_abs", an attribute `channel_dim`, and the inputs x, of float32 or float16, numerator and
-// denominator, of float32. The function `grkan.onnx_library` says how it is registered.
+// The operator for ONNX Runtime: the node `GroupRational` of the domain "grkan", with an attribute `form`, "abs_of_sum" or
+// "sum_of_abs", an attribute `channel_dim`, and the inputs x, of float32 or float16, and numerator and denominator, of
+// float32. The function `grkan.onnx_library` says how to register it.
 //
-// ONNX Runtime hands a table of functions to a library of operators, and promises that what stands at a position stays
-// there in every later version. What is used of it is declared here; tests/export/test_library.py tries it.
+// ONNX Runtime hands a table of functions to a library of operators, and promises that each function keeps its position in
+// every later version. This file declares the functions that it uses; tests/export/test_library.py tests them.
 
 #include <algorithm>
 #include <cstring>
@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr uint32_t kVersion = 18;  // of ONNX Runtime 1.18: the oldest whose table and struct below have all that is used
+constexpr uint32_t kVersion = 18;  // ONNX Runtime 1.18, the oldest with all the functions and fields used below
 
 struct Status;   // of a call: nullptr if it succeeded
 struct Options;  // of a session
@@ -28,7 +28,7 @@ struct Value;  // a tensor
 struct Shape;  // its type and shape
 
 struct Api {
-  void* functions[275];  // as many as are looked at
+  void* functions[275];  // up to the last one used
 };
 
 struct ApiBase {
@@ -65,7 +65,7 @@ typedef Function<Status*(const Context*, void (*)(void* data, size_t index), siz
 constexpr int kFail = 1, kInvalidArgument = 2;  // codes of a status
 constexpr int kFloat = 1, kFloat16 = 10;        // types of tensors
 
-// What ONNX Runtime asks about an operator.
+// What ONNX Runtime needs to know about an operator.
 struct Operator {
   uint32_t version;
   void* (*create_kernel)(const Operator*, const Api*, const Info*);  // replaced by create_kernel_2
@@ -89,14 +89,14 @@ struct Operator {
   Status* (*infer_output_shape)(const Operator*, ShapeContext*);
   int (*first_version)(const Operator*);
   int (*last_version)(const Operator*);
-  // Of buffers that may be shared, which none here may: F reads x once more where a vector held a large one.
+  // About buffers that may be shared. None may here: F reads x again where a vector held a large x.
   size_t (*may_inplace)(int**, int**);
   void (*release_may_inplace)(int*, int*);
   size_t (*aliases)(int**, int**);
   void (*release_aliases)(int*, int*);
 };
 
-// Its beginning is what ONNX Runtime sees.
+// ONNX Runtime sees only its beginning.
 struct GroupRational : Operator {
   const Api* api;
   int type;  // of x and y
@@ -153,7 +153,7 @@ struct Tensor {
   }
 };
 
-// ONNX Runtime's threads in the words of rational.h.
+// Adapts ONNX Runtime's threads to rational.h.
 struct Pool {
   const Api* api;
   const Context* context;
@@ -186,7 +186,7 @@ struct Kernel {
     check(GetString::call(api, info, "form", nullptr, &size));
     std::string form(size, '\0');
     check(GetString::call(api, info, "form", form.data(), &size));
-    form.resize(std::strlen(form.c_str()));  // the size counts the zero behind it
+    form.resize(std::strlen(form.c_str()));  // the size includes the final zero
     require(
         api, form == "abs_of_sum" || form == "sum_of_abs",
         "grkan: form must be \"abs_of_sum\" or \"sum_of_abs\"; got \"" + form + "\"");
@@ -225,7 +225,7 @@ struct Kernel {
 
 GroupRational describe(const Api* api, int type) {
   const auto one = [](const Operator*) { return 1; };
-  const auto zero = [](const Operator*, size_t) { return 0; };  // required, and in the memory of the CPU
+  const auto zero = [](const Operator*, size_t) { return 0; };  // 0: required, and in the memory of the CPU
   GroupRational it = {};
   it.api = api;
   it.type = type;
@@ -249,7 +249,7 @@ GroupRational describe(const Api* api, int type) {
     const Kernel* self = static_cast<Kernel*>(kernel);
     return guarded(self->api, [&] { self->compute(context); });
   };
-  // Without it ONNX Runtime would not know the shape behind a node, and would fuse less there.
+  // Without it ONNX Runtime would not know the output shape of a node, and would fuse less after it.
   it.infer_output_shape = [](const Operator* self, ShapeContext* context) {
     const Api* api = static_cast<const GroupRational*>(self)->api;
     return guarded(api, [&] {
@@ -262,7 +262,7 @@ GroupRational describe(const Api* api, int type) {
   return it;
 }
 
-// What a session needs for as long as it lives. Nobody tells when that ends, so it stays.
+// What a session needs for its whole life. The library is not told when a session ends, so this is never freed.
 struct Registration {
   GroupRational operators[2];
   Domain* domain;
@@ -270,7 +270,7 @@ struct Registration {
 
 }  // namespace
 
-// The name that ONNX Runtime looks for.
+// ONNX Runtime looks for a function of this name.
 GRKAN_EXPORT Status* RegisterCustomOps(Options* options, const ApiBase* base) {
   const Api* api = base->get(kVersion);
   if (api == nullptr) {

@@ -1,5 +1,5 @@
-// F and its gradients: the work is cut into tiles, the vector code does it on the threads of whoever calls, and what it
-// leaves is mended.
+// F and its gradients: the work is cut into tiles, the vector code does it on the caller's threads, and scalars that it
+// cannot handle are then computed one by one.
 
 #include "rational.h"
 
@@ -21,7 +21,7 @@
 namespace grkan {
 namespace {
 
-// The scalars of a tile: enough for its own cost to vanish, few enough for its data to stay in a core's cache.
+// The scalars of a tile: enough to make its overhead negligible, few enough for its data to stay in a core's cache.
 constexpr int64_t kTile = 32768;
 
 const Kernels& kernels() {
@@ -41,7 +41,7 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-// What the caller is told.
+// An error that is reported to the caller.
 struct Mistake {
   const char* text;
 };
@@ -56,14 +56,14 @@ struct Aligned {
   T* data;
 };
 
-// The coefficients of every group, in float64; a row that is shared is repeated.
+// The coefficients of every group, in float64; a shared row is repeated.
 struct Coefficients {
   int64_t groups;
   int m, n;
   bool absolute;
   std::vector<double> a, b;
 
-  // Of a group that is not there is nothing to be right about.
+  // The results of a group whose coefficients are not finite need not be accurate.
   bool are_finite(int64_t group) const { return are_finite(a, m + 1, group) && are_finite(b, n, group); }
   bool denominator_is_finite(int64_t group) const { return are_finite(b, n, group); }
 
@@ -109,7 +109,7 @@ struct Scalar {
     return p;
   }
 
-  // A, and its derivative with respect to |x| or x
+  // Computes A, and its derivative with respect to |x| or x.
   void inner(double t, double& value, double& slope) const {
     value = slope = 0;
     for (int j = n; j >= 1; --j) {
@@ -120,7 +120,7 @@ struct Scalar {
     value *= t;
   }
 
-  // The slope of F at an infinite x if it grows there, or its limit.
+  // Computes the slope of F at an infinite x if F grows there, or else its limit.
   bool grows(double x, double& limit, double& slope) const {
     int i = m, j = n;
     while (i > 0 && a[i] == 0) --i;
@@ -143,13 +143,13 @@ struct Scalar {
     return numerator(x) / (1.0 + std::fabs(inside));
   }
 
-  // dx; adds to the m + 1 + n sums for da and db, for which b stands for |b| in the form sum_of_abs
+  // Returns dx, and adds to the m + 1 + n sums for da and db; in the form sum_of_abs b stands for |b| there.
   double gradient(double g, double x, double* sums) const {
     if (std::isinf(x)) {
       double limit, slope;
       return grows(x, limit, slope) ? slope * g : 0.0;
     }
-    if (std::isnan(g)) {  // a training that has diverged is not to be slow as well
+    if (std::isnan(g)) {  // a shortcut, so that a diverged training is not slow as well
       std::fill_n(sums, m + 1 + n, g);
       return g;
     }
@@ -169,7 +169,7 @@ struct Scalar {
   }
 };
 
-// Conversions of single scalars, for what the vector code leaves.
+// Conversions of single scalars, for those that the vector code leaves out.
 
 float to_float(uint32_t bits) {
   float value;
@@ -213,7 +213,7 @@ struct Float16 : Native<uint16_t> {
     int exponent;
     std::frexp(x, &exponent);  // x < 2^exponent
     const int unit = std::max(exponent, -13) - 11;
-    // A carry out of the fraction is the next exponent.
+    // A carry out of the fraction gives the next exponent, as it should.
     return sign | static_cast<uint16_t>(((unit + 24) << 10) + std::nearbyint(std::ldexp(x, -unit)));
   }
 };
@@ -225,8 +225,8 @@ struct Float64 : Native<double> {
   typedef double Arithmetic;
 };
 
-// The largest |x| for which nothing overflows or underflows in S that matters to F and, if asked for, to its derivatives;
-// less than 0 where that cannot be said of any x.
+// Returns the largest |x| up to which no overflow or underflow in S affects F or, if wanted, its derivatives; less than 0 if
+// there is no such x.
 template <class S>
 S limit_of(const Coefficients& c, bool derivatives) {
   typedef std::numeric_limits<S> Limits;
@@ -253,7 +253,7 @@ S limit_of(const Coefficients& c, bool derivatives) {
     const double p = bound.numerator(x);
     return p <= power_of_2(most_p) && 1 + inside <= power_of_2(most_q) && derivative + p * slope <= power_of_2(most_slope);
   };
-  // Where |x| < 1, F may be the one that underflows, but not what is multiplied by it then.
+  // For |x| < 1, F itself may underflow, but not the factors that multiply it.
   constexpr int highest = Limits::max_exponent - 2;
   if (least < power_of_2(Limits::min_exponent + Limits::digits) || !fits(1, Limits::digits, Limits::digits, highest)) return -1;
   int low = 0, high = Limits::max_exponent - 1;
@@ -266,8 +266,8 @@ S limit_of(const Coefficients& c, bool derivatives) {
   return static_cast<S>(power_of_2(low));
 }
 
-// The smallest |x| for which A, which has a sign for every x, has one in S, too: b_j x^(j-1) must not underflow, where b_j
-// is the first that is not 0. The derivatives need that sign. Subnormal x do not count.
+// Returns the smallest |x| for which A keeps its sign in S: b_j x^(j-1) must not underflow, where b_j is the first that is
+// not 0. The derivatives need that sign. Subnormal x do not count.
 template <class S>
 S smallest_of(const Coefficients& c) {
   typedef std::numeric_limits<S> Limits;
@@ -290,7 +290,7 @@ Storage storage_of(int64_t type) {
   }
 }
 
-// A plan with what it points to, and the tiles.
+// A plan with the data that it points to, and the tiles.
 template <class S>
 struct Work {
   Storage storage;
@@ -299,8 +299,8 @@ struct Work {
   int lanes, unit, sums;
   Plan<S> plan;
   std::vector<Run> runs;
-  std::vector<int64_t> groups_of_lanes;  // for each entry, those of its lanes
-  std::vector<bool> mixed;               // for each entry, whether they differ
+  std::vector<int64_t> groups_of_lanes;  // for each entry, the groups of its lanes
+  std::vector<bool> mixed;               // for each entry, whether its groups differ
   std::vector<Tile> tiles;
   std::unique_ptr<Aligned<S>> table;
 
@@ -309,7 +309,7 @@ struct Work {
     groups = coefficients.groups;
     const int m = coefficients.m, n = coefficients.n;
     lanes = sizeof(S) == 8 ? kernels().lanes_double : kernels().lanes_float;
-    // The scalars of a pair have to be of one group.
+    // Both scalars of a pair must belong to one group.
     if (storage == Storage::bfloat16 && width % 2 == 0) storage = Storage::bfloat16_pairs;
     unit = storage == Storage::bfloat16_pairs ? 2 * lanes : lanes;
     sums = m + 1 + n;
@@ -321,7 +321,7 @@ struct Work {
     make_tiles();
   }
 
-  // Whether the vector code was right about x.
+  // Whether the vector code is right for x.
   bool is_done(double x) const { return is_inside(std::fabs(x), plan); }
 
   int64_t entries() const { return static_cast<int64_t>(mixed.size()); }
@@ -329,12 +329,12 @@ struct Work {
  private:
   void make_runs() {
     const int64_t size = groups * width;
-    int64_t last_group = -1;  // that of the last entry, if it has one
+    int64_t last_group = -1;  // the group of the last entry, if it has only one
     for (int64_t at = 0; at < size;) {
       const int64_t group = at / width, end = (group + 1) * width;
       int64_t units = (end - at) / unit, tail = 0;
       const bool shared = units == 0 && end < size;
-      if (shared) {  // a unit that begins in this group and ends in another one
+      if (shared) {  // the unit begins in this group and ends in another
         units = at + unit <= size;
         tail = units ? 0 : size - at;
       } else if (end == size) {
@@ -365,11 +365,11 @@ struct Work {
 
   void make_table(bool derivatives) {
     const int m = coefficients.m, n = coefficients.n, columns = sums + (derivatives ? m + n : 0);
-    std::vector<S> rows(groups * columns);  // what an entry holds, for each group
+    std::vector<S> rows(groups * columns);  // the content of an entry, for each group
     for (int64_t g = 0; g < groups; ++g) {
       S* to = &rows[g * columns];
       auto put = [&](double c, int factor) {
-        // One NaN stands for all, see `round_to_bfloat16`; + 0.0 makes a zero +0, whose sign A takes on.
+        // Replace any NaN by one fixed NaN, see `round_to_bfloat16`; + 0.0 makes a zero +0, whose sign A takes on.
         *to++ = static_cast<S>(c == c ? factor * c + 0.0 : std::numeric_limits<double>::quiet_NaN());
       };
       const Scalar scalar(coefficients, g);
@@ -392,17 +392,17 @@ struct Work {
     }
   }
 
-  // By the shape alone, so that sums over tiles do not depend on the number of threads.
+  // Makes tiles from the shape alone, so that sums over tiles do not depend on the number of threads.
   void make_tiles() {
     const int64_t size = plan.row_size, rows = plan.rows, count = static_cast<int64_t>(runs.size());
-    // No entry may have more vectors in a tile than can be summed in S.
+    // No entry may have more vectors in a tile than may be summed in S.
     const int64_t most = kVectorsTogether * kSumsOfThem;
     int64_t vectors = 0;  // of a row, for the entry that has the most
     for (int64_t k = 0, of_entry = 0; k < count; ++k) {
       of_entry = (k > 0 && runs[k].entry == runs[k - 1].entry ? of_entry : 0) + vectors_of(runs[k]);
       vectors = std::max(vectors, of_entry);
     }
-    // With many groups there must be much to sum for each.
+    // With many groups a tile must be larger, so that there is enough to sum for each.
     const int64_t target = std::max(kTile, 4 * groups * sums);
     if (size <= target && vectors <= most) {
       int64_t number = std::max((rows * size + target - 1) / target, (rows * vectors + most - 1) / most);
@@ -421,7 +421,7 @@ struct Work {
   int64_t vectors_of(const Run& run) const { return (run.units + (run.tail > 0)) * (unit / lanes); }
 };
 
-// f(index, group) for every scalar of a tile.
+// Calls f(index, group) for every scalar of a tile.
 template <class S, class F>
 void for_each_scalar(const Work<S>& work, const Tile& tile, const F& f) {
   const Run &first = work.runs[tile.first_run], &last = work.runs[tile.last_run - 1];
@@ -439,8 +439,8 @@ double fold(const S* values) {
   return sums[0];
 }
 
-// Adds the vectors of sums of a tile's entries, which follow one another, to the sums of their groups, always in the same
-// order; false if a sum is not finite though the coefficients of its group are.
+// Adds the sums of a tile's entries, which lie one after the other, to the sums of their groups, always in the same order.
+// Returns false if a sum is not finite although the coefficients of its group are.
 template <class S>
 bool fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vectors, double* to) {
   const double unscale = work.coefficients.n > 0 ? std::ldexp(1.0, -scale<S>) : 1.0;
@@ -469,14 +469,14 @@ bool fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vec
   return true;
 }
 
-// f(from, to) for pieces of [0, count).
+// Calls f(from, to) for pieces that together are [0, count).
 template <class F>
 void parallel_for(const Threads& threads, int64_t count, const F& f) {
   struct Data {
     const F& f;
     std::atomic<bool> failed;
   } data{f, false};
-  // What the threads belong to need not know C++'s exceptions.
+  // The library that owns the threads may not handle C++ exceptions.
   auto body = [](int64_t from, int64_t to, void* data_) {
     Data& data = *static_cast<Data*>(data_);
     try {
@@ -507,7 +507,7 @@ void run_forward(const Work<typename T::Arithmetic>& work, const Threads& thread
   });
 }
 
-// The sums of every group, [groups, m + 1 + n].
+// Runs the backward, and returns the sums of every group, [groups, m + 1 + n].
 template <class T>
 std::vector<double> run_backward(
     const Work<typename T::Arithmetic>& work, const Threads& threads, const void* grad_, const void* x_, void* dx_,
@@ -551,7 +551,7 @@ std::vector<double> run_backward(
   std::vector<double> total(all, 0.0);
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t i = 0; i < all; ++i) total[i] += partial.data[t * all + i];
-  for (int64_t g = 0; g < work.groups; ++g)  // for the vector code takes 1 / Q for a normal number
+  for (int64_t g = 0; g < work.groups; ++g)  // because the vector code assumes that 1 / Q is a normal number
     if (!work.coefficients.denominator_is_finite(g))
       std::fill_n(&total[g * work.sums], work.sums, std::numeric_limits<double>::quiet_NaN());
   return total;
@@ -561,7 +561,7 @@ void require(bool condition, const char* text) {
   if (!condition) throw Mistake{text};
 }
 
-// What sizes can tell: this keeps a mistaken call from reading what is not there.
+// Checks types and sizes, so that a wrong call does not read memory beyond its arguments.
 void check(const Call& call) {
   const auto& [type, scalars, width, absolute, a, b] = call;
   require(type >= kGrkanFloat32 && type <= kGrkanBFloat16, "x must be float16, bfloat16, float32 or float64");
@@ -578,7 +578,7 @@ void check(const Call& call) {
   require(a.data && (b.data || b.columns == 0), "there is no memory at an address of coefficients");
 }
 
-// Of tensors like x.
+// Checks the addresses of tensors like x.
 void check_memory(const Call& call, std::initializer_list<const void*> addresses) {
   for (const void* address : addresses) require(address || call.scalars == 0, "there is no memory at an address");
 }
@@ -593,7 +593,7 @@ void with_type(int64_t type, const F& f) {
   }
 }
 
-// Columns of the sums, from `first` on, as the gradient of coefficients; a row that is shared gets the sums of all groups.
+// Writes columns of the sums, from `first` on, as the gradient of coefficients; a shared row gets the sum over all groups.
 template <class C>
 void gather(const std::vector<double>& sums, int64_t columns, int64_t first, const Matrix& like, bool absolute, void* to) {
   const int64_t groups = static_cast<int64_t>(sums.size()) / columns;

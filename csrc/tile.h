@@ -1,13 +1,13 @@
-// The vector code: F and its gradients on one tile. Compiled once for each instruction set, by files that define
+// The vector code: F and its gradients on one tile. It is compiled once for each instruction set, by files that define
 //
 //     GRKAN_ISA     a namespace
 //     GRKAN_BYTES   the size of a vector: 16, 32 or 64
 //     GRKAN_FMA     if there are fused multiply-adds: GRKAN_FMA_FLOAT and GRKAN_FMA_DOUBLE of three vectors. Other products
-//                   and sums contract to them by -ffp-contract=fast, for their speed alone
+//                   and sums contract to them by -ffp-contract=fast, only for speed
 //     GRKAN_F16C    if there are GRKAN_WIDEN_F16 and GRKAN_NARROW_F16
 //
-// and may turn instructions on, after they have included the headers of the standard library: what those define inline must
-// not be compiled for instructions that the machine may lack. So nothing of the standard library is used below.
+// and that may turn on instructions after including the headers of the standard library. Inline functions of those headers
+// must not be compiled for instructions that the machine may lack, so nothing of the standard library is used below.
 //
 // Vectors are those of GCC and Clang, with element-wise operators.
 
@@ -16,7 +16,7 @@ namespace GRKAN_ISA {
 
 #define GRKAN_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
-#define GRKAN_UNROLL  // it does so anyway
+#define GRKAN_UNROLL  // Clang unrolls anyway
 #else
 #define GRKAN_UNROLL _Pragma("GCC unroll 16")
 #endif
@@ -46,21 +46,21 @@ typedef float Floats __attribute__((vector_size(GRKAN_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(GRKAN_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(GRKAN_BYTES / 2)));
 
-// Types of 16 bits. float32 and float64 are stored as they are computed with.
+// Types of 16 bits. float32 and float64 are stored in the type that they are computed in.
 struct float16 {
   uint16_t bits;
 };
 struct bfloat16 {
   uint16_t bits;
 };
-// bfloat16 read as words of 32 bits, each of which holds two: one vector of the even scalars and one of the odd ones take
-// two operations, where widening them side by side takes twice as many, and narrowing three times.
+// bfloat16 read as words of 32 bits that hold two each. One vector of the even scalars and one of the odd ones take two
+// operations; widening them side by side takes twice as many, and narrowing three times as many.
 struct bfloat16_pairs {
   uint16_t bits;
 };
 
-// Rounds to the nearest, ties to even; the result is in the upper halves. A NaN has zeros in its lower half and so stays
-// one: it was read from 16 bits, computed, or comes from the coefficients, where `make_table` sees to that.
+// Rounds to the nearest, ties to even; the result is in the upper halves. A NaN stays one, because its lower half is zero: it
+// was read from 16 bits, was computed, or comes from the coefficients, for which `make_table` ensures that.
 GRKAN_INLINE Words round_to_bfloat16(Floats x) { return (Words)x + 0x7fff + (((Words)x >> 16) & 1); }
 
 GRKAN_INLINE Floats widen(Halves h, bfloat16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
@@ -70,10 +70,10 @@ GRKAN_INLINE Halves narrow(Floats x, bfloat16) { return __builtin_convertvector(
 GRKAN_INLINE Floats widen(Halves h, float16) { return GRKAN_WIDEN_F16(h); }
 GRKAN_INLINE Halves narrow(Floats x, float16) { return GRKAN_NARROW_F16(x); }
 #else
-// By arithmetic on the bits, as few machines without these instructions matter.
+// Conversions by arithmetic on the bits, as few machines of interest lack these instructions.
 GRKAN_INLINE Floats widen(Halves h, float16) {
   Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000) << 16, rest = w & 0x7fff;
-  // Shifted into place the exponent is off by 112: multiplying by 2^112 mends normal and subnormal numbers alike.
+  // After the shift the exponent is too small by 112: multiplying by 2^112 corrects normal and subnormal numbers alike.
   Floats scaled = (Floats)(rest << 13) * 0x1p112f;
   Words special = (Words)(rest >= 0x7c00);
   return (Floats)(sign | (special & (0x7f800000 | (rest << 13))) | (~special & (Words)scaled));
@@ -81,11 +81,11 @@ GRKAN_INLINE Floats widen(Halves h, float16) {
 
 GRKAN_INLINE Halves narrow(Floats x, float16) {
   Words bits = (Words)x, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-  // Normal numbers: round to the nearest, ties to even, and move the exponent by 112; what carries beyond is infinity.
+  // Normal numbers: round to the nearest, ties to even, and move the exponent by 112; what is too large becomes infinity.
   Words normal = (rest + 0xfff + ((rest >> 13) & 1) - (112u << 23)) >> 13;
   Words overflows = (Words)(rest >= 0x477ff000);
   normal = (overflows & 0x7c00) | (~overflows & normal);
-  // Subnormal ones: adding 0.5 rounds to units of 2^-24, which are then the last bits.
+  // Subnormal numbers: adding 0.5 rounds to units of 2^-24, which are then the last bits.
   Words subnormal = (Words)((Floats)rest + 0.5f) - 0x3f000000;
   Words small = (Words)(rest < 0x38800000);
   Words half = (small & subnormal) | (~small & normal);
@@ -106,7 +106,7 @@ struct ArithmeticOf<double> {
 template <class T>
 using Arithmetic = typename ArithmeticOf<T>::type;
 
-// A unit is what is read and written at once: one vector, or a pair.
+// A unit is read and written at once: one vector, or a pair.
 template <class T>
 constexpr int vectors = __is_same(T, bfloat16_pairs) ? 2 : 1;
 template <class T>
@@ -141,17 +141,17 @@ GRKAN_INLINE void store(T* p, const Real<Arithmetic<T>>* x) {
   }
 }
 
-// How far ahead of its work the backward fetches, in scalars. An address beyond the end does no harm.
+// How far ahead the backward prefetches, in scalars. An address beyond the end does no harm.
 template <class T>
 constexpr int64_t ahead = 2048 / sizeof(T);
 
-// What is left of a row behind its last whole unit goes through a buffer.
+// A buffer for the rest of a row after its last whole unit.
 template <class T>
 struct Partial {
   T values[unit<T>] = {};
 };
 
-// The orders that have code of their own, and any other.
+// Orders with code of their own, and any other order.
 
 template <int M, int N>
 struct Fixed {
@@ -169,7 +169,7 @@ GRKAN_INLINE Real<S> absolute(Real<S> x) {
   return (Real<S>)((Bits<S>)x & ~VectorOf<S>::sign);
 }
 
-// The sign bit of x, but that of +0 for both zeros.
+// Returns the sign bit of x, but that of +0 for both zeros.
 template <class S>
 GRKAN_INLINE Bits<S> sign_bit(Real<S> x) {
   return (Bits<S>)(x + S(0)) & VectorOf<S>::sign;
@@ -193,12 +193,12 @@ GRKAN_INLINE Real<float> fused(Real<float> x, Real<float> y, Real<float> z) { re
 GRKAN_INLINE Real<double> fused(Real<double> x, Real<double> y, Real<double> z) { return GRKAN_FMA_DOUBLE(x, y, z); }
 #endif
 
-// A(t), for n >= 1. A zero is +0, whose sign is +1 by convention, but what underflows keeps its sign.
+// Computes A(t), for n >= 1. A zero becomes +0, as sign(0) is +1 by convention, but a product that underflows keeps its sign.
 template <class S>
 GRKAN_INLINE Real<S> inner(const Real<S>* b, int n, Real<S> t) {
   Real<S> last = horner<S>(b, n - 1, t);
 #if defined(GRKAN_FMA)
-  return fused(last, t, Real<S>{});  // adding +0 to the product before it is rounded does just that
+  return fused(last, t, Real<S>{});  // adding +0 to the product before rounding does exactly that
 #else
   Bits<S> zero = (last == S(0)) | (t == S(0));
   Bits<S> sign = ((Bits<S>)last ^ (Bits<S>)t) & VectorOf<S>::sign & ~zero;
@@ -214,10 +214,10 @@ GRKAN_INLINE Real<S> value(Real<S> x, const Real<S>* c, const O& o) {
   return p / (S(1) + (Absolute ? a : absolute<S>(a)));
 }
 
-// dx; adds the terms of da and db to sums, and gives F in y.
+// Returns dx, adds the terms of da and db to sums, and stores F in y.
 //
-// With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = g ((P' + v A') / Q). Products in this order underflow
-// no sooner than their results, if u, and with it the sums, is multiplied by 2^scale; for n = 0 there is nothing to divide by.
+// With u = g / Q and v = -s F: da_i += u x^i, db_j += u x^j v, dx = g ((P' + v A') / Q). Products in this order underflow no
+// sooner than their results, if u, and so the sums, are multiplied by 2^scale; n = 0 needs no scale, as there is no division.
 template <class S, bool Absolute, class O>
 GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* sums, Real<S>& y, const O& o) {
   const Real<S>*a = c, *b = a + o.m + 1, *da = b + o.n, *db = da + o.m;
@@ -232,7 +232,7 @@ GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* s
     slope = horner<S>(db, o.n - 1, t);
     if (Absolute) {
       v = -y;
-      odd = flip<S>(v, sign_bit<S>(x));  // for the odd powers of |x|, of which the sums below have those of x
+      odd = flip<S>(v, sign_bit<S>(x));  // for odd powers: db needs powers of |x|, and the loop below has those of x
       slope = flip<S>(slope, sign_bit<S>(x));
     } else {
       v = odd = flip<S>(y, ~(Bits<S>)inside & VectorOf<S>::sign);
@@ -253,8 +253,8 @@ GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* s
   return g * (inverse * derivative);
 }
 
-// The largest |x| met, as its bits: integers order those of floats, with NaN above all. Too small a number counts as NaN;
-// only `Any` looks for such.
+// Keeps the largest |x| so far, as its bits: compared as integers, floats keep their order, with NaN above all. An x that is
+// too small counts as NaN; only `Any` looks for these.
 template <class S, class O>
 GRKAN_INLINE void widen_range(Bits<S>& largest, Real<S> x, const Plan<S>& plan) {
   Bits<S> bits = (Bits<S>)x & ~VectorOf<S>::sign;
@@ -273,12 +273,12 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
   return fits;
 }
 
-// Rows that are worked on together, so that the coefficients of a short run are fetched once for all of them. Not many,
-// for memory is fastest row after row.
+// The number of rows processed together, so that the coefficients of a short run are fetched once for all of them. It is
+// small, because memory is fastest row after row.
 GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
 
-// The same where sums stay in registers meanwhile: as many as a few kilobytes hold, but a quarter of what may be summed
-// at least, or there would be too many such sums to add up in S.
+// The same for the backward, where sums stay in registers meanwhile: as many rows as a few kilobytes hold, but at least a
+// quarter of what may be summed, or there would be too many such sums to add in S.
 template <class T>
 GRKAN_INLINE int64_t rows_summed_together(const Run& run, int64_t row_size) {
   const int64_t of_row = (run.units + (run.tail > 0)) * vectors<T>, near = 8192 / (row_size * int64_t(sizeof(T)));
@@ -308,7 +308,7 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
       const Run run = plan.runs[k];
       const Real<S>* c = reinterpret_cast<const Real<S>*>(plan.table) + run.entry * o.sums;
       Real<S> copy[16];
-      if constexpr (!__is_same(O, Any)) {  // a copy that no store can change stays in registers
+      if constexpr (!__is_same(O, Any)) {  // a copy stays in registers, as no store can change it
   GRKAN_UNROLL
         for (int i = 0; i < o.sums; ++i) copy[i] = c[i];
         c = copy;
@@ -372,8 +372,8 @@ static bool backward_order(
       for (int64_t row = first; row < last; ++row) {
         const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
         for (int64_t i = start; i < end; i += unit<T>) {
-          // Three streams, each of a few kilobytes a tile's row, are more than the processor foresees by itself. Types
-          // of 16 bits need half the memory's speed, and these instructions would cost them 3 % for nothing.
+          // The processor cannot prefetch three streams of a few kilobytes per row of a tile by itself. Types of 16 bits
+          // need only half the memory bandwidth, and these instructions would cost them 3 % for nothing.
           if constexpr (sizeof(T) > 2) {
             __builtin_prefetch(grad + i + ahead<T>);
             __builtin_prefetch(x + i + ahead<T>);
@@ -442,7 +442,7 @@ static bool backward_type(
   auto with_form = [&](auto skip, auto o) {
     return plan.absolute ? with_output(Yes(), skip, o) : with_output(No(), skip, o);
   };
-  if (skip) return with_form(Yes(), Any(plan.m, plan.n));  // rare: it needs no code for each order
+  if (skip) return with_form(Yes(), Any(plan.m, plan.n));  // too rare to need code for each order
   return with_order(plan, [&](auto o) { return with_form(No(), o); });
 }
 

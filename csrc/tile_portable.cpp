@@ -1,4 +1,4 @@
-// Vectors of 128 bits, which SSE2 and NEON have, and compilers make of anything else.
+// Vectors of 128 bits: SSE2 and NEON have them, and compilers emulate them elsewhere.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
