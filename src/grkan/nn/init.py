@@ -97,8 +97,8 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
     Args:
         layer: a linear layer, a convolution, or transformers' Conv1D.
         gain: alpha; "variance_preserving" draws from N(0, alpha / fan_in).
-        scheme: "variance_preserving"; or "trunc_normal", the standard deviation 0.02 whatever the gain, as in effect in
-            the released code.
+        scheme: "variance_preserving"; or "trunc_normal", the standard deviation 0.02 whatever the gain, which is the
+            effect of the released code's initialisation.
     """
     _draw(layer, gain, scheme)
     if layer.bias is not None:

@@ -134,7 +134,7 @@ class GroupRational(nn.Module):
         local = []
         for parameter in (self.numerator, self.denominator):
             sharded: Any = parameter
-            # A numerator that all ranks share sums its gradient over them.
+            # The gradient of a numerator that all ranks share is the sum over the ranks.
             whole = all(placement.is_replicate() for placement in sharded.placements)
             local.append(sharded.to_local(grad_placements=[Partial()] if whole else None))
         numerator, denominator = local

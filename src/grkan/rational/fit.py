@@ -20,8 +20,8 @@ error at order (5, 4) is 0.007 for GELU and 0.002 for SiLU. No order works on th
 same slope at both ends, up to the sign, so on one side it misses ReLU and its smooth relatives by half the distance or
 more. The best fit on the interval alone can be much worse outside, and even turn back. So, where the order allows it,
 a fit for the table must also stay within 1.5 (distance to the interval) (largest |f| on it) / (its length) of the
-target, up to one length of the interval beyond each end. A zero of A is a spike of F, so zeros of A are kept out 1.5
-times as far from zero as that.
+target, up to one length of the interval beyond each end. A zero of A is a spike of F, and must lie 1.5 times as far
+from zero.
 
 `python -m grkan.rational.fit` makes `coefficients.json` again.
 """
@@ -85,7 +85,7 @@ class RationalFit:
     @overload
     def __call__(self, x: ArrayLike) -> Array: ...
     def __call__(self, x: Any) -> Any:
-        """F(x)."""
+        """Evaluate F(x)."""
         values = np.asarray(x, dtype=np.float64)
         y = _evaluate(self.numerator, self.denominator, self.form, values)
         return float(y) if values.ndim == 0 else y
@@ -287,7 +287,7 @@ class _Problem:
         return _extrema(error, basis.low, basis.high, _narrow_places(p[basis.m + 1 :], basis.form))
 
     def is_sane(self, z: Array) -> bool:
-        """Whether F is close enough outside and has no spike there, which it has where A changes sign."""
+        """Whether F is close enough outside, and has no spike there: |A| falls to zero where A changes sign."""
         b = z[self.basis.m + 1 :]
         inner = [(self.basis.columns(factor * self.outside)[1] @ b).reshape(2, -1) for factor in _FAR]
         sides = np.hstack(inner)
@@ -580,7 +580,7 @@ def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array
 
 
 def _nonnegative(first: Array, second: Array, right: Array) -> Array:
-    """Minimise |first a + second b - right|^2 for b >= 0; projecting out the columns of a leaves a problem in b."""
+    """Minimise |first a + second b - right|^2 for b >= 0; projecting out `first` leaves a problem in b alone."""
     basis = np.linalg.qr(first)[0]
     b = np.zeros(second.shape[1])
     if second.shape[1]:
