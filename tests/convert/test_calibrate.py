@@ -147,6 +147,10 @@ def test_every_scale_is_the_same_problem(scale, order, bound):
         np.testing.assert_allclose(single[np.abs(coefficients) > 1e-37], coefficients[np.abs(coefficients) > 1e-37])
 
 
+def test_a_bend_that_is_narrow_among_large_inputs():
+    assert relative_error(fitted(nn.Tanh(), 60 * normal(256, 64)), 60 * normal(64, 64, seed=1).double().numpy()) < 0.02
+
+
 def test_what_float32_cannot_hold_is_said():
     network = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8))
     before = {name: parameter.clone() for name, parameter in network.state_dict().items()}

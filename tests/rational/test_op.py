@@ -686,6 +686,14 @@ def test_fx_sees_one_operation_for_each_function():
         torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("arguments", [{}, {"order": (3, 0)}, {"share_numerator": True, "form": "sum_of_abs"}], ids=str)
+def test_a_traced_graph_can_be_scripted(arguments):
+    layer, x = grkan.GRKAN(16, **arguments), torch.randn(5, 16)
+    scripted = torch.jit.script(torch.fx.symbolic_trace(layer))
+    assert torch.equal(scripted(x), layer(x))
+
+
 def test_torch_function_is_heard():
     class Heard(torch.Tensor):
         calls: ClassVar = []

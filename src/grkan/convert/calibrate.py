@@ -336,8 +336,11 @@ def _usual(x: Any, weights: Any) -> float:
 
 
 def _merged(x: Any, weights: Any, usual: float) -> tuple[Any, Any]:
-    """Merge inputs into cells 1/16 of |x| wide, or of `usual` where x is smaller, and return their means and masses."""
-    _, cell = np.unique(np.floor(16 * np.arcsinh(x / usual)), return_inverse=True)
+    """Merge inputs into cells 1/16 of |x| wide, or of a usual input where x is smaller; return their means and masses.
+
+    Where usual inputs are large, cells near zero are 1/16 wide, because many activations bend at the scale of 1.
+    """
+    _, cell = np.unique(np.floor(16 * np.arcsinh(x / min(usual, 1.0))), return_inverse=True)
     mass = np.bincount(cell, weights)
     return np.bincount(cell, weights * (x / usual)) / mass * usual, mass
 
@@ -403,7 +406,10 @@ def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
         for m in range(order[0], max(order[0] - 2, 0), -1):
             for found in local_fits(data.named, (m, order[1]), form, by, weights, (low, high)):
                 found = replace(found, numerator=np.pad(found.numerator, (0, order[0] - m)))
-                if _stays_near(found, target, low, high, far, slope):
+                # A spike between the points shows only in the largest error.
+                known = float(np.abs(found(points) - target(points)).max())
+                spiky = found.max_error > 2 * known + 1e-6 * slope * (high - low)
+                if not spiky and _stays_near(found, target, low, high, far, slope):
                     return found
     return found
 

@@ -206,7 +206,7 @@ _LINEAR_PROGRAM_ITERATIONS = 1000
 _NEARNESSES = (math.inf, 0.1, 0.01)
 
 # How much larger the sum of squares at another local minimum may be than at the best.
-_WORSE = 9.0
+_WORSE = 4.0
 
 # Points of a linear program; beyond them those with the smallest errors are left out.
 _MOST_POINTS = 600

@@ -976,12 +976,17 @@ def group_rational_of_vectors(
         order: (m, n).
         group_width: the channels that a group must have; None: any number.
     """
-    if has_torch_function_variadic(x, numerator, denominator):
-        tensors = x, numerator, denominator
-        return handle_torch_function(
-            group_rational_of_vectors, tensors, *tensors, order, form, channel_dim, group_width
-        )
-    return _group_rational(x, numerator, denominator, form, channel_dim, order, group_width)
+    if torch.jit.is_scripting():  # of a graph that torch.fx has traced
+        m, n = order
+        b = denominator.view(-1, n) if n > 0 else denominator.view(1, 0)
+        return torch.ops.grkan.group_rational(x, numerator.view(-1, m + 1), b, form, channel_dim)
+    else:  # without which TorchScript would compile this, too
+        if has_torch_function_variadic(x, numerator, denominator):
+            tensors = x, numerator, denominator
+            return handle_torch_function(
+                group_rational_of_vectors, tensors, *tensors, order, form, channel_dim, group_width
+            )
+        return _group_rational(x, numerator, denominator, form, channel_dim, order, group_width)
 
 
 def _group_rational(
