@@ -143,7 +143,7 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         try:
-            with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches all processes of a terminal; they inherit this
+            with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches the children too; they inherit this
                 waiting = {pool.submit(_train_and_end, config): folder for folder, config in configs.items()}
             with _handling(signal.SIGTERM, _stop):
                 while waiting:
