@@ -1,6 +1,6 @@
-"""Learned functions in numbers: what reaches them, what they compute, and how far they have moved.
+"""Inspect learned functions in numbers: their inputs, their values, and how far they have moved.
 
-`plot` draws these as pictures and `report` as a page.
+`plot` draws them as pictures, and `report` as a page.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,18 +16,18 @@ from .nn.modes import evaluating
 from .rational import reference
 
 POINTS = 401
-"""Points of a curve."""
+"""The number of points of a curve."""
 
 _DEFAULT_INTERVAL = (-4.0, 4.0)
-# A few inputs far out would squeeze everything else.
+# A few extreme inputs would squeeze the rest of the plot.
 _INTERVAL_QUANTILES = (0.001, 0.999)
-# Enough for a histogram; a layer of a large model sees a million scalars an image.
+# Enough for a histogram; a layer of a large model sees a million scalars per image.
 _MAX_SCALARS = 200_000
 _BINS = 60
 
 
 def rationals(model: nn.Module) -> dict[str, GroupRational]:
-    """The rational functions of a model by name, in the order in which they were made.
+    """Return the rational functions of a model by name, in module order.
 
     Raises:
         ValueError: the model has none.
@@ -39,14 +39,14 @@ def rationals(model: nn.Module) -> dict[str, GroupRational]:
 
 
 def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """What reaches every rational function when a model runs.
+    """Record the inputs of every rational function while a model runs.
 
     Args:
-        model: is run in eval mode and without gradients; its modes are restored.
-        batches: its inputs, on its device.
+        model: the model; it is run in eval mode without gradients, and its modes are restored.
+        batches: the inputs of the model, on its device.
 
     Returns:
-        By the name of the rational function, its inputs, (groups, scalars), float32: at most 200,000 of each batch.
+        The inputs of each rational function by its name: (groups, scalars), float32, at most 200,000 of each batch.
     """
     found: dict[str, list[Tensor]] = {}
     hooks = []
@@ -56,7 +56,7 @@ def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.n
             assert isinstance(module, GroupRational)
             x = inputs[0].detach().movedim(module.channel_dim, -1)
             x = x.unflatten(-1, (module.num_groups, -1)).movedim(-2, 0).flatten(1)
-            step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it meets all channels of the usual widths
+            step = -(-x.numel() // _MAX_SCALARS) | 1  # odd, so that it reaches all channels of the usual widths
             found.setdefault(name, []).append(x[:, ::step].float().cpu())
 
         hooks.append(module.register_forward_pre_hook(record))
@@ -71,7 +71,7 @@ def record_inputs(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, np.n
 
 
 def interval_of(inputs: np.ndarray | None) -> tuple[float, float]:
-    """Where to draw a function: the range of its finite inputs without the outermost; (-4, 4) if there are none."""
+    """Return the interval to draw a function on: its finite inputs without extremes; (-4, 4) if there are none."""
     finite = np.empty(0) if inputs is None else inputs[np.isfinite(inputs)]
     if not finite.size:
         return _DEFAULT_INTERVAL
@@ -81,7 +81,7 @@ def interval_of(inputs: np.ndarray | None) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class LearnedFunction:
-    """The function of one group: F as it is, and as it was before training."""
+    """The function of one group: the current F, and F before training."""
 
     layer: str
     group: int
@@ -91,21 +91,21 @@ class LearnedFunction:
     initial_numerator: list[float]
     initial_denominator: list[float]
     interval: tuple[float, float]
-    """That of the layer, so that its groups can be compared."""
+    """The interval of the layer, so that its groups can be compared."""
     counts: list[int] | None
-    """Inputs in equal bins of the interval; None if they are not known."""
+    """The number of inputs in equal bins of the interval; None if the inputs are not known."""
     moved: float
-    """The root mean square of F - F_initial over that of F_initial, over the inputs or else over the interval."""
+    """The root mean square of F - F_initial divided by that of F_initial, over the inputs or else over the interval."""
     slope: float
-    """The mean of F', over the inputs or else over the interval."""
+    """The mean of F' over the inputs, or else over the interval."""
 
 
 def learned_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = None) -> list[LearnedFunction]:
-    """All functions of a model, layer by layer and group by group.
+    """Return all functions of a model, layer by layer and group by group.
 
     Args:
-        model: with `GroupRational` modules.
-        inputs: what `record_inputs` returned.
+        model: a model with `GroupRational` modules.
+        inputs: the result of `record_inputs`.
 
     Raises:
         ValueError: the model has no rational functions.
@@ -147,20 +147,20 @@ def learned_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None 
 
 
 def _expanded(rows: Tensor, groups: int) -> Tensor:
-    """A row for each group, float64, on the CPU."""
+    """Return one row per group, in float64 on the CPU."""
     return rows.detach().to("cpu", torch.float64).expand(groups, -1)
 
 
 def count_confusions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> list[list[int]]:
-    """The confusion matrix of a classifier.
+    """Compute the confusion matrix of a classifier.
 
     Args:
-        model: gives logits, (N, classes); is run in eval mode and without gradients, and its modes are restored.
-        batches: its inputs and their labels, (N,), on its device.
-        classes: how many there are.
+        model: returns logits, (N, classes). It is run in eval mode without gradients, and its modes are restored.
+        batches: the inputs and their labels, (N,), on the model's device.
+        classes: the number of classes.
 
     Returns:
-        counts[i][j] inputs of class i have their largest logit for class j.
+        counts[i][j]: the number of inputs of class i whose largest logit is that of class j.
     """
     counts = torch.zeros(classes, classes, dtype=torch.long)
     with evaluating(model):

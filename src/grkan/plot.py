@@ -1,4 +1,4 @@
-"""Learned functions, training curves and fits as pictures. Every function returns a matplotlib Figure."""
+"""Plot learned functions, training curves and fits. Every plot function returns a matplotlib Figure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,19 +35,19 @@ __all__ = [
 
 _BINS = 80
 _NAMED, _NUMBERED = 60, 20
-"""Classes up to which a confusion matrix has their names, and the counts."""
-# Characters of a layer's name above a panel; of a longer one the end is shown.
+"""The most classes for which a confusion matrix shows their names, and the counts."""
+# The most characters of a layer's name above a panel; of a longer name the end is shown.
 _LONGEST_NAME = 44
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""Okabe and Ito's colours, which colour-blind readers can distinguish."""
 
 
 def plot_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None = None) -> Figure:
-    """Every learned function of a model, group by group, against the one that it started from.
+    """Plot every learned function of a model, group by group, with its initial function.
 
     Args:
-        model: with `GroupRational` modules; each gets a panel.
-        inputs: what `record_inputs` returned: each panel then covers the range of its inputs and shows their histogram.
+        model: a model with `GroupRational` modules; each gets a panel.
+        inputs: the result of `record_inputs`. Each panel then covers the range of its inputs and shows their histogram.
 
     Raises:
         ValueError: the model has no rational functions.
@@ -115,10 +115,10 @@ def _legend(figure: Figure, groups: int, histogram: bool) -> None:
 
 
 def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Loss and accuracy over the epochs, of one run or of several side by side.
+    """Plot loss and accuracy over the epochs, of one run or of several.
 
     Args:
-        runs: by the run's name, the lines of its metrics.jsonl.
+        runs: the lines of each run's metrics.jsonl, by the name of the run.
 
     Raises:
         ValueError: no run has finished an epoch.
@@ -168,10 +168,10 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def plot_scores(scores: Mapping[str, Sequence[float]]) -> Figure:
-    """The accuracies of runs: a dot for each seed and a line at their mean; names with "vit" have another colour.
+    """Plot the accuracies of runs: a dot per seed and a line at the mean; names with "vit" have another colour.
 
     Args:
-        scores: by the run's name, the accuracies in percent.
+        scores: the accuracies in percent, by the name of the run.
 
     Raises:
         ValueError: there are no scores.
@@ -199,13 +199,13 @@ def plot_fit(
     interval: tuple[float, float],
     name: str,
 ) -> Figure:
-    """A fit and its target, a little beyond the interval of the fit too, and its error.
+    """Plot a fit and its target, also a little beyond the interval of the fit, and the error.
 
     Args:
-        fit: the rational function, on numpy arrays; a `RationalFit` is one.
-        target: what it stands for, on numpy arrays.
-        interval: where it was fitted; shaded.
-        name: the target's, for the legend.
+        fit: the rational function on numpy arrays, such as a `RationalFit`.
+        target: the function that it approximates, on numpy arrays.
+        interval: the interval of the fit; it is shaded.
+        name: the name of the target in the legend.
     """
     low, high = interval
     margin = 0.15 * (high - low)
@@ -232,13 +232,13 @@ def plot_fit(
 
 
 def plot_conversion(report: Any, count: int = 6) -> Figure:
-    """The worst fits of a conversion: each function, its activation, what reaches it, and the error.
+    """Plot the worst fits of a conversion: each function, its activation, its inputs, and the error.
 
-    Where the inputs reach far beyond their usual size, their axis is logarithmic there.
+    If the inputs reach far beyond their usual size, their axis is logarithmic there.
 
     Args:
-        report: what `grkan.convert_` returned.
-        count: how many functions, those with the largest relative error.
+        report: the result of `grkan.convert_`.
+        count: the number of functions, those with the largest relative errors.
 
     Raises:
         ValueError: the report has no fits.
@@ -256,11 +256,11 @@ def plot_conversion(report: Any, count: int = 6) -> Figure:
 
 
 def plot_confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Which classes are taken for which: each row, a true class, in percent of its images.
+    """Plot a confusion matrix: each row, a true class, in percent of its images.
 
     Args:
-        matrix: [true class, predicted class], how many images.
-        classes: their names.
+        matrix: the number of images for [true class, predicted class].
+        classes: the names of the classes.
     """
     count = len(classes)
     percent = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -289,7 +289,7 @@ def _plot_group(axes: Sequence[Axes], fitted: Any, labelled: bool) -> None:
         ends = np.arcsinh(np.array([low, high]) / usual)
         x = np.sinh(np.linspace(ends[0] - margin, ends[1] + margin, 4 * POINTS)) * usual
         edges = np.sinh(np.linspace(ends[0], ends[1], _BINS + 1)) * usual
-        linear = 10.0 ** np.ceil(np.log10(usual))  # a power of ten, so that no tick lies inside, near zero
+        linear = 10.0 ** np.ceil(np.log10(usual))  # a power of ten, so that there is no tick inside, near zero
         for axis in axes:
             axis.set_xscale("symlog", linthresh=linear)
         top.set_yscale("symlog", linthresh=linear)
@@ -323,7 +323,7 @@ def _plot_group(axes: Sequence[Axes], fitted: Any, labelled: bool) -> None:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise ValueError if matplotlib does not know the format that a file's ending names."""
+    """Raise ValueError if matplotlib does not support the format of a file's ending."""
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in known:
         raise GrkanValueError(
@@ -335,7 +335,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the file's ending.
 
     Raises:
-        ValueError: matplotlib does not know the format.
+        ValueError: matplotlib does not support the format.
         OSError: the file cannot be written.
     """
     figure.savefig(path)

@@ -1,7 +1,7 @@
-"""The learned functions of a model as a page: one HTML file that needs nothing else, no network either.
+"""Report the learned functions of a model on a page: one HTML file that needs no other files and no network.
 
-The page holds coefficients instead of curves: the script in `report.html` evaluates F and F' by itself, as
-`rational/reference.py` defines them. Training curves and a confusion matrix are shown where they are given.
+The page holds coefficients instead of curves: the script in `report.html` evaluates F and F' itself, as
+`rational/reference.py` defines them. It also shows training curves and a confusion matrix if they are given.
 """
 
 import json
@@ -31,19 +31,19 @@ def make_report(
     confusion: Sequence[Sequence[int]] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """The page, as HTML.
+    """Make the page and return it as HTML.
 
     Args:
-        model: with `GroupRational` modules; each group of each gets a card.
+        model: a model with `GroupRational` modules; each of their groups gets a card.
         title: the heading.
-        inputs: what `record_inputs` returned. Without it, functions are drawn on [-4, 4] and have no histograms.
+        inputs: the result of `record_inputs`. Without it, functions are drawn on [-4, 4] and have no histograms.
         metrics: the lines of a run's metrics.jsonl, for its curves.
         classes: the names of the classes.
-        confusion: counts[i][j] images of class i that the model takes for class j.
-        notes: sentences below the heading, such as why something is missing.
+        confusion: counts[i][j] is the number of images of class i that the model classifies as j.
+        notes: sentences below the heading, for example why something is missing.
 
     Raises:
-        ValueError: the model has no rational functions, or confusion is not a square with a side for each class.
+        ValueError: the model has no rational functions, or confusion is not square with one row per class.
     """
     if confusion is not None and {len(classes)} != {len(confusion), *(len(row) for row in confusion)}:
         raise GrkanValueError(f"confusion must be {len(classes)} x {len(classes)}, a row for each class")
@@ -58,14 +58,14 @@ def make_report(
         "classes": list(classes),
         "confusion": confusion,
     }
-    # A "<" could end the element that holds the data.
+    # A "<" could close the element that holds the data.
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = files("grkan").joinpath("report.html").read_text(encoding="utf-8")
     return template.replace(_DATA, text)
 
 
 def _finite(value: Any) -> Any:
-    """None in place of NaN and infinities, which JSON cannot say."""
+    """Replace NaN and infinities by None, because JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

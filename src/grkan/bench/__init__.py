@@ -1,7 +1,7 @@
-"""Side by side with peers, in one run: the function, the layer and the model, each against what it replaces.
+"""Benchmarks of the function, the layer and the model against what each replaces, in one run.
 
-`rivals` are who competes, `suites` in what, `contest` measures, `report` makes tables and JSON of it, and `run` puts
-them together for `grkan bench ops|layers|models`. `kernels` reads what the compiler makes of the GPU kernels, for
+`rivals` defines the competitors, `suites` the jobs, `contest` measures, `report` makes tables and JSON, and `run` puts
+them together for `grkan bench ops|layers|models`. `kernels` reads the compiled code of the GPU kernels, for
 `grkan bench kernels`.
 """
 

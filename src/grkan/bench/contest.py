@@ -1,10 +1,10 @@
-"""Measuring: rivals take turns in one process, and a ratio of two of them is taken within a round.
+"""Measure times: rivals take turns in one process, and the ratio of two of them is taken within a round.
 
-The speed of a machine drifts, so that times taken one after the other say little about each other. Here each rival runs
-one block of calls in every round, and the order rotates; both terms of a ratio then come from the same moment.
+The speed of a machine drifts, so times that are measured one after the other cannot be compared. Here each rival runs
+one block of calls in every round, and the order rotates. Both terms of a ratio then come from the same moment.
 
-All rivals of a contest do the same job: the same input and the same gradient of the output; gradients for all that can
-learn are returned, not added to `.grad`; compilation and warm-up come before the clock.
+All rivals of a contest do the same job: they get the same input and the same gradient of the output. Gradients of all
+trainable tensors are returned, not added to `.grad`. Compilation and warm-up are not timed.
 """
 
 import gc
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 0.01
-"""Seconds of a block: long against the clock's resolution, short against the drift of the machine's speed."""
+"""Seconds per block: long compared with the clock's resolution, short compared with the drift of the machine."""
 
 HEAVY, TURNS_OF_HEAVY = 6, 3
-"""A rival of more than six times the baseline's time takes part in the last three rounds only. Those that are a hundred
-times slower would take nearly all of the time for digits that nobody needs; and they leave caches and allocator in a
-state in which whoever comes next takes up to twice its time."""
+"""A rival that takes more than six times the baseline's time takes part in the last three rounds only. Rivals that are
+a hundred times slower would use nearly all of the time for needless precision, and they leave caches and allocator in a
+state in which the next rival takes up to twice its time."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """What is called, and what is known about it without a clock, such as its number of parameters.
+    """A call to time, and facts that need no clock, such as its number of parameters.
 
-    `traffic` are the bytes that a call has to read and write at least; 0: that is not what limits it.
+    `traffic` is the number of bytes that a call must at least read and write; 0: memory does not limit it.
     """
 
     call: Callable[[], object]
@@ -40,7 +40,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Contest:
-    """One job for several rivals. They are made when the contest starts, so that only its own tensors take memory."""
+    """One job for several rivals. They are made when the contest starts, so that no other tensors take memory."""
 
     job: Mapping[str, Any]
     baseline: str
@@ -58,7 +58,7 @@ class Ratio:
 
     @classmethod
     def of(cls, times: Sequence[float], others: Sequence[float]) -> "Ratio":
-        """Median and quartiles of the ratios round by round, and the ratio of the smallest times."""
+        """Return median and quartiles of the ratios per round, and the ratio of the smallest times."""
         common = min(len(times), len(others))  # a heavy rival was in the last rounds only
         ratios = [a / b for a, b in zip(times[-common:], others[-common:], strict=True)]
         low, median, high = statistics.quantiles(ratios * (2 if len(ratios) == 1 else 1), n=4, method="inclusive")
@@ -67,7 +67,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one call, in each round or in the last few, see HEAVY; `calls` of them made a block."""
+    """Seconds per call, in each round or in the last few (see HEAVY); a block had `calls` calls."""
 
     seconds: list[float]
     calls: int
@@ -83,7 +83,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """A contest that took place; measurements, facts and traffic are those of each rival."""
+    """The result of a contest; measurements, facts and traffic are by rival."""
 
     job: Mapping[str, Any]
     baseline: str
@@ -92,11 +92,11 @@ class Result:
     traffic: Mapping[str, int]
 
     def ratio(self, rival: str) -> Ratio:
-        """Time of `rival` / time of the baseline."""
+        """Return the time of `rival` / the time of the baseline."""
         return Ratio.of(self.measurements[rival].seconds, self.measurements[self.baseline].seconds)
 
     def rates(self, rival: str) -> dict[str, float]:
-        """What `rival` does a second, if something of it can be counted."""
+        """Return what `rival` processes per second: images and bytes, if they are known."""
         counts = {"images per second": self.job.get("batch", 0), "bytes per second": self.traffic[rival]}
         return {name: count / self.measurements[rival].median for name, count in counts.items() if count}
 
@@ -108,7 +108,7 @@ def hold(
     clock: Callable[[], float] = time.perf_counter,
     advance: Callable[[], object] = lambda: None,
 ) -> Result:
-    """Let the rivals of a contest in, and let them compete; the arguments are those of `compete`."""
+    """Make the rivals of a contest and let them compete; the arguments are those of `compete`."""
     rivals = contest.enter()
     calls = {name: rival.call for name, rival in rivals.items()}
     return Result(
@@ -129,19 +129,19 @@ def compete(
     clock: Callable[[], float] = time.perf_counter,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Measurement]:
-    """Let rivals take turns.
+    """Let rivals take turns, and measure them.
 
     Args:
-        calls: by name, what each does.
+        calls: the call of each rival, by name.
         baseline: one of these names.
-        rounds: how often each has its turn, but for heavy ones, see HEAVY.
-        block: how long a turn takes, in seconds, if a single call does not take longer.
-        clock: gives seconds, when all work is done that was asked for before; for a GPU that of `clock_of`.
+        rounds: the number of turns of each rival, except for heavy ones (see HEAVY).
+        block: the length of a turn in seconds, unless a single call takes longer.
+        clock: waits for all pending work and returns seconds; for a GPU use `clock_of`.
         advance: called after every round.
     """
 
     def turn(call: Callable[[], object], repetitions: int) -> float:
-        if repetitions > 1:  # brings back to the caches what the rival before threw out
+        if repetitions > 1:  # brings its data back to the caches after the previous rival
             call()
         start = clock()
         for _ in range(repetitions):
@@ -171,7 +171,7 @@ def compete(
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """A call only queues what a GPU has to do: its clock waits for the end of it."""
+    """Return a clock for a device. On a GPU it waits for queued work to finish."""
 
     def wait() -> float:
         torch.cuda.synchronize()
@@ -183,10 +183,10 @@ def clock_of(device: str) -> Callable[[], float]:
 def bytes_kept(
     function: Callable[..., object], x: Tensor, others: Sequence[Tensor] = (), learned: Iterable[Tensor] | None = None
 ) -> int:
-    """Bytes that `function(x, *others, *learned)` keeps for its backward.
+    """Return the bytes that `function(x, *others, *learned)` keeps for its backward.
 
-    Those of all storages that it saves, each counted once, except those of `learned`; None: the parameters of a module,
-    which gets none of them as arguments.
+    These are the bytes of all storages that it saves, each counted once, except those of `learned`. None: the
+    parameters of a module, which are not passed as arguments.
     """
     arguments = [x, *others]
     if learned is None:

@@ -1,4 +1,4 @@
-"""The rivals of `grkan bench deploy`: a KAT and the Vision Transformer of its size, in all runtimes that are there."""
+"""The rivals of `grkan bench deploy`: a KAT and the Vision Transformer of its size, in all installed runtimes."""
 
 import shutil
 import tempfile
@@ -26,7 +26,7 @@ WITH_LIBRARY = ", with grkan's library"
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a file is made and run. open(path, threads, library) gives what runs a Call; packages are what it needs."""
+    """How to make and run a file. open(path, threads, library) returns a runner of Calls; `packages` are required."""
 
     packages: Sequence[str]
     ending: str
@@ -69,18 +69,18 @@ RUNTIMES = {
     (AOT_INDUCTOR, FLOAT32): Runtime((), ".pt2", {"format": "aoti"}, _aoti),
     (EXECUTORCH, FLOAT32): Runtime(("executorch",), ".pte", {"format": "executorch"}, _executorch),
 }
-"""By name and precision."""
+"""The runtimes, by name and precision."""
 
 
 def missing(runtime: tuple[str, str]) -> str | None:
-    """The first package that a runtime lacks here."""
+    """Return the first package that a runtime needs and that is not installed, or None."""
     if runtime[0] == AOT_INDUCTOR and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "a C++ compiler"
     return next((package for package in RUNTIMES[runtime].packages if find_spec(package) is None), None)
 
 
 class Files:
-    """What the rivals of a suite run: each file is made when it is first wanted, and gone with the suite."""
+    """The files that the rivals of a suite run. Each is made on first use, and deleted with the suite."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -89,7 +89,7 @@ class Files:
         self.models: dict[str, nn.Module] = {}
 
     def model(self, name: str) -> nn.Module:
-        """With coefficients of which none is zero, as after training: at the start F is cheaper. And with a head."""
+        """Make a model with a random head and no zero coefficients, as after training, because zeros make F cheaper."""
         import timm
 
         if name not in self.models:
@@ -103,7 +103,7 @@ class Files:
         return self.models[name]
 
     def path(self, name: str, runtime: tuple[str, str]) -> Path:
-        """The file of a model for a runtime."""
+        """Return the file of a model for a runtime."""
         made = RUNTIMES[runtime]
         path = self.folder / f"{name}{made.ending}"
         if not path.exists():
@@ -112,7 +112,7 @@ class Files:
 
 
 def rivals(files: Files, runtime: tuple[str, str], batch: int) -> dict[str, Rival]:
-    """Both models, and in ONNX Runtime the KAT once more, with grkan's kernel."""
+    """Return both models as rivals, and in ONNX Runtime also the KAT with grkan's kernel."""
     threads = torch.get_num_threads()
     library = onnx_library() if runtime[0] == ONNX_RUNTIME else None
     entries: list[tuple[str, str, Path | None]] = [(name, name, None) for name in files.names]
@@ -132,7 +132,7 @@ def rivals(files: Files, runtime: tuple[str, str], batch: int) -> dict[str, Riva
 
 
 def onnx_library() -> Path | None:
-    """Grkan's kernel for ONNX Runtime; None where it was not built."""
+    """Return grkan's kernel for ONNX Runtime, or None if it was not built."""
     try:
         return grkan.onnx_library()
     except RuntimeError:
@@ -140,7 +140,7 @@ def onnx_library() -> Path | None:
 
 
 def _difference(found: Any, expected: Tensor) -> float:
-    """The largest of any output, to PyTorch."""
+    """Return the largest difference of an output from PyTorch's."""
     return float((torch.as_tensor(found) - expected).abs().max())
 
 

@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of the GPU kernels for GPUs that need not be there: registers, spills and so on.
+"""Count registers, spills and so on of the compiled GPU kernels, for GPUs that need not be present.
 
-Everything is read from the compiled code, NVIDIA's by the disassembler that comes with Triton, AMD's from its assembly.
-Times are estimates, by the roofline of three GPUs. Triton itself is imported where something is compiled.
+All counts come from the code that Triton compiles: NVIDIA's by the disassembler that comes with Triton, AMD's from its
+assembly. Times are estimates by the roofline of three GPUs. Triton is imported only where something is compiled.
 """
 
 import re
@@ -25,23 +25,24 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-"""The arguments of Triton's GPUTarget: backend, architecture, and lanes of a warp."""
+"""The arguments of Triton's GPUTarget: backend, architecture, and lanes per warp."""
 
 TENSORS = {"forward": 2, "backward": 3, "backward with F": 4}
-"""The kernels, and how many tensors of the size of x each reads or writes."""
+"""The kernels, and the number of tensors of the size of x that each reads or writes."""
 
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
-"""Triton's names, and bytes."""
+"""Triton's name and the bytes of each dtype."""
 
 CHUNK = 4096
-"""Scalars of a chunk, over which the instructions around the loop are spread: as for a tensor of 17 million scalars."""
+"""Scalars per chunk, as for a tensor of 17 million scalars. Instructions around the loop are divided by this."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does at most a second, by its maker's data: bytes of memory, and instructions of single lanes.
+    """The peak rates of a GPU per second, from its maker's data: bytes of memory, and instructions of single lanes.
 
-    `arithmetic` is the rate of float32's additions and multiplications, fused or not; `issue` that of all instructions.
+    `arithmetic` is the rate of float32 additions and multiplications, fused or not; `issue` is that of all
+    instructions.
     """
 
     gpu: str
@@ -69,7 +70,7 @@ RATES = {
 many units for float32. With two operations each they are the makers' 19.5 and 66.9 TFLOPS, and half of AMD's 163.4,
 where each instruction is a packed one, of two scalars; here it counts as one."""
 
-# How instructions begin: NVIDIA's, and AMD's.
+# The prefixes of instructions: NVIDIA's, and AMD's.
 _LOADS = re.compile(r"LDG|global_load|buffer_load")
 _STORES = re.compile(r"STG|global_store|buffer_store")
 _ATOMICS = re.compile(r"RED\b|REDG|ATOM|global_atomic|buffer_atomic|flat_atomic")
@@ -77,16 +78,17 @@ _BARRIERS = re.compile(r"BAR\b|s_barrier")
 _ARITHMETIC = re.compile(r"F(FMA|MUL|ADD)|v_(pk_)?(fma|fmac|mul|add|sub)_f32")
 
 _BITS = {"128": 128, "x4": 128, "64": 64, "x2": 64, "U16": 16, "short": 16, "U8": 8}
-"""What a load or store says of its width; where it says nothing, it has 32 bits."""
+"""The width of a load or store by the suffix in its name; without a suffix it has 32 bits."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """One compiled kernel. `load` and `store` are the widest in the loop, in bits; `stack` is in bytes a lane.
+    """The counts of one compiled kernel. `load` and `store` are the widest in the loop, in bits; `stack` is in bytes
+    per lane.
 
-    `instructions` are those of the loop, range handling included, a scalar. `with_ends` adds what a lane executes once,
-    spread over its share of a chunk of 4096 scalars; an upper bound, as it has the float64 path's start and end, too.
-    `bytes` are those that have to be moved a scalar, `sums` the sums of the chunks among them.
+    `instructions` are those of the loop per scalar, including range handling. `with_ends` adds the instructions that a
+    lane executes once, divided by its share of a chunk of 4096 scalars. It is an upper bound, because it includes the
+    start and end of the float64 path. `bytes` have to be moved per scalar; `sums` are those for the sums of the chunks.
     """
 
     target: str
@@ -108,7 +110,7 @@ class Stats:
     sums: float
 
     def estimate(self) -> tuple[float, str] | None:
-        """Scalars a second by the roofline, and what limits them: "memory", "issue" or "arithmetic"."""
+        """Estimate scalars per second by the roofline, with the limiting part: "memory", "issue" or "arithmetic"."""
         rates = RATES.get(self.target)
         if rates is None or self.dtype == "float64":
             return None
@@ -122,7 +124,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of others' kernels, a scalar."""
+    """Published figures of others' kernels, per scalar."""
 
     name: str
     kernel: str
@@ -153,16 +155,16 @@ def compile_kernel(
     """Compile one kernel as `rational/gpu.py` launches it, for aligned tensors and indices of 32 bits.
 
     Args:
-        target: of TARGETS.
-        kernel: of TENSORS.
-        dtype: of DTYPES.
+        target: a key of TARGETS.
+        kernel: a key of TENSORS.
+        dtype: a key of DTYPES.
         form: "abs_of_sum" or "sum_of_abs".
-        order: degrees m and n.
-        vector: scalars of a vector; None: 16 bytes, as for widths that these divide.
+        order: the degrees m and n.
+        vector: scalars per vector; None: 16 bytes, as for widths that are multiples of it.
 
     Raises:
-        ImportError: Triton is missing, or too old to have what this needs.
-        RuntimeError: Triton's interpreter is on, in which nothing is compiled.
+        ImportError: Triton is missing or too old.
+        RuntimeError: Triton's interpreter is on, which compiles nothing.
     """
     gpu = _gpu()
     import triton
@@ -192,7 +194,7 @@ def compile_kernel(
 
 
 def _gpu() -> ModuleType:
-    """The module of the kernels, or an error that says what is wrong with Triton."""
+    """Import the module of the kernels, or raise an error that says what is wrong with Triton."""
     try:
         import triton
 
@@ -209,14 +211,14 @@ def _gpu() -> ModuleType:
 
 
 def assembly(compiled: "CompiledKernel") -> str:
-    """The code of what `compile_kernel` gave."""
+    """Return the assembly code of a kernel from `compile_kernel`."""
     if "cubin" in compiled.asm:
         return _run_on_cubin("nvdisasm", "-c", compiled.asm["cubin"])
     return str(compiled.asm["amdgcn"])
 
 
 def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int], vector: int | None = None) -> Stats:
-    """Compile one kernel and count; the arguments are those of `compile_kernel`."""
+    """Compile one kernel and return its counts; the arguments are those of `compile_kernel`."""
     compiled = compile_kernel(target, kernel, dtype, form, order, vector)
     code = assembly(compiled)
     if "cubin" in compiled.asm:
@@ -261,7 +263,7 @@ def _run_on_cubin(tool: str, option: str, cubin: bytes) -> str:
 
 
 def _read_nvidia(code: str, cubin: bytes) -> tuple[int, int, list[list[str]], list[str]]:
-    """Registers, bytes of stack, the outermost loops' instructions, and the instructions outside of loops."""
+    """Return registers, bytes of stack, the instructions of the outermost loops, and those outside of loops."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _run_on_cubin("cuobjdump", "--dump-resource-usage", cubin))
     assert found is not None
     instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?"
@@ -270,7 +272,7 @@ def _read_nvidia(code: str, cubin: bytes) -> tuple[int, int, list[list[str]], li
 
 
 def _read_amd(code: str) -> tuple[int, int, list[list[str]], list[str]]:
-    """The same of AMD's assembly; what is spilled counts as stack."""
+    """Return the same from AMD's assembly; spills count as stack."""
 
     def value(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", code)
@@ -284,11 +286,12 @@ def _read_amd(code: str) -> tuple[int, int, list[list[str]], list[str]]:
 
 
 def _scan(code: str, label: str, instruction: str, jump: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions, and the jumps backward as (goal, origin).
+    """Return the instructions, and the backward jumps as (target, origin).
 
     Args:
-        label, instruction: how a line begins that has one; the groups are the label, and the instruction and its goal.
-        jump: how the instructions begin that jump to their goal; others only name it.
+        label, instruction: patterns for the start of a line with a label or an instruction. The groups are the label,
+            or the instruction and its target.
+        jump: the prefix of instructions that jump to their target; others only name it.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -304,7 +307,7 @@ def _scan(code: str, label: str, instruction: str, jump: str) -> tuple[list[str]
 
 
 def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str) -> tuple[list[list[str]], list[str]]:
-    """Cut the code at its jumps backward, (goal, origin) each, into the outermost loops that load, and the rest."""
+    """Split the code at its backward jumps (target, origin) into the outermost loops that load, and the rest."""
     merged: list[list[int]] = []
     for start, end in sorted(backward):
         if merged and start <= merged[-1][1]:
@@ -318,7 +321,7 @@ def _cut(instructions: list[str], backward: list[tuple[int, int]], nothing: str)
 
 
 def all_cases() -> Iterator[tuple[str, str, str, str, tuple[int, int]]]:
-    """What `grkan bench kernels` compiles, arguments of `stats`: all that models meet, and one of each other kind."""
+    """Yield the arguments of `stats` for `grkan bench kernels`: all that models use, and one of each other kind."""
     for target in TARGETS:
         for kernel in TENSORS:
             for dtype in DTYPES:

@@ -1,4 +1,4 @@
-"""What was measured, as tables for a reader and as JSON for a program."""
+"""Results of benchmarks, as tables for readers and as JSON for programs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from .contest import Ratio, Result
 from .kernels import PUBLISHED, RATES, Stats
 
 RATE_COLUMNS = {"images per second": ("images/s", 1.0), "bytes per second": ("GB/s", 1e9)}
-"""Of the rates of a Result: the title of their column, and the unit in it."""
+"""The column title and the unit of each rate of a Result."""
 
 KERNELS_LEGEND = (
     "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, and "
@@ -32,7 +32,7 @@ KERNELS_LEGEND = (
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """What figures depend on."""
+    """Describe the machine and the versions that the figures depend on."""
     return {
         **({"gpu": torch.cuda.get_device_name(), "triton": _triton_version()} if device == "cuda" else {}),
         "processor": _processor(),
@@ -44,14 +44,14 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        # What others were doing just before: two busy cores make figures of two threads worthless.
+        # The load of other programs just before: two busy cores make figures of two threads worthless.
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def describe_compiler() -> dict[str, Any]:
-    """The same of kernels that only were compiled."""
+    """Describe the versions for kernels that were only compiled."""
     versions = {"grkan": __version__, "triton": _triton_version(), "torch": torch.__version__}
     return {**versions, "python": platform.python_version()}
 
@@ -77,7 +77,7 @@ def _processor() -> str:
 
 
 def contest_tables(result: Result) -> Iterator[Table]:
-    """The times of a contest, and what else is known of its rivals, if anything is."""
+    """Yield a table of a contest's times, and one of other facts about its rivals, if there are any."""
     times = _table(f"{job_title(result.job)}; ratios to {result.baseline}", left=[""])
     columns = [RATE_COLUMNS[name][0] for name in result.rates(result.baseline)]
     for column in ("median", "minimum", "ratio", "quartiles", "of minima", *columns):
@@ -96,7 +96,7 @@ def contest_tables(result: Result) -> Iterator[Table]:
 
 
 def kernel_tables(found: Sequence[Stats]) -> Iterator[Table]:
-    """A table for each target, and one of others' kernels."""
+    """Yield a table for each target, and one of others' kernels."""
     for target in dict.fromkeys(s.target for s in found):
         title = target
         if rates := RATES.get(target):
@@ -126,7 +126,7 @@ def _kernel_cells(s: Stats) -> Iterator[str]:
 
 
 def _table(title: str | None, left: Sequence[str], right: Iterable[str] = ()) -> Table:
-    """An empty table; columns of words are aligned left, those of figures right."""
+    """Make an empty table with left-aligned columns of words and right-aligned columns of figures."""
     table = Table(title=title, title_justify="left")
     for column in left:
         table.add_column(column)
@@ -136,12 +136,12 @@ def _table(title: str | None, left: Sequence[str], right: Iterable[str] = ()) ->
 
 
 def job_title(job: Mapping[str, Any]) -> str:
-    """A contest's job in words."""
+    """Describe the job of a contest in words."""
     return ", ".join(f"{key} {value}" if isinstance(value, int) else str(value) for key, value in job.items())
 
 
 def as_line(about: Mapping[str, Any]) -> str:
-    """The command, the machine and the versions in one line."""
+    """Format the command, the machine and the versions as one line."""
     return ", ".join(f"{key} {value}" for key, value in about.items())
 
 
@@ -150,7 +150,7 @@ def _cells(ratio: Ratio) -> tuple[str, str, str]:
 
 
 def _short(ratio: float) -> str:
-    """Three digits at least."""
+    """Format a ratio with at least three digits."""
     return f"{ratio:#.3g}".rstrip(".") if ratio < 1000 else f"{ratio:.0f}"
 
 
@@ -163,7 +163,7 @@ def _time(seconds: float) -> str:
 
 
 def contest_as_json(result: Result) -> dict[str, Any]:
-    """Every time of every round, and the figures of the tables."""
+    """Return every time of every round, and the figures of the tables."""
     rivals = {}
     for name, measured in result.measurements.items():
         figures: dict[str, Any] = {"median": measured.median, "minimum": measured.minimum, **result.rates(name)}
@@ -173,7 +173,7 @@ def contest_as_json(result: Result) -> dict[str, Any]:
 
 
 def kernels_as_json(found: Sequence[Stats]) -> dict[str, Any]:
-    """Each kernel's figures with its estimate, and where the estimates and the others' figures come from."""
+    """Return the figures and estimate of each kernel, and the sources of the estimates and of others' figures."""
     kernels = []
     for s in found:
         estimate = s.estimate()
@@ -184,7 +184,7 @@ def kernels_as_json(found: Sequence[Stats]) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, suite: str, about: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """A report on a suite as a file.
+    """Write the report on a suite to a file.
 
     Raises:
         OSError: the file cannot be written.

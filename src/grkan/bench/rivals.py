@@ -1,7 +1,7 @@
-"""Who competes: for one job, by name, all that do it, as calls that can be timed.
+"""The rivals: for one job, everything that does it, by name, as calls that can be timed.
 
-Rivals are made afresh for every contest, on its device. All of them get the same x, and where they learn anything, its
-gradients are asked for together with that of x.
+Rivals are made anew for every contest, on its device. All of them get the same x. If they have trainable tensors, the
+gradients of these are computed together with that of x.
 """
 
 import importlib
@@ -24,16 +24,16 @@ from .contest import Rival, bytes_kept
 GROUPS = 8
 
 FORWARD, TRAINING = "forward", "forward + backward"
-"""The passes of functions and layers, as tables and JSON name them."""
+"""The names of the passes of functions and layers in tables and JSON."""
 
 TRAIN_STEP, INFERENCE = "training step", "inference"
-"""Those of whole models."""
+"""The names of the passes of whole models."""
 
 
 def _pass(
     name: str, function: Callable[..., Tensor], x: Tensor, learned: Sequence[Tensor], grad: Tensor
 ) -> Callable[[], object]:
-    """One pass of function(x, *learned), by its name."""
+    """Return one pass of function(x, *learned), by its name."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -46,11 +46,11 @@ def _pass(
 
 
 # The rational function. x is (..., C), C a multiple of the groups G; a is (G, m + 1), b is (G, n). As in grkan, the
-# arithmetic is float32 for half types. All are F with the denominator 1 + |A(x)|, as one would write it.
+# arithmetic is float32 for half types. All compute F with the denominator 1 + |A(x)|, in a straightforward way.
 
 
 def rational_by_loop(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A loop that takes one power of x after the other."""
+    """Compute F by a loop over the powers of x."""
     z = _grouped(x, a)
     numerator = sum(a[:, i, None] * z**i for i in range(a.shape[1]))
     inner = sum(b[:, j, None] * z ** (j + 1) for j in range(b.shape[1]))
@@ -58,7 +58,7 @@ def rational_by_loop(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def rational_by_powers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """All powers at once, in a dimension of their own, and a matrix product with the coefficients."""
+    """Compute F from all powers at once, in a new dimension, by a matrix product with the coefficients."""
     z = _grouped(x, a)
     powers = z.unsqueeze(-1) ** torch.arange(max(a.shape[1], b.shape[1] + 1), device=x.device)
     numerator = powers[..., : a.shape[1]] @ a.unsqueeze(-1)
@@ -67,7 +67,7 @@ def rational_by_powers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def rational_by_horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Horner's method: what `rational/reference.py` does, without its care for extreme x."""
+    """Compute F by Horner's method, as `rational/reference.py` does but without its handling of extreme x."""
     z = _grouped(x, a)
     numerator, inner = a[:, -1, None], b[:, -1, None]
     for i in range(a.shape[1] - 2, -1, -1):
@@ -78,36 +78,36 @@ def rational_by_horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def spline(x: Tensor, coefficients: Tensor) -> Tensor:
-    """For every group of channels a B-spline of order 3 on [-1, 1]; coefficients is (G, 11), for 8 intervals.
+    """Compute a B-spline of order 3 on [-1, 1] per group of channels; coefficients is (G, 11), for 8 intervals.
 
-    As the rational function, one spline serves a group of channels. (In the first KANs, each weight had its own.)
+    Like the rational function, one spline serves a group of channels. (In the first KANs, each weight had its own.)
     """
     return (cubic_bases(_grouped(x, coefficients), GRID, 1.0) @ coefficients.unsqueeze(-1)).flatten(-3).to(x.dtype)
 
 
 def _grouped(x: Tensor, coefficients: Tensor) -> Tensor:
-    """(..., C) to (..., G, C / G), float32 or wider."""
+    """Reshape (..., C) to (..., G, C / G), in float32 or wider."""
     return x.unflatten(-1, (coefficients.shape[0], -1)).to(torch.promote_types(x.dtype, torch.float32))
 
 
-# What else stands between two linear layers. Half types are computed as PyTorch computes its own activations, but for
-# what would not fit into them.
+# Other functions between two linear layers. Half types are computed as in PyTorch's own activations, except for values
+# that would leave their range.
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2 ("Primer", arXiv 2109.08668)."""
+    """Compute max(x, 0)^2 ("Primer", arXiv 2109.08668)."""
     return F.relu(x).square()
 
 
 def swiglu(x: Tensor, value: Tensor) -> Tensor:
-    """SiLU(x) v: the gate of arXiv 2002.05202 without its three linear layers; x and v come from two of them."""
+    """Compute SiLU(x) v: the gate of arXiv 2002.05202 without its three linear layers; two of them give x and v."""
     return F.silu(x) * value
 
 
 def polynorm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """w_1 norm(x) + w_2 norm(x^2) + w_3 norm(x^3) + bias, norm dividing by the root mean square of the last dimension.
+    """Compute PolyNorm (arXiv 2411.03884): w_1 norm(x) + w_2 norm(x^2) + w_3 norm(x^3) + bias.
 
-    PolyNorm of arXiv 2411.03884; weight is (3,), bias ().
+    norm divides by the root mean square of the last dimension; weight is (3,), bias ().
     """
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     y = sum(w * F.rms_norm(z**power, z.shape[-1:], eps=1e-6) for power, w in enumerate(weight, 1)) + bias
@@ -115,7 +115,7 @@ def polynorm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def xielu(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The xIELU of arXiv 2411.13010, b = 1/2: a_p x^2 + b x where x > 0, a_n (e^x - 1 - x) + b x elsewhere.
+    """Compute xIELU (arXiv 2411.13010), b = 1/2: a_p x^2 + b x where x > 0, a_n (e^x - 1 - x) + b x elsewhere.
 
     a_p = softplus(positive), a_n = b + softplus(negative), both scalars.
     """
@@ -126,7 +126,7 @@ def xielu(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
 
 
 class _Activation(NamedTuple):
-    """A function of x, of what it learns, and of a second input where it gates one."""
+    """A function of x, of its trainable tensors, and of a second input if it is a gate."""
 
     function: Callable[..., Tensor]
     learned: tuple[Tensor, ...] = ()
@@ -134,7 +134,7 @@ class _Activation(NamedTuple):
 
 
 def _installed_kernels(rational: tuple[Tensor, ...]) -> dict[str, _Activation]:
-    """Others' Triton kernels for the rational function, of the form sum_of_abs, which run on NVIDIA's GPUs alone.
+    """Return others' installed Triton kernels for the rational function: form sum_of_abs, for NVIDIA's GPUs only.
 
     github.com/Adamdad/rational_kat_cu, the released code, has a module kat_rational; github.com/felippe-alves/
     rational_kat_cu has rational_kat_cu, and shares the numerator.
@@ -159,7 +159,7 @@ def _installed_kernels(rational: tuple[Tensor, ...]) -> dict[str, _Activation]:
 
 
 def _swish(order: tuple[int, int], device: str) -> tuple[Tensor, ...]:
-    """Numerator and denominator of all groups, as leaves that learn."""
+    """Return numerator and denominator of all groups, as trainable leaves."""
     rows = table.coefficients("swish", order)
     return tuple(torch.tensor([row] * GROUPS, device=device).requires_grad_() for row in rows)
 
@@ -167,7 +167,7 @@ def _swish(order: tuple[int, int], device: str) -> tuple[Tensor, ...]:
 def activations(
     device: str, shape: tuple[int, ...], dtype: torch.dtype, pass_: str, compiles: bool
 ) -> dict[str, Rival]:
-    """The function of grkan, others' ways to compute it, and other functions."""
+    """Return grkan's function, other ways to compute it, and other functions."""
     torch.manual_seed(0)
     x, value, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     x.requires_grad_()
@@ -196,11 +196,11 @@ def activations(
     if compiles:
         for name in ("PolyNorm", "xIELU", "Horner", "B-spline"):
             entries[f"{name}, compiled"] = entries[name]._replace(function=_compiled(entries[name].function))
-    if device != "cpu":  # those that keep all powers or bases take tens of gigabytes for tensors of this size
+    if device != "cpu":  # rivals that keep all powers or bases take tens of gigabytes for such tensors
         entries = {name: entry for name, entry in entries.items() if "powers" not in name and "spline" not in name}
 
     def traffic(name: str, entry: _Activation) -> int:
-        """A forward reads its inputs and writes y; a backward reads them and grad and writes the inputs' gradients.
+        """Count the bytes: a forward reads inputs and writes y; a backward reads inputs and grad and writes gradients.
 
         The backward of clone does nothing.
         """
@@ -219,18 +219,18 @@ def activations(
 
 
 def _leaves(device: str, *values: Any) -> tuple[Tensor, ...]:
-    """Tensors that learn."""
+    """Return trainable tensors."""
     return tuple(torch.tensor(value, device=device).requires_grad_() for value in values)
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled for one shape, which gives faster code than for any."""
+    """Compile a function for one shape, which gives faster code than for all shapes."""
     torch.compiler.reset()  # a function may be compiled for a few shapes only
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def why_no_compiler(device: str) -> str | None:
-    """Why `torch.compile` does not work here; None: it does."""
+    """Return why `torch.compile` does not work here, or None if it does."""
     try:
         _compiled(torch.sin)(torch.zeros(16, device=device))
     except RuntimeError as error:
@@ -242,7 +242,7 @@ def why_no_compiler(device: str) -> str | None:
 
 
 class _Nothing(torch.autograd.Function):
-    """An operation of three arguments that computes nothing: what autograd in Python costs in itself."""
+    """An operation of three arguments that computes nothing: it shows the cost of autograd in Python."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def single_calls(device: str, pass_: str) -> dict[str, Rival]:
-    """A call with a gradient on 192 scalars, and the parts of ours."""
+    """Return calls with a gradient on 192 scalars, and the parts of grkan's call."""
     x, grad = torch.randn(2, 1, 192, device=device)
     x.requires_grad_()
     a, b = learned = _swish((5, 4), device)
@@ -268,7 +268,7 @@ def single_calls(device: str, pass_: str) -> dict[str, Rival]:
                 kernel.backward(grad, x, a, b, "abs_of_sum", 192 // GROUPS, False)
 
     def rival(function: Callable[..., Tensor], *learned: Tensor) -> Rival:
-        # Unlike elsewhere the forward is recorded: that is a part of the call.
+        # Unlike elsewhere, the forward is recorded by autograd, because that is part of the call.
         return Rival(partial(function, x, *learned) if pass_ == FORWARD else _pass(pass_, function, x, learned, grad))
 
     return {
@@ -284,7 +284,7 @@ def single_calls(device: str, pass_: str) -> dict[str, Rival]:
 
 
 def mlps(device: str, shape: tuple[int, int, int], pass_: str) -> dict[str, Rival]:
-    """The MLP of a transformer, pairs of B-spline KAN layers, and GRKAN, of widths d, 4d, d; x is (N, tokens, d)."""
+    """Return a transformer's MLP, pairs of B-spline KAN layers, and GRKAN: widths d, 4d, d; x is (N, tokens, d)."""
     from timm.layers import Mlp
 
     torch.manual_seed(0)
@@ -292,7 +292,7 @@ def mlps(device: str, shape: tuple[int, int, int], pass_: str) -> dict[str, Riva
     width = shape[-1]
     hidden = 4 * width
     products = 2 * 2 * width * hidden
-    # Operations a token as the paper counts them: a B-spline KAN evaluates the bases for every weight anew.
+    # Operations per token as the paper counts them: a B-spline KAN evaluates the bases anew for every weight.
     edge = round(9 * ORDER * (GRID + 1.5 * ORDER) + 2 * GRID - 2.5 * ORDER + 3)
     entries = {
         "Mlp": (Mlp(width, hidden), products),
@@ -321,7 +321,7 @@ def _spline_pair(width: int, hidden: int) -> nn.Module:
 
 
 def _functional(module: nn.Module) -> Callable[..., Tensor]:
-    """The module with its own parameters, which are passed only for their gradients to be asked for."""
+    """Return a call of the module that ignores the given parameters; they are passed only to get their gradients."""
     return lambda x, *parameters: module(x)
 
 
@@ -329,7 +329,7 @@ def _functional(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def vision_models(device: str, names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
-    """Models of timm's registry: a training step with AdamW, or inference."""
+    """Return models of timm's registry: a training step with AdamW, or inference."""
     import timm
 
     torch.manual_seed(0)
@@ -341,7 +341,7 @@ def vision_models(device: str, names: Sequence[str], batch: int, pass_: str) -> 
             rivals[name] = Rival(partial(_infer, model.eval(), images))
             continue
         labels = torch.randint(model.num_classes, (batch,), device=device)
-        # A rate so low that the model stays what it is while the clock runs.
+        # A learning rate so low that the model does not change during the measurement.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8)
         parameters = sum(p.numel() for p in model.parameters())
         facts = {"parameters": parameters, "bytes kept": bytes_kept(model, images)}

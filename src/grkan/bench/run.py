@@ -1,4 +1,4 @@
-"""From a suite's name to its tables and its JSON file: what `grkan bench` calls."""
+"""Run a suite by its name and write its tables and JSON file, for `grkan bench`."""
 
 from functools import partial
 from pathlib import Path
@@ -25,19 +25,19 @@ def run_suite(
     device: str = "cpu",
     path: str | Path | None = None,
 ) -> list[Result]:
-    """Run a suite, with a progress bar on a terminal; print its tables, and write everything that was measured as JSON.
+    """Run a suite, with a progress bar on a terminal; print its tables, and write all measurements as JSON.
 
     Args:
         suite: "ops", "layers", "models" or "deploy".
         rounds: how often the rivals take turns.
-        threads: of PyTorch; None: as many as it takes by itself.
-        device: "cpu", or "cuda", which is PyTorch's name for AMD's GPUs, too.
-        path: the JSON file; None: none.
+        threads: the number of PyTorch's threads; None: PyTorch's default.
+        device: "cpu", or "cuda", which is PyTorch's name for AMD's GPUs as well.
+        path: the JSON file; None: no file.
 
     Raises:
         ValueError: there is no such suite or device, or rounds or threads are less than 1.
         RuntimeError: there is no GPU.
-        ImportError: timm is missing; "ops" does without.
+        ImportError: timm is missing; "ops" does not need it.
         OSError: the file cannot be written.
     """
     check_choice("suite", suite, tuple(SUITES))
@@ -84,13 +84,13 @@ def _hold_all(suite: Suite, name: str, rounds: int, device: str) -> list[Result]
 
 
 def run_kernels(*, path: str | Path | None = None) -> list[kernels.Stats]:
-    """Compile the GPU kernels for GPUs that need not be there; print what came of it, and others' figures.
+    """Compile the GPU kernels for GPUs that need not be present; print their counts, and others' figures.
 
     Args:
-        path: a file for the same as JSON; None: none.
+        path: a JSON file for the same figures; None: no file.
 
     Raises:
-        ImportError: Triton is missing, or too old to have what this needs.
+        ImportError: Triton is missing or too old.
         RuntimeError: Triton's interpreter is on.
         OSError: the file cannot be written.
     """

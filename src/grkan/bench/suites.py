@@ -1,4 +1,4 @@
-"""What is measured: the function, the layer and the model, each against what it replaces."""
+"""The suites: the function, the layer and the model, each against what it replaces."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from .contest import Contest
 from .rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
 
 OPS_SHAPES = ((8, 197, 192), (8, 197, 768), (8, 197, 3072))
-"""8 images of 197 tokens: the width of tiny; its hidden width, which is the width of base; the hidden width of base."""
+"""8 images of 197 tokens, with the width of tiny, its hidden width (the width of base), and base's hidden width."""
 
 GPU_SHAPES = tuple((128, *shape[1:]) for shape in OPS_SHAPES)
-"""A GPU needs more images to be busy: with eight, launching a kernel takes longer than running it."""
+"""More images for a GPU: with eight, launching a kernel takes longer than running it."""
 
 LAYER_WIDTHS = (192, 384, 768)
-"""Tiny, small and base."""
+"""The widths of tiny, small and base."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Contests, and what a reader of their tables has to know."""
+    """Contests, and notes for the readers of their tables."""
 
     contests: Sequence[Contest]
     notes: Sequence[str]
@@ -35,7 +35,7 @@ def ops(
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> Suite:
-    """Activations: grkan's rational function, others' ways to compute it, and other functions."""
+    """Return the suite of activations: grkan's rational function, other ways to compute it, and other functions."""
     shapes = shapes or (OPS_SHAPES if device == "cpu" else GPU_SHAPES)
     notes = _notes(device)
     reason = rivals.why_no_compiler(device)
@@ -51,7 +51,7 @@ def ops(
         for pass_ in (FORWARD, TRAINING)
         for shape in shapes
     ]
-    # What a call costs when there is nothing to compute.
+    # The cost of a call with almost nothing to compute.
     contests += [
         Contest(
             {"shape": "1x192", "dtype": "float32", "pass": f"one call, {pass_}"},
@@ -64,7 +64,7 @@ def ops(
 
 
 def layers(device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
-    """What stands in a transformer's block: MLP, B-spline KAN layers, and GRKAN; input (8, 197, d)."""
+    """Return the suite of layers in a transformer's block: MLP, B-spline KAN and GRKAN; input (8, 197, d)."""
     from ..models import kat  # noqa: F401  (its ImportError names the extra that brings timm)
 
     contests = [
@@ -80,7 +80,7 @@ def models(
     names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"),
     batches: Sequence[int] = (8, 32),
 ) -> Suite:
-    """A Vision Transformer against the KAT of its size: a whole training step with AdamW, and inference."""
+    """Compare a Vision Transformer with the KAT of its size: a whole training step with AdamW, and inference."""
     from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
 
     contests = [
@@ -97,7 +97,7 @@ def deploy(
     batches: Sequence[int] = (1, 8),
     runtimes: Sequence[tuple[str, str]] | None = None,
 ) -> Suite:
-    """A Vision Transformer against the KAT of its size, out of Python: in every runtime that is installed."""
+    """Compare a Vision Transformer with the KAT of its size outside of Python, in every installed runtime."""
     if device != "cpu":
         raise GrkanValueError(f"deploy runs on the CPU; got device {device!r}")
     from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
@@ -108,7 +108,7 @@ def deploy(
         if package := rivals.missing(runtime):
             notes.append(f"{' '.join(runtime)} is left out, for it needs {package}")
             continue
-        for batch in batches if runtime[0] != rivals.EXECUTORCH else (1,):  # whose sizes are fixed
+        for batch in batches if runtime[0] != rivals.EXECUTORCH else (1,):  # its sizes are fixed
             job = {"runtime": runtime[0], "precision": runtime[1], "batch": batch}
             contests.append(Contest(job, names[0], partial(rivals.rivals, files, runtime, batch)))
     if rivals.onnx_library() is None:
@@ -124,4 +124,4 @@ def _notes(device: str) -> list[str]:
 
 
 SUITES: dict[str, Callable[[str], Suite]] = {"ops": ops, "layers": layers, "models": models, "deploy": deploy}
-"""By the names that `grkan bench` knows; each takes a device."""
+"""The suites by their names in `grkan bench`; each takes a device."""

@@ -1,8 +1,8 @@
-"""A pretrained transformer becomes a KAT that computes the same.
+"""Turn a pretrained transformer into a KAT that computes the same.
 
-`structure` finds the MLPs, `calibrate` fits functions to what reaches them, `convert` puts both together, and `recipe`
-changes the modules. A recipe, a conversion as data, is applied without SciPy and without timm; what needs them loads
-when it is first used.
+`structure` finds the MLPs, `calibrate` fits functions to their inputs, `convert` combines both, and `recipe` changes
+the modules. A recipe is a conversion as data. Applying one needs neither SciPy nor timm: the modules that need them are
+loaded on first use.
 """
 
 import importlib

@@ -1,31 +1,32 @@
-"""What reaches an activation, as a histogram for each group of channels, and the rational function that suits it.
+"""Collect the inputs of an activation in a histogram per group of channels, and fit a rational function to them.
 
-**Histograms** have the bins that float32 itself has: sign, exponent and the first five bits of the mantissa, so each is
-1.6 to 3.1 % of |x| wide. They need no range beforehand, take 128 KiB a group whatever the data, and are as fine for
-inputs of 1e-30 as for inputs of 1e30. Beside them a sample of whole rows is kept, a few hundred kilobytes an
-activation, on which a layer's own output is compared.
+**Histograms** use bins of float32 itself: sign, exponent and the first five bits of the mantissa. Each bin is 1.6 to
+3.1 % of |x| wide. They need no range beforehand, take 128 KiB per group whatever the data, and are as fine for inputs
+of 1e-30 as for inputs of 1e30. A sample of whole rows is kept as well, a few hundred kilobytes per activation, to
+compare the output of a layer.
 
-**Without data** the histogram is what the weights let one expect: behind a norm with scale s and shift t, whose output
-before them is taken for standard normal, a channel with weights w and bias b has the mean w t + b and the standard
-deviation |w s|. The deviations are widened by 1.3, for real activations have heavier tails: on MiniLM that takes the
-cosine at order (5, 4) from 0.9996 to 0.9998.
+**Without data** the histogram is predicted from the weights. Behind a norm with scale s and shift t, whose output
+before scale and shift is assumed to be standard normal, a channel with weights w and bias b has the mean w t + b and
+the standard deviation |w s|. The deviations are widened by 1.3, because real activations have heavier tails: on MiniLM
+that takes the cosine at order (5, 4) from 0.9996 to 0.9998.
 
-**Fits** minimise a weighted sum of squared errors, in which neither the mass of the inputs nor a few large ones pay for
-the others: it adds up the squared error by the mean square of the activation (what the norm of the whole output sees,
-and in which one token that is 300 times as large outweighs a thousand) and, three times as heavy, the same of both
-divided by x^2 + (3 s)^2, where s is the size of a usual input (what every token sees that is normalised for itself).
-For inputs without outliers the two are nearly the same. A uniform floor of 1e-5 of the mass over the range, divided
-alike, holds F where data is rare. (A floor of 1e-4 costs a third of the accuracy of order (5, 4) on MiniLM.) All of
-this is in units of s and of the range, so inputs of any size make the same problem: F(x) becomes r F(x / r).
+**Fits** minimise a weighted sum of two squared errors, so that neither the bulk of the inputs nor a few large ones
+dominate. The first is the squared error divided by the mean square of the activation. It is what the norm of the whole
+output sees: one token that is 300 times as large outweighs a thousand. The second has three times the weight. It is the
+same with both squares divided by x^2 + (3 s)^2, where s is the size of a usual input. It is what each token sees that
+is normalised by itself. For inputs without outliers the two are nearly the same. A uniform floor of 1e-5 of the mass
+over the range, divided in the same way, controls F where data is rare. (A floor of 1e-4 costs a third of the accuracy
+of order (5, 4) on MiniLM.) All of this is in units of s and of the range, so inputs of any size give the same problem:
+F(x) becomes r F(x / r).
 
-Beyond the range F has to stay near: no further from the activation than the error inside plus the distance to the
-range, times the largest slope of the activation, up to three lengths of the range to both sides, and at every zero of
-the denominator's polynomial, where F may have a spike, however far. F's slopes at both ends of the line are alike up to
-the sign, so nothing much better is possible for GELU. If a fit breaks out, the points beyond the range get a weight,
-and more.
+Beyond the range F has to stay near the activation. The allowed distance is the error inside, plus the distance to the
+range times the largest slope of the activation. This is checked up to three lengths of the range on both sides, and at
+every zero of the denominator's polynomial, however far, because F may have a spike there. The slopes of F at plus and
+minus infinity are equal up to the sign, so nothing much better is possible for GELU. If a fit leaves these bounds, the
+points beyond the range get a weight, which is raised step by step.
 
-**Coefficients are float32.** For inputs of 1e-12 or 1e12 the higher ones leave its range; then the order is lowered
-until what is left can be told in float32, and the higher ones are zero.
+**Coefficients are float32.** For inputs of 1e-12 or 1e12 the higher ones leave its range. Then the order is lowered
+until the remaining coefficients can be represented in float32, and the higher ones are zero.
 """
 
 import math
@@ -41,12 +42,12 @@ from ..rational import table
 from ..rational.fit import RationalFit, local_fits, np
 from .structure import Activation, Site
 
-# Bits of float32 that are no part of a bin's number, and the bins of one sign.
+# The low bits of float32 that a bin's number ignores, and the number of bins per sign.
 _SHIFT = 18
 _ONE_SIGN = 2 ** (31 - _SHIFT)
 _BINS = 2 * _ONE_SIGN
 _INFINITE = (255 << 23) >> _SHIFT
-# Scalars that are put into bins at a time: float32 counts to 2^24.
+# Scalars that are counted at a time: float32 counts exactly up to 2^24.
 _CHUNK = 2**22
 
 _numbers = torch.arange(_INFINITE, dtype=torch.int32, device="cpu") << _SHIFT
@@ -54,7 +55,7 @@ _LOWER, _MIDDLE = ((_numbers + part).view(torch.float32).double().numpy() for pa
 _UPPER = np.append(_LOWER[1:], float(torch.finfo(torch.float32).max))
 _MIDDLE[0] = 0.0  # nearly always exact zeros
 
-# Scalars of the rows that are kept of an activation's inputs: some at random, and the largest.
+# Scalars in the rows that are kept of an activation's inputs: random rows, and the largest ones.
 _SAMPLE = 2**18
 _LARGEST = 2**16
 
@@ -66,7 +67,7 @@ _USUAL = 3.0
 _FLOOR = 1e-5
 _REACH = 3.0
 _TAIL_WEIGHTS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-# Inputs that are smaller count as zeros.
+# Smaller inputs count as zeros.
 _NOTHING = 1e-30
 
 
@@ -74,8 +75,8 @@ class Histogram:
     """Counts of the scalars of each group, and a sample of the rows.
 
     Args:
-        groups: their number; it divides the channels.
-        channel_dim: where the channels are.
+        groups: the number of groups; it divides the number of channels.
+        channel_dim: the dimension of the channels.
     """
 
     def __init__(self, groups: int, width: int, channel_dim: int = -1) -> None:
@@ -83,20 +84,20 @@ class Histogram:
         self.counts = np.zeros((groups, _BINS))
         self.problem = ""
         self.real: list[Tensor] = []
-        """Masks (batch, length) of the tokens that are no padding; an input of such a shape is counted there alone."""
+        """Masks (batch, length) of the real tokens. Of an input with such a shape only these are counted."""
         self.second: Any = None
-        """The second linear layer, if calibration saw that the activation's output goes straight into it."""
+        """The second linear layer, if calibration showed that the activation's output goes straight into it."""
         self.rows = 0
         self.sample = _Sample(max(1, _SAMPLE // width), by_size=False)
         self.largest = _Sample(max(1, _LARGEST // width), by_size=True)
 
     @property
     def samples(self) -> int:
-        """Scalars so far."""
+        """The number of scalars counted so far."""
         return int(self.counts.sum())
 
     def add(self, x: Tensor) -> None:
-        """Count the scalars of x; what is wrong with it goes into `problem`."""
+        """Count the scalars of x. If x cannot be used, `problem` says why."""
         if x.is_nested:
             for part in x.unbind():
                 self.add(part)
@@ -122,7 +123,7 @@ class Histogram:
         self.largest.add(rows)
 
     def row_weights(self) -> tuple[Tensor, Tensor]:
-        """Rows and how many rows of the calibration each stands for: the largest for themselves, others for the rest.
+        """Return the kept rows, and how many rows each represents: the largest 1, the random ones all of the rest.
 
         Returns:
             rows (k, width), weights (k,): float64 on the CPU.
@@ -135,7 +136,7 @@ class Histogram:
 
 
 class _Sample:
-    """At most so many of the rows that went by: random ones, or those of the largest norm."""
+    """Up to `size` of the rows that were added: random ones, or those of the largest norm."""
 
     def __init__(self, size: int, by_size: bool) -> None:
         self.size, self.by_size, self.seen = size, by_size, 0
@@ -145,7 +146,7 @@ class _Sample:
         self.rows = torch.empty(0, 0, device="cpu")
 
     def add(self, rows: Tensor) -> None:
-        """Let rows (n, width) take part."""
+        """Consider rows (n, width) for the sample."""
         if self.by_size:
             keys = torch.linalg.vector_norm(rows.float(), ord=math.inf, dim=1).double().cpu()
         else:
@@ -162,7 +163,7 @@ class _Sample:
 
 
 def real_tokens(batch: Any) -> list[Tensor]:
-    """The masks of a batch that say which tokens are no padding, as transformers and PyTorch name them: boolean."""
+    """Return the boolean masks of the real tokens in a batch, found by the names that transformers and PyTorch use."""
     if not isinstance(batch, Mapping):
         return []
     found = []
@@ -177,7 +178,7 @@ def real_tokens(batch: Any) -> list[Tensor]:
 
 
 def _selected(x: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The mask that belongs to x (batch, length, C) or (batch length, C), flat; None if there is none."""
+    """Return the flattened mask that fits x (batch, length, C) or (batch length, C), or None if none fits."""
     for mask in masks:
         if x.shape[:-1] in (mask.shape, (mask.numel(),)):
             return mask.flatten().to(x.device)
@@ -185,12 +186,12 @@ def _selected(x: Tensor, masks: list[Tensor]) -> Tensor | None:
 
 
 def _bin_of(x: Tensor) -> Tensor:
-    """int32 numbers of the bins of a float32 tensor."""
+    """Return the int32 bin number of each element of a float32 tensor."""
     return (x.contiguous().view(torch.int32) >> _SHIFT).bitwise_and_(_BINS - 1)
 
 
 def _filled(counts: Any) -> tuple[Any, Any, float, float]:
-    """Middles and shares of the bins that are not empty, from below, and the range that they cover."""
+    """Return the middles and shares of the non-empty bins, in ascending order, and the range that they cover."""
     filled = np.flatnonzero(counts)
     negative, number = filled >= _ONE_SIGN, filled % _ONE_SIGN
     x = np.where(negative, -_MIDDLE[number], _MIDDLE[number])
@@ -201,7 +202,7 @@ def _filled(counts: Any) -> tuple[Any, Any, float, float]:
 
 
 def expected(site: Site, groups: int) -> Histogram:
-    """The histogram that the weights let one expect, see the module's description."""
+    """Predict the histogram from the weights; see the description of the module."""
     histogram = Histogram(groups, site.width)
     mean, deviation = _moments(site)
     z = torch.linspace(-6.0, 6.0, 121, dtype=torch.float64, device="cpu")
@@ -216,7 +217,7 @@ def expected(site: Site, groups: int) -> Histogram:
 
 
 def _moments(site: Site) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each output of the first linear layer, one of each norm that may be in front: float64."""
+    """Return mean and standard deviation of each output of the first linear layer, over its possible norms: float64."""
     first: Any = site.first
     unknown = torch.zeros(1, dtype=torch.float64), torch.full((1,), _UNKNOWN_DEVIATION, dtype=torch.float64)
     weight = getattr(first, "weight", None)
@@ -233,7 +234,7 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
             shift = torch.zeros_like(scale) if shift is None else shift.detach().to("cpu", torch.float64)
             means.append(weight @ shift + bias)
             squares.append((weight * scale).square().sum(1))
-    # As one normal distribution with the moments of the mixture.
+    # One normal distribution with the moments of the mixture.
     mean = torch.stack(means).mean(0)
     square = torch.stack([s + (m - mean).square() for s, m in zip(squares, means, strict=True)]).mean(0)
     if not (mean.isfinite().all() and square.isfinite().all()):
@@ -243,7 +244,7 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class GroupFit:
-    """The function of one group, and what it was fitted to."""
+    """The function of one group, and the data it was fitted to."""
 
     layer: str
     group: int
@@ -252,32 +253,32 @@ class GroupFit:
     """The activation, on float64 numpy arrays."""
     fit: RationalFit
     x: Any
-    """float64, (n,): middles of the bins that are not empty, from below."""
+    """float64, (n,): the middles of the non-empty bins, in ascending order."""
     weights: Any
-    """float64, (n,): their counts as parts of 1."""
+    """float64, (n,): the counts of the bins, as fractions of 1."""
     best: RationalFit
-    """The function of this order with the smallest mean squared error over the histogram, whatever it does elsewhere,
-    as far as a search from several starts finds it."""
+    """The function of this order with the smallest mean squared error over the histogram that a search from several
+    starts finds. Its values elsewhere do not matter."""
 
     @property
     def sums(self) -> tuple[float, float, float]:
-        """Means of the squared error, of the squared activation, and of its product with F, over the histogram."""
+        """Means over the histogram of the squared error, the squared activation, and the activation times F."""
         y, f = self.target(self.x), self.fit(self.x)
         return tuple(float((self.weights * v).sum()) for v in ((f - y) ** 2, y * y, y * f))  # type: ignore[return-value]
 
     @property
     def best_square(self) -> float:
-        """The mean of the squared error of `best`, over the histogram."""
+        """The mean squared error of `best` over the histogram."""
         return float((self.weights * (self.best(self.x) - self.target(self.x)) ** 2).sum())
 
     @property
     def usual(self) -> float:
-        """The size of a usual input: the standard deviation, if they were normal."""
+        """The size of a usual input: its standard deviation, if the inputs are normal."""
         return _usual(self.x, self.weights)
 
     @property
     def relative_error(self) -> float:
-        """The root mean square of the error, by that of the activation."""
+        """The root mean square of the error, divided by that of the activation."""
         error, size, _ = self.sums
         return math.sqrt(error / size) if size else math.sqrt(error)
 
@@ -288,10 +289,10 @@ def fit_group(
     """Fit the function of one group to a row of a histogram.
 
     Raises:
-        ValueError: the activation cannot be fitted there.
+        ValueError: the activation cannot be fitted on these inputs.
     """
     x, weights, low, high = _filled(counts)
-    # One value alone would determine nothing.
+    # A single value would not determine a function.
     largest = max(-low, high)
     middle, half = (low + high) / 2, max((high - low) / 2, largest / 4 if largest > _NOTHING else 0.5)
     low, high = middle - half, middle + half
@@ -311,7 +312,7 @@ def fit_group(
 
 @dataclass(frozen=True)
 class _Data:
-    """What a group's function is fitted to."""
+    """The data that a group's function is fitted to."""
 
     named: str | Callable[[Any], Any]
     target: Callable[[Any], Any]
@@ -324,7 +325,7 @@ class _Data:
 
 
 def _usual(x: Any, weights: Any) -> float:
-    """What the standard deviation is for normal inputs, from the median of |x|; zeros do not count."""
+    """Return the size of a usual input: 1.48 times the median of |x|, without zeros. For normal x, the deviation."""
     size = np.abs(x)
     order = np.argsort(size, kind="stable")
     order = order[size[order] > _NOTHING]
@@ -335,9 +336,9 @@ def _usual(x: Any, weights: Any) -> float:
 
 
 def _merged(x: Any, weights: Any, usual: float) -> tuple[Any, Any]:
-    """Cells of about 1/16 of |x|, or of a usual input where x is smaller: their means, and masses.
+    """Merge inputs into cells 1/16 of |x| wide, or of a usual input where x is smaller; return their means and masses.
 
-    Where usual inputs are large, they are of 1/16 near zero, for many activations have their bend at the scale of 1.
+    Where usual inputs are large, cells near zero are 1/16 wide, because many activations bend at the scale of 1.
     """
     _, cell = np.unique(np.floor(16 * np.arcsinh(x / min(usual, 1.0))), return_inverse=True)
     mass = np.bincount(cell, weights)
@@ -351,7 +352,7 @@ def _square(f: RationalFit, target: Callable[[Any], Any], x: Any, weights: Any) 
 
 
 def _representable(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
-    """The fit of an order, or of a lower one with zeros if its coefficients are beyond float32."""
+    """Return the fit of an order. If its coefficients leave float32's range, fit a lower order, padded with zeros."""
     m, n = order
     best, least = None, math.inf
     for less in range(max(m, n) + 1):
@@ -379,7 +380,7 @@ def _representable(data: _Data, order: tuple[int, int], form: str) -> RationalFi
 
 
 def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
-    """The fit of an order that stays near the activation beyond the range, too, where it can."""
+    """Return the fit of an order that, if possible, also stays near the activation beyond the range."""
     target, low, high = data.target, data.low, data.high
     reach = np.arcsinh([low / data.usual, high / data.usual])
     inside = np.clip(np.sinh(np.linspace(reach[0], reach[1], 257)) * data.usual, low, high)
@@ -401,11 +402,11 @@ def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
     for tail in _TAIL_WEIGHTS:
         weights = np.concatenate([mass, tail * rare]) if tail else mass
         by = samples if tail else points
-        # A numerator of one degree less lets F end flat, which often stays near where the best fit does not.
+        # With a numerator of one degree less F is flat far out, and often stays near where the best fit does not.
         for m in range(order[0], max(order[0] - 2, 0), -1):
             for found in local_fits(data.named, (m, order[1]), form, by, weights, (low, high)):
                 found = replace(found, numerator=np.pad(found.numerator, (0, order[0] - m)))
-                # A spike between the points shows in the largest error alone.
+                # A spike between the points shows only in the largest error.
                 known = float(np.abs(found(points) - target(points)).max())
                 spiky = found.max_error > 2 * known + 1e-6 * slope * (high - low)
                 if not spiky and _stays_near(found, target, low, high, far, slope):
@@ -414,7 +415,7 @@ def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
 
 
 def _is_named(activation: Activation, target: Callable[[Any], Any], low: float, high: float) -> bool:
-    """Whether the table's function of that name is the activation, on this interval, too."""
+    """Return whether the table's function of that name also equals the activation on this interval."""
     if activation.name not in table.NAMES:
         return False
     x = np.linspace(low, high, 97)
@@ -433,14 +434,14 @@ def _stays_near(f: RationalFit, target: Callable[[Any], Any], low: float, high: 
 
 
 def _zeros(f: RationalFit, low: float, high: float) -> Any:
-    """The zeros outside of the polynomial in the denominator: where it changes its sign, |A| has a notch."""
+    """Return the denominator polynomial's zeros outside the range: |A| has a notch where A changes its sign."""
     if f.form == "sum_of_abs" or not np.any(f.denominator):
         return np.empty(0)
-    roots = np.roots(np.trim_zeros(f.denominator[::-1], "f"))  # without the one at 0
+    roots = np.roots(np.trim_zeros(f.denominator[::-1], "f"))  # without zeros at 0
     roots = roots[np.abs(roots.imag) <= 1e-6 * np.abs(roots)].real
     return roots[((roots < low) | (roots > high)) & (np.abs(roots) < 1e30)]
 
 
 def largest_divisor(width: int, bound: int) -> int:
-    """The largest divisor of width that is not above the bound."""
+    """Return the largest divisor of width that is at most bound."""
     return max(d for d in range(1, min(bound, width) + 1) if width % d == 0)

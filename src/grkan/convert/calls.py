@@ -1,9 +1,9 @@
-"""A function that `forward` computes becomes a child of the module: `F.gelu(x)` becomes `self.act(x)`.
+"""Turn a function that `forward` calls into a child of the module: `F.gelu(x)` becomes `self.act(x)`.
 
-A function has no place in a model where another one could be put. So the module gets what its author would have written
-for one: a child, and a class whose method calls that child. The class is a subclass of the module's own, under the same
-name, and the method is compiled from the same source, with that one expression changed. So torch.compile, exporters and
-activation checkpointing see plain code, and copies and pickles keep it.
+A function call cannot be replaced from outside, as a child can. So the module gets a child, and a class whose method
+calls that child. The class is a subclass of the module's own, under the same name. Its method is compiled from the same
+source, with that one expression changed. So torch.compile, exporters and activation checkpointing see plain code, and
+copies and pickles keep it.
 """
 
 import __future__
@@ -33,16 +33,16 @@ for _name in __future__.all_feature_names:
 
 @dataclass(frozen=True)
 class CallRecipe:
-    """A function of one tensor in the source of a method."""
+    """An expression in the source of a method that is a function of one tensor."""
 
     method: str
     """The method's name, mostly "forward"."""
     source: str
     """The expression, as `ast.unparse` writes it: "F.gelu(self.fc1(x))"."""
     argument: str
-    """What in it is the tensor: "self.fc1(x)"."""
+    """The tensor in the expression: "self.fc1(x)"."""
     index: int
-    """Which of the expressions with this very source, 0 for the first."""
+    """The position among the expressions with the same source; 0 is the first."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,29 @@ class _Method:
     """A method of a class, and its source."""
 
     attribute: Any
-    """What the class has: the function, or a decorator's around it."""
+    """The attribute of the class: the function, or the wrapper of a decorator around it."""
     function: FunctionType
     tree: ast.FunctionDef
     first_line: int
-    """Of the file: that of the first line of `tree` less 1."""
+    """The offset from lines of `tree` to lines of the file."""
 
     def expressions(self) -> list[ast.expr]:
-        """All that may be a function, in the order of the source."""
+        """Return all expressions that may be a function, in source order."""
         found = [node for node in ast.walk(self.tree) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp))]
         return sorted(found, key=lambda node: (node.lineno, node.col_offset, -(node.end_col_offset or 0)))
 
     def recipe(self, node: ast.expr, tensor: ast.expr) -> CallRecipe:
-        """An expression of the method as data."""
+        """Describe an expression of the method as data."""
         source = ast.unparse(node)
         same = [other for other in self.expressions() if ast.unparse(other) == source]
         return CallRecipe(self.function.__name__, source, ast.unparse(tensor), same.index(node))
 
 
 def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
-    """The call that is at an instruction of a method's code, and the method.
+    """Return the method, and its call at an instruction of its code.
 
     Raises:
-        ValueError: there is none that could be changed, and why.
+        ValueError: no call there can be changed; the message says why.
     """
     method = _method(kind, _name_of(kind, code))
     if code not in _codes(method.function.__code__):
@@ -91,7 +91,7 @@ def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
 
 
 def _at_offset(method: _Method, calls: list[ast.Call], code: CodeType, offset: int) -> list[ast.Call]:
-    """The call at an instruction, for Python 3.10, which knows the lines alone: so each call gets one of its own."""
+    """Find the call at an instruction in Python 3.10, which records only lines, by giving each call its own line."""
     wrapped = _wrapped(method)
     copies = [node for node in ast.walk(wrapped) if isinstance(node, ast.Call)]
     places = [(node.lineno, node.col_offset, node.end_col_offset) for node in copies]
@@ -108,19 +108,19 @@ def _at_offset(method: _Method, calls: list[ast.Call], code: CodeType, offset: i
 
 
 def check(kind: type, call: CallRecipe) -> None:
-    """Whether the expression is there, and can be changed.
+    """Check that the expression exists and can be changed.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not exist, or cannot be changed.
     """
     _class_with(_origin(kind)[0], ((call, "act"),))
 
 
 def lift(module: nn.Module, call: CallRecipe, name: str, child: nn.Module, undo: ExitStack) -> None:
-    """Let a child of a module be called in place of a function; `undo` takes it back.
+    """Make a module call a new child instead of a function; `undo` reverts it.
 
     Raises:
-        ValueError: it is not possible.
+        ValueError: this is not possible.
     """
     kind = type(module)
     base, others = _origin(kind)
@@ -135,7 +135,7 @@ def lift(module: nn.Module, call: CallRecipe, name: str, child: nn.Module, undo:
 
 
 def _origin(kind: type) -> tuple[type, tuple[tuple[CallRecipe, str], ...]]:
-    """The class before any call was changed, and the changes."""
+    """Return the original class, before any call was changed, and the changes."""
     return vars(kind).get("_grkan_calls", (kind, ()))
 
 
@@ -153,7 +153,7 @@ def _class_with(base: type, calls: tuple[tuple[CallRecipe, str], ...]) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickles name the class from before, and the calls."""
+    """Pickle the module with its original class and the changed calls."""
     reduced: Any = object.__reduce_ex__(self, max(2, protocol))
     function, arguments, *rest = reduced
     assert function is copyreg.__newobj__  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def _new(base: type, calls: tuple[tuple[CallRecipe, str], ...], arguments: tuple
 
 
 def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> Any:
-    """The method, with the calls changed."""
+    """Return the method with the calls changed."""
     method = _method(base, name)
     changes: dict[ast.expr, tuple[str, ast.expr]] = {}
     for call, child in calls:
@@ -202,10 +202,10 @@ class _Rewriter(ast.NodeTransformer):
 
 
 def argument(call: ast.Call) -> ast.expr:
-    """The tensor that a call is about: its first argument, or what has the method.
+    """Return the tensor that a call is applied to: its first argument, or the object whose method it calls.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: the tensor cannot be determined.
     """
     if call.args and not isinstance(call.args[0], ast.Starred):
         return call.args[0]
@@ -228,14 +228,14 @@ def _method(kind: type, name: str) -> _Method:
 
 
 def _outline(code: CodeType) -> tuple[Any, ...]:
-    """What the source alone decides; the instructions depend on what is imported around it."""
-    # In Python 3.10 the names of functions within are constants, and begin with those of what is around.
+    """Return the parts of the code that depend on the source alone; instructions also depend on imports around it."""
+    # In Python 3.10 the qualified names of inner functions are constants, which begin with the enclosing names.
     constants = {repr(c) for c in code.co_consts if not isinstance(c, CodeType) and ".<locals>." not in str(c)}
     return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
 
 
 def _parsed(code: CodeType) -> tuple[ast.FunctionDef, int]:
-    """The syntax tree of a method, and what makes its lines those of the file."""
+    """Return the syntax tree of a method, and the offset from its lines to lines of the file."""
     try:
         lines, _ = inspect.getsourcelines(code)
         tree = ast.parse("if True:\n" + "".join(lines) if lines[0][:1].isspace() else "\n" + "".join(lines))
@@ -249,7 +249,7 @@ def _parsed(code: CodeType) -> tuple[ast.FunctionDef, int]:
 
 
 def _name_of(kind: type, code: CodeType) -> str:
-    """The method of a class that some code belongs to."""
+    """Return the name of the method that some code belongs to."""
     for member in dict.fromkeys(name for k in kind.__mro__ for name in vars(k)):
         attribute = next(vars(k)[member] for k in kind.__mro__ if member in vars(k))
         for function in _inner(attribute):
@@ -259,7 +259,7 @@ def _name_of(kind: type, code: CodeType) -> str:
 
 
 def _inner(attribute: Any) -> Iterator[FunctionType]:
-    """A function, and those that a decorator has around it."""
+    """Yield a function, and the functions in its closure, which a decorator may have wrapped."""
     if isinstance(attribute, FunctionType):
         yield attribute
         for cell in attribute.__closure__ or ():
@@ -274,13 +274,13 @@ def _content(cell: CellType) -> Any:
 
 
 def _codes(code: CodeType) -> list[CodeType]:
-    """A function's code, and that of the functions inside of it."""
+    """Return a function's code, and that of the functions defined inside it."""
     inner = [_codes(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return [code, *chain.from_iterable(inner)]
 
 
 def _compile(method: _Method, filename: str) -> CodeType:
-    """The code of a method's tree, in which names mean what they mean in the method."""
+    """Compile a method's tree so that names mean what they mean in the original method."""
     text = ast.unparse(_wrapped(method))
     # For tracebacks and TorchScript, which read the source.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
@@ -289,17 +289,17 @@ def _compile(method: _Method, filename: str) -> CodeType:
 
 
 def _wrapped(method: _Method) -> ast.Module:
-    """A copy of a method's tree, in a class in a function."""
+    """Return a copy of a method's tree, inside a class inside a function."""
     function, tree = method.function, copy.deepcopy(method.tree)
     tree.decorator_list, tree.returns = [], None
     arguments = tree.args
     for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
         if one is not None:
             one.annotation = None
-    # The values are those that the function has.
+    # The actual default values are copied from the function later.
     arguments.defaults = [ast.copy_location(ast.Constant(None), value) for value in arguments.defaults]
     arguments.kw_defaults = [value and ast.copy_location(ast.Constant(None), value) for value in arguments.kw_defaults]
-    # Names with two underscores belong to the class, and those of functions around it have to be there.
+    # The class is for names with two leading underscores, the function for the variables of enclosing functions.
     owner = (function.__qualname__.split(".")[-2:-1] or ["_"])[0]
     outer = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     wrapped = ast.parse(f"def outer({outer}):\n class {owner if owner.isidentifier() else '_'}:\n  pass")
@@ -327,7 +327,7 @@ def _copy(function: FunctionType, code: CodeType, closure: tuple[CellType, ...])
 
 
 def _around(attribute: Any, old: FunctionType, new: FunctionType) -> Any:
-    """What decorators made of the old function, of the new one."""
+    """Wrap the new function as decorators wrapped the old one."""
     if attribute is old:
         return new
     cells = attribute.__closure__

@@ -1,4 +1,4 @@
-"""How far a converted model, and each of its MLPs, is from what it was: on the data, and in bounded memory."""
+"""Measure how far a converted model, and each of its MLPs, is from the original: on the data, in bounded memory."""
 
 import copy
 import math
@@ -17,20 +17,20 @@ from .calibrate import GroupFit, Histogram, real_tokens
 from .recipe import LayerRecipe, Recipe, apply_recipe
 from .structure import Site
 
-# Of the batches a few are kept, spread over all of them: of many a quarter, at most so many and so many bytes of them.
+# A few batches are kept, spread over all of them: at least _FEW, else a quarter, but at most _MANY and _BYTES.
 _FEW, _MANY, _BYTES = 4, 64, 2**25
-# Scalars of an output that are kept.
+# How many scalars of an output are kept.
 _OUTPUT = 2**20
 
 Run = Callable[[nn.Module, Any], Any]
 
 
 class KeptBatches:
-    """Some of the batches, each with what the model made of it.
+    """Some of the batches, each with the model's output.
 
     Args:
-        model: whose outputs are compared.
-        run: calls it with a batch.
+        model: the model whose outputs are compared.
+        run: calls the model with a batch.
     """
 
     def __init__(self, model: nn.Module, run: Run) -> None:
@@ -40,7 +40,7 @@ class KeptBatches:
         self.kept: list[tuple[int, Any, Tensor]] = []
 
     def feed(self, number: int, batch: Any) -> None:
-        """Run the model with a batch, and maybe keep it."""
+        """Run the model with a batch, and keep the batch if it is one of those wanted."""
         wanted = number % self.step == 0
         own = copy.deepcopy(batch) if wanted else None  # the model may change it
         output = self.output(batch)
@@ -52,21 +52,21 @@ class KeptBatches:
             self.kept = [entry for entry in self.kept if entry[0] % self.step == 0]
 
     def too_much(self, seen: int) -> bool:
-        """Whether fewer are to be kept."""
+        """Return whether too many batches are kept."""
         size = sum(_bytes(batch) + _bytes(output) for _, batch, output in self.kept)
         return size > _BYTES or len(self.kept) > min(_MANY, max(_FEW, seen / 4))
 
     def output(self, batch: Any) -> Tensor | None:
-        """What the model computes for a batch: some rows of its first output that is no loss."""
+        """Return some rows of the model's first output that is not a loss, for a batch."""
         masks = real_tokens(batch)
         found = None if self.inside else main_output(self.run(self.model, batch))
-        if found is None:  # tokens, or a loss alone: what was computed lies inside
+        if found is None:  # only tokens or a loss: look at outputs inside the model
             found = self.output_inside(batch)
             self.inside = found is not None
         return None if found is None else _some_rows(found, masks)
 
     def output_inside(self, batch: Any) -> Tensor | None:
-        """The output of the model's first call meanwhile (it may generate), or else of the last of its parts."""
+        """Return the output of the first call of the model (which may generate), or else of its last part that ran."""
         own: list[Tensor] = []
         parts: list[Tensor] = []
 
@@ -84,7 +84,7 @@ class KeptBatches:
         return next(iter(own + parts), None)
 
     def compare(self) -> tuple[float | None, float | None]:
-        """Cosine and relative error of the model's outputs now to those that were kept; None: nothing to compare."""
+        """Return cosine and relative error of the model's outputs now to those kept; None if there are none."""
         before, after = [], []
         with evaluating(self.model):
             for _, batch, output in self.kept:
@@ -96,7 +96,7 @@ class KeptBatches:
 
 
 def main_output(output: Any, name: str = "") -> Tensor | None:
-    """The first floating-point tensor in what a model returns that is no loss and no single number, if there is one."""
+    """Return a model's first floating-point output that is neither a loss nor a single number, or None."""
     if "loss" in name.lower():
         return None
     if isinstance(output, Tensor):
@@ -113,7 +113,7 @@ def main_output(output: Any, name: str = "") -> Tensor | None:
 
 
 def _some_rows(output: Tensor, masks: Sequence[Tensor], scalars: int = _OUTPUT) -> Tensor:
-    """A copy of rows of an output (..., C), without those of padding: (rows, C) on the CPU."""
+    """Copy some rows of an output (..., C), without those of padding: (rows, C) on the CPU."""
     output = output.detach()
     if output.is_nested:
         output = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.unbind()])
@@ -127,7 +127,7 @@ def _some_rows(output: Tensor, masks: Sequence[Tensor], scalars: int = _OUTPUT) 
 
 
 def _bytes(value: Any) -> int:
-    """About how much memory a batch takes."""
+    """Estimate how much memory a batch takes."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -153,10 +153,11 @@ def _cosine_and_error(before: list[Tensor], after: list[Tensor]) -> tuple[float 
 
 
 def output_error(site: Site, histogram: Histogram, fits: list[GroupFit]) -> float:
-    """How far the output of an MLP is off for the rows that were kept of its activation's inputs, by its norm.
+    """Return the relative error, in norm, of an MLP's output on the kept rows of its activation's inputs.
 
-    The output is that of the second linear layer, where the activation's output goes straight into it. Rows of usual
-    size count by themselves, too, so that a few large ones do not hide what becomes of them.
+    The output is that of the second linear layer, if the activation's output goes straight into it, else that of the
+    activation. The result is the larger of the errors on all rows and on rows of usual size, so that a few large rows
+    do not hide the error of the others.
     """
     x, weights = histogram.row_weights()
     parts = list(zip(fits, x.split(site.width // len(fits), 1), strict=True))
@@ -185,10 +186,10 @@ def output_error(site: Site, histogram: Histogram, fits: list[GroupFit]) -> floa
 def errors_alone(
     model: nn.Module, sites: Sequence[Site], entries: Sequence[LayerRecipe], batch: Any, run: Run
 ) -> Iterator[float]:
-    """How far the output of each MLP is off if nothing else of the model is converted, for one batch.
+    """Yield the error of each MLP's output on one batch when nothing else in the model is converted.
 
-    That is the output of its second linear layer and that of the module around it, or of the model if neither is seen.
-    Of several calls the first counts, for the others see what became of it.
+    It is the error of the second linear layer's output or of the enclosing module's, whichever is larger, or of the
+    model's if neither is seen. Only the first call of a module counts, because later calls see its effects.
     """
 
     def outputs(modules: Sequence[nn.Module | None]) -> list[Tensor | None]:
@@ -219,7 +220,7 @@ def errors_alone(
 
 
 def _error_between(before: Tensor | None, after: Tensor | None) -> float | None:
-    """The relative error; None if nothing was seen before, infinite if nothing or something else was seen after."""
+    """Return the relative error: None without an output before, infinite if the one after is missing or differs."""
     if before is None:
         return None
     if after is None or after.shape != before.shape:
@@ -228,7 +229,7 @@ def _error_between(before: Tensor | None, after: Tensor | None) -> float | None:
 
 
 class _removing:
-    """A hook for a `with` block."""
+    """A context manager that removes a hook at the end of the block."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle

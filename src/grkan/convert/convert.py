@@ -1,4 +1,4 @@
-"""`grkan.convert_`: a transformer becomes a KAT, one that computes the same or one to train from the start."""
+"""`grkan.convert_`: turn a transformer into a KAT that computes the same, or into one to train from scratch."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ from .scratch import gains
 from .structure import Site, Watched, choose, find_sites
 from .trial import trial_run
 
-# What `act_init` is if it is not given.
+# The default of `act_init`.
 _ACT_INIT = {"pretrained": ("identity", None), "scratch": ("identity", "swish")}
 
 
@@ -49,67 +49,68 @@ def convert_(
 ) -> ConversionReport:
     """Turn the MLPs of a model into GR-KANs, in place (arXiv 2409.10594, section 4).
 
-    With start="pretrained" they compute the same.
+    With start="pretrained" they compute the same as before.
 
-    The activation between two linear layers becomes a `GroupRational` that is fitted to it, in its place, and the first
-    linear layer a `RationalLinear` under its name, with the identity in front of it. The second linear layer, its
-    name and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. Any other activation of a
-    feed-forward part becomes rational by itself, in its place: a gate's, that of experts, whatever the linear layers
-    are and whatever else lies between them. A function that `forward` calls, as F.gelu, becomes a child `act`.
+    The activation between two linear layers is replaced by a `GroupRational` fitted to it. The first linear layer
+    becomes a `RationalLinear` under the same name, with the identity in front of it. The second linear layer, its name
+    and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. Any other activation of a
+    feed-forward part is replaced by itself, whatever the linear layers are and whatever else lies between them: for
+    example that of a gate or of experts. A function that `forward` calls, such as F.gelu, becomes a child `act`.
 
     The model is run once to see what it computes: on the first batch of the calibration, or on an input that is made
-    for it. Whatever elementwise function is seen is rational afterwards, or named in `skipped`: convolutional stems,
-    gates such as sigmoid and softplus, what steers a state space or a router. Without any run only what the structure
-    alone shows is converted, and where it shows no channels, one function serves all of them.
+    for it. Every elementwise function that is seen becomes rational, or is named in `skipped`: those of convolutional
+    stems, gates such as sigmoid and softplus, and those that control a state space or a router. If the model cannot be
+    run, only what its structure shows is converted, and where that shows no channels, one function serves all of them.
 
-    Parameters, buffers, hooks, modes and shared modules stay the same objects, but for those of an activation with
-    parameters (PReLU); so an optimiser made before still works, but lacks the coefficients. The state dict of the model
-    as it was loads into the converted one, and leaves the coefficients as they are.
+    Parameters, buffers, hooks, modes and shared modules stay the same objects, except those of an activation with
+    parameters (PReLU). So an optimiser made before still works, but lacks the coefficients. The state dict of the
+    original model loads into the converted one, and leaves the coefficients unchanged.
 
-    With start="scratch" any architecture becomes a KAT to train: the functions start as the identity and Swish, and the
+    With start="scratch" any architecture becomes a KAT to train. The functions start as the identity and Swish, and the
     linear layers of the MLPs are drawn anew from N(0, gain / fan_in) without bias, so that each MLP preserves the
     variance of its input. The first one has the gain 1, and the second one alpha = 1 / E[F(z)^2], z standard normal
     (Eq. 20). In a gated MLP gate and up are drawn with the gain 1, so their outputs u and v are independent standard
-    normals for a normed input; E[F(u)^2 v^2] = E[F(u)^2], so down has the same alpha. The initialisers of timm and
-    transformers leave these layers alone from then on, and `reset_parameters` draws them like this again. All else
-    keeps its weights.
+    normals for a normed input; E[F(u)^2 v^2] = E[F(u)^2], so down has the same alpha. From then on the initialisers of
+    timm and transformers skip these layers, and `reset_parameters` draws them in this way again. All other weights
+    stay.
 
     Args:
-        model: any module, of timm, transformers, torchvision or PyTorch, or your own. Inside of torch.compile or
-            DataParallel it is converted under its own names; DDP, FSDP and averages of weights come afterwards.
+        model: any module of timm, transformers, torchvision or PyTorch, or your own. Inside torch.compile or
+            DataParallel it is converted under its own names. Apply DDP, FSDP and averages of weights afterwards.
         start: "pretrained" or "scratch".
-        calibration: inputs of the kind that the model is for, to which the functions are fitted: an iterable of
-            batches, read once, or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list
-            as model(batch[0]), a Tensor as model(batch). None: they are fitted to what the weights let one expect.
-            From scratch nothing is fitted to them; they show what lies where in the model.
-        num_groups: at most so many groups; every function has the largest number that divides its channels.
+        calibration: typical inputs of the model, to which the functions are fitted: an iterable of batches, read once,
+            or a single Tensor or Mapping. A Mapping is passed as model(**batch), a tuple or list as model(batch[0]), a
+            Tensor as model(batch). None: the functions are fitted to inputs predicted from the weights. With
+            start="scratch" nothing is fitted; the inputs only show how the model is built.
+        num_groups: the maximum number of groups. Each function gets the largest number that divides its channels.
         order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
-        include, exclude: fnmatch patterns for the names of MLPs or of their parts: only those, and not those. At least
-            one of each has to match a module of the model. An elementwise function that `include` names, or whose
-            module it names, is converted in place whatever it is.
-        act_init: what the function in front of the first linear layer starts as, and that in place of the
-            activation; each as `init` of a `GroupRational`, and None for a fit to the activation that was there.
-            Default: ("identity", None) for pretrained, and ("identity", "swish") from scratch. Anything else changes
-            what a pretrained model computes.
-        max_error: an MLP whose output would be off by more on the calibration data, as a part of its norm, stays as it
-            was, and the report's `skipped` says by how much. Without data it is the activation's output, for what the
-            weights let one expect. Of no account where what the model computes is to change.
-        forward: called as forward(model, batch) instead.
+        include, exclude: fnmatch patterns for the names of MLPs or of their parts: convert only those, or all but
+            those. At least one pattern of each has to match a module of the model. An elementwise function is always
+            converted, in place, if `include` names it or its module.
+        act_init: initial functions (in front of the first linear layer, in place of the activation), each as `init` of
+            a `GroupRational`. None in the second place fits the original activation. Default: ("identity", None) for
+            pretrained, and ("identity", "swish") from scratch. Any other value changes what a pretrained model
+            computes.
+        max_error: the largest relative error, in norm, of an MLP's output on the calibration data. An MLP above it is
+            not converted, and the report's `skipped` says by how much it is off. Without data, it limits the error of
+            the activation's output on inputs predicted from the weights. Ignored if the model's output is meant to
+            change.
+        forward: called as forward(model, batch) instead of the model.
 
     Returns:
         A `ConversionReport`.
 
     Warns:
-        UserWarning: the model's output is off by more than max_error though every MLP, converted alone, keeps to it: so
-            the model amplifies small differences, as where experts or tokens are chosen.
+        UserWarning: the model's output is off by more than max_error, but that of every MLP, converted alone, is not.
+            The model then amplifies small differences, for example when it selects experts or tokens.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or value; the model has no MLP to convert; the calibration
-            has no batch, or one that the model does not take, or leads to values that are not finite; the model's
-            output would be off by more than max_error, and an MLP's, too; the model is wrapped in what keeps a list of
-            its parameters.
+        TypeError, ValueError: an argument has a wrong type or value; the model has no MLP to convert; the calibration
+            has no batch, or one that the model does not accept, or leads to values that are not finite; the outputs of
+            the model and of an MLP would both be off by more than max_error; or the model is in a wrapper that keeps a
+            list of its parameters.
         ImportError: SciPy is missing.
-        The model is left as it was.
+        The model is left unchanged.
     """
     model = unwrap_to_change(check_module("model", model))
     check_positive("num_groups", num_groups)
@@ -218,7 +219,7 @@ def _convert(
 def _trial(
     model: nn.Module, calibration: Any, forward: Callable[[nn.Module, Any], Any] | None
 ) -> tuple[Iterator[Any], Callable[[], Any] | None]:
-    """The batches, and what runs the model once: with the first of them, or with an input made for the model."""
+    """Return the batches, and a function that runs the model once: on the first batch, or on an input made for it."""
     if calibration is None:
         return iter(()), trial_run(model)
     batches = _batches(calibration)
@@ -228,7 +229,7 @@ def _trial(
 
 
 def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> Observation | None:
-    """What a run shows; None without one. What is wrong with a batch is said where it is used."""
+    """Observe a run of the model; None without a run. Errors of a batch are reported later, where it is used."""
     if trial is None:
         return None
     with evaluating(model), suppress(Exception):
@@ -269,7 +270,7 @@ def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> Grk
 
 
 def _too_far(layer: dict[str, Any], max_error: float) -> str:
-    """Why an MLP is skipped whose output would be off."""
+    """Explain why an MLP is skipped: its output would be off."""
     off = f"its output would be off by {layer['output_error']:.2g}, above max_error={max_error:g}"
     found = f"{layer['activation']}: {off}"
     if layer["best_relative_error"] is None:
@@ -281,7 +282,7 @@ def _too_far(layer: dict[str, Any], max_error: float) -> str:
 def _check_mlps(
     kept: KeptBatches, sites: list[Site], entries: list[LayerRecipe], error: float, max_error: float
 ) -> None:
-    """For a model that is off by more than max_error: raise if an MLP, converted alone, is too; warn if none is."""
+    """Check the MLPs of a model that is off by more than max_error: raise if one alone is off too, else warn."""
     alone = errors_alone(kept.model, sites, entries, kept.kept[0][1], kept.run)
     wrong = [f"{site.name or '(model)'}: {e:.2g}" for site, e in zip(sites, alone, strict=True) if not e <= max_error]
     if wrong:
@@ -308,7 +309,7 @@ def _batches(calibration: Any) -> Iterator[Any]:
 
 
 def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
-    """The model's output; whatever it draws at random is the same each time, and the user's generators stay."""
+    """Return the model's output, with the same random numbers each time; the user's generators do not change."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(0)
@@ -326,7 +327,7 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
 
 
 def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram], batches: Iterator[Any]) -> None:
-    """Fill the histograms, keep some batches, and correct what the structure suggested."""
+    """Fill the histograms, keep some batches, and correct the layouts that the structure suggested."""
     number = -1
     with evaluating(kept.model), ExitStack() as stack:
         watched = [stack.enter_context(Watched(s, h.add)) for s, h in zip(sites, histograms, strict=True)]
@@ -348,7 +349,7 @@ def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram]
                         f"{histogram.problem}"
                     )
             for watch in watched:
-                if watch.calls:  # what one batch has shown is enough
+                if watch.calls:  # one batch is enough
                     watch.stop_watching()
     if number < 0:
         raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
@@ -361,7 +362,7 @@ def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram]
 
 
 def _settle(sites: list[Site], watched: list[Watched]) -> None:
-    """Correct what the structure suggested by what was seen."""
+    """Correct the layouts that the structure suggested by what was seen in a run."""
     for site, watch in zip(sites, watched, strict=True):
         if site.layout == "linear" and watch.calls and watch.agrees is not True:
             site.keep_linear()
@@ -369,7 +370,7 @@ def _settle(sites: list[Site], watched: list[Watched]) -> None:
 
 def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
     counts = histogram.counts if histogram.samples else expected(site, histogram.groups).counts
-    # A group that no scalar reached gets what all the others get.
+    # A group without any scalars uses the sum over all groups.
     rows = [row if row.any() else counts.sum(axis=0) for row in counts]
     name = site.name
     same: dict[bytes, GroupFit] = {}
@@ -394,7 +395,7 @@ def _functions(
     order: tuple[int, int],
     form: str,
 ) -> tuple[FunctionRecipe | None, FunctionRecipe, list[GroupFit]]:
-    """The function in front of the first linear layer, that in place of the activation, and the fits to the latter."""
+    """Return the functions in front of the first linear layer and in place of the activation, and the latter's fits."""
     first = None
     if site.layout != "activation":
         inputs = (linear_width(site.first) or (0, 0))[0]
@@ -402,7 +403,7 @@ def _functions(
         first = _function(act_init[0], inputs, groups, order, form, site.channel_dim)
     activation, init, width = site.activation, act_init[1], None if site.shared else site.width
     if init is not None or from_scratch:
-        if init is None:  # no data tell where it matters, so it is that of the table, if there is one
+        if init is None:  # no data show where it matters: take the table's function, if there is one
             init = activation.name if activation.name in table.NAMES else activation.function
         return first, _function(init, width, histogram.groups, order, form, site.channel_dim), []
     fits = _fit_site(site, histogram, order, form)
@@ -423,7 +424,7 @@ def _function(
 
 
 def _describe(site: Site, histogram: Histogram, function: FunctionRecipe, fits: list[GroupFit]) -> dict[str, Any]:
-    """An element of `ConversionReport.layers`."""
+    """Return an element of `ConversionReport.layers`."""
     described = {
         "name": site.name,
         "modules": site.modules,

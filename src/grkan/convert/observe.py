@@ -1,10 +1,10 @@
-"""What elementwise functions a model computes, and where: seen while it runs.
+"""Observe a run of a model to find which elementwise functions it computes, and where.
 
-Every operation of the run is seen as PyTorch dispatches it, so nothing escapes, however the model was written. Each
-result remembers where it comes from: from a linear layer (a product with weights of the model, a 1x1 convolution), with
-nothing but cheap operations behind (norms, products, dropout, views, depthwise convolutions), or from anything else. An
-activation belongs to a feed-forward part if its input comes from a linear layer, and all that is made of its output
-goes into one. A convolutional stem, the gates of a state space and a router do not have that.
+Every operation is seen as PyTorch dispatches it, so none is missed, however the model is written. Each result records
+where it comes from: from a linear layer (a product with weights of the model, or a 1x1 convolution) through nothing but
+cheap operations (norms, products, dropout, views, depthwise convolutions), or from anything else. An activation belongs
+to a feed-forward part if its input comes from a linear layer, and everything computed from its output goes into one.
+This excludes a convolutional stem, the gates of a state space and a router.
 """
 
 import ast
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import calls
 
-# Operators that an activation may be, without the underscore of those that work in place.
+# Operators that may be an activation, without the trailing underscore of in-place ones.
 ELEMENTWISE = frozenset(
     (
         "relu", "relu6", "gelu", "silu", "mish", "hardswish", "hardtanh", "tanh", "sigmoid", "hardsigmoid", "elu",
@@ -35,9 +35,9 @@ _LINEAR = frozenset(
         "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "_grouped_mm", "_scaled_mm", "addbmm",
     )
 )  # fmt: skip
-# An activation may be made of them.
+# Operators that may be part of an activation.
 _PARTS = ("sigmoid", "tanh", "erf", "softplus")
-# They lead from a linear layer to the next.
+# Operators that may lie between one linear layer and the next.
 _CHEAP = ELEMENTWISE | frozenset(
     (
         "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "slice", "select", "split",
@@ -55,34 +55,34 @@ _CHEAP = ELEMENTWISE | frozenset(
 
 @dataclass(eq=False)
 class _Node:
-    """A tensor of the run, for those made of it."""
+    """A tensor of the run, and the tensors made from it."""
 
     origin: str
-    """Of what it is made: "linear", "weight" (weights alone), "input" (what is given), or what else, for a message."""
+    """Where it comes from: "linear", "weight" (only weights), "input" (given), or a phrase for a message."""
     channels: int | None = None
-    """The dimension of the channels of the linear layer, from the end."""
+    """The channel dimension of the linear layer, counted from the end."""
     fresh: bool = False
-    """Whether a linear layer made it."""
+    """Whether it is itself the output of a linear layer."""
     users: list[tuple[str, "_Node", str]] = field(default_factory=list)
-    """Operation; its result; the origin of what the tensor is combined with."""
+    """(operation, result, origin of the tensor that this one is combined with)."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """A place at which an elementwise operation runs."""
+    """A place in the code where an elementwise operation runs."""
 
     operation: str
     owner: nn.Module
-    """The module whose method it is."""
+    """The module whose method runs it."""
     code: CodeType
     offset: int
-    """The instruction of the code."""
+    """The offset of the instruction in the code."""
     outer: nn.Module | None
     """The module that calls the owner."""
     function: Callable[[Tensor], Any] | None = None
-    """What is called there, as a function of its tensor alone."""
+    """The call as a function of its tensor alone."""
     slot: str | None = None
-    """The attribute of the owner that is called there, if it is one."""
+    """The attribute of the owner that is called, if the call is one of an attribute."""
     label: str = ""
     call: calls.CallRecipe | None = None
     problem: str = ""
@@ -90,29 +90,29 @@ class Seen:
     inputs: list[_Node] = field(default_factory=list)
     outputs: list[_Node] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    """Those of the inputs, () for a nested tensor."""
+    """The shapes of the inputs; () for a nested tensor."""
 
 
 class Observation:
-    """What a run has shown."""
+    """What a run showed."""
 
     def __init__(self) -> None:
         self.places: dict[Any, Seen] = {}
         self.called: set[nn.Module] = set()
 
     def of_module(self, module: nn.Module, parent: nn.Module) -> list[Seen]:
-        """What ran inside of a module, or of its parts, where that parent called it."""
+        """Return the places that ran inside a module or its parts, only where `parent` called it if there are any."""
         inside = set(module.modules())
         found = [seen for seen in self.places.values() if seen.owner in inside]
         return [seen for seen in found if seen.outer is parent] or found
 
     def of_attribute(self, owner: nn.Module, slot: str) -> list[Seen]:
-        """The calls of a function that is an attribute."""
+        """Return the places that call the function in an attribute."""
         return [seen for seen in self.places.values() if seen.owner is owner and seen.slot == slot]
 
 
 def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
-    """Run a model, and say what was seen.
+    """Run a model and return what was seen.
 
     Raises:
         Exception: whatever the run raises.
@@ -121,7 +121,7 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     called = recorder.observation.called
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which calls none of the parts of an encoder layer
+    torch.backends.mha.set_fastpath_enabled(False)  # it calls none of the parts of an encoder layer
     try:
         with torch.compiler.set_stance("force_eager"), recorder:
             run()
@@ -181,13 +181,13 @@ class _Recorder(TorchDispatchMode):
         seen.shapes.append(() if source[0].is_nested else tuple(source[0].shape))
 
     def frames(self) -> Iterator[tuple[FrameType, nn.Module]]:
-        """The methods of modules of the model that are running, the innermost first."""
+        """Yield the running methods of modules of the model, the innermost first."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
             if code.co_varnames and not code.co_filename.endswith(("nn/modules/module.py", "nn\\modules\\module.py")):
                 owner = frame.f_locals.get(code.co_varnames[0])
-                if not isinstance(owner, nn.Module):  # a function in a method
+                if not isinstance(owner, nn.Module):  # a function inside a method
                     owner = frame.f_locals.get("self")
                 if isinstance(owner, nn.Module) and id(owner) in self.modules:
                     yield frame, owner
@@ -207,7 +207,7 @@ def _is_relu(args: Any) -> bool:
 
 
 def _node(name: str, func: Any, args: Any, inputs: list[tuple[Tensor, _Node]], output: Any) -> _Node:
-    """What the results of an operation are."""
+    """Return the node for the results of an operation."""
     if name == "embedding":
         return _Node("an embedding")
     result = next(_tensors((output,)), None)
@@ -241,7 +241,7 @@ def _node(name: str, func: Any, args: Any, inputs: list[tuple[Tensor, _Node]], o
 
 
 def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) -> int | None:
-    """Where the channels of a tensor are in what a cheap operation makes of it, from the end."""
+    """Return the channel dimension of a cheap operation's result, counted from the end; None if it is unknown."""
     rank = source.dim()
     at = rank + channels
     if name == "t":
@@ -255,7 +255,7 @@ def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) 
         return [d % rank for d in args[1]].index(at) - rank
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"):
         inner = source.shape[at + 1 :].numel()
-        for d in range(result.dim()):  # they may be split, as those of all experts or heads
+        for d in range(result.dim()):  # channels may be split, for example into experts or heads
             if source.shape[at] % result.shape[d] == 0 and result.shape[d + 1 :].numel() == inner:
                 return d - result.dim()
         return None
@@ -273,7 +273,7 @@ def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) 
 
 
 def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | None) -> Seen:
-    """A place, and what is called there."""
+    """Describe a place and what is called there."""
     seen = Seen(name, owner, frame.f_code, frame.f_lasti, outer)
     try:
         method, node = calls.find(type(owner), frame.f_code, frame.f_lasti)
@@ -300,7 +300,7 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
 def _around(
     tree: ast.AST, node: ast.expr, frame: FrameType
 ) -> tuple[ast.expr, ast.expr, Callable[[Tensor], Any]] | None:
-    """The largest expression around one that is a function of one variable: x * sigmoid(1.702 * x)."""
+    """Return the largest expression around `node` that is a function of one variable, as x * sigmoid(1.702 * x)."""
     parents: Any = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     start, found = node, None
     while isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)):
@@ -323,7 +323,7 @@ def _compiled(node: ast.expr) -> CodeType:
 
 
 def _evaluate(code: CodeType, names: dict[str, Any], values: dict[str, Any], name: str, x: Tensor) -> Any:
-    """An expression with another value for one of its variables."""
+    """Evaluate an expression with another value for one of its variables."""
     return eval(code, names, {**values, name: x})
 
 
@@ -332,24 +332,24 @@ def _is_elementwise(function: Callable[[Tensor], Any]) -> bool:
     try:
         y = function(x)
         return all(torch.allclose(function(x[i : i + 1]), y[i : i + 1]) for i in range(5)) and y.shape == x.shape
-    except Exception:  # it wants tensors of another kind
+    except Exception:  # it needs tensors of another kind
         return False
 
 
 def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
-    """Whether a function in an expression is PyTorch's, or a method of a tensor."""
+    """Return whether a function in an expression is PyTorch's, or a method of a tensor."""
     base: ast.expr = function
     while isinstance(base, ast.Attribute):
         base = base.value
     if not isinstance(base, ast.Name) or isinstance(frame.f_locals.get(base.id), Tensor):
-        return True  # a method of a tensor, or of another expression that is looked at, too
+        return True  # a method of a tensor, or of an expression that is checked as well
     value = eval(_compiled(function), frame.f_globals, frame.f_locals)
     of_torch = str(getattr(value, "__module__", None) or "torch").startswith(("torch", "math"))
     return of_torch and not isinstance(value, nn.Module)
 
 
 def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
-    """What a call does, as a function of its tensor: all else has the values that it has now."""
+    """Return a call as a function of its tensor; all other arguments keep their current values."""
 
     def value(node: ast.expr) -> Any:
         for part in ast.walk(node):
@@ -380,7 +380,7 @@ def _is_tensor(node: ast.expr, frame: FrameType) -> bool:
 
 
 def why_not(places: list[Seen]) -> str:
-    """Why what was seen is no activation of a feed-forward part; "" if it is one, at one of its calls at least."""
+    """Say why this is not an activation of a feed-forward part; "" if it is one in at least one of its calls."""
     calls_seen = [pair for place in places for pair in zip(place.inputs, place.outputs, strict=True)]
     reasons = [_why_not(source, result) for source, result in calls_seen]
     return "" if "" in reasons else reasons[0]
@@ -395,7 +395,7 @@ def _why_not(source: _Node, result: _Node) -> str:
 
 
 def _leads_astray(node: _Node) -> str:
-    """Why the output of an activation is not what linear layers take, and nothing else."""
+    """Say why the output of an activation does not go only into linear layers; "" if it does."""
     ahead, known, arrived = [node], {id(node)}, False
     while ahead:
         for name, result, foreign in ahead.pop().users:
@@ -410,7 +410,7 @@ def _leads_astray(node: _Node) -> str:
 
 
 def channel_dim(places: list[Seen]) -> tuple[int, int] | None:
-    """(dimension, number) of the channels, if they are where a rational function can have them; None: not known."""
+    """Return (dimension, number) of the channels, or None if unknown or where a rational function cannot have them."""
     found = set()
     for seen in places:
         for node, shape in zip(seen.inputs, seen.shapes, strict=True):

@@ -1,9 +1,9 @@
-"""What a conversion does to a model's modules, from its recipe alone. `grkan.convert_` makes recipes.
+"""Apply a conversion to a model's modules, from its recipe alone. `grkan.convert_` makes recipes.
 
-A conversion touches as little as it can. The second function takes the place of the activation, so the second linear
-layer, its dropout and their names stay what they were; the first linear layer becomes the child of a `RationalLinear`
-that has its name. A module with the layout of timm's `Mlp` changes its class, to `GRKAN`, and stays the object that it
-is. Parameters, hooks, modes and every other name under which a module is known survive without being copied.
+A conversion changes as little as possible. The second function takes the place of the activation, so the second linear
+layer, its dropout and their names stay the same. The first linear layer becomes the child of a `RationalLinear` that
+takes its name. A module with the layout of timm's `Mlp` changes its class to `GRKAN` and stays the same object.
+Parameters, hooks, modes and all other names of a module are kept without being copied.
 """
 
 import reprlib
@@ -27,16 +27,16 @@ from .calls import CallRecipe, check, lift
 RECIPE_VERSION = 1
 
 LAYOUTS = ("grkan", "linear", "activation")
-"""What of an MLP is converted:
+"""Which parts of an MLP are converted:
 "grkan": the module that holds all parts becomes a `GRKAN`;
-"linear": the first linear layer gets a function in front, the activation becomes one, all where they are;
+"linear": the first linear layer gets a function in front, and the activation becomes one, both in place;
 "activation": the activation becomes a `GroupRational`, and nothing else changes."""
 
 TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 """The children of timm's `Mlp`. `drop1`, `norm` and `drop2` may be missing."""
 
 INITIALISERS = ("init_weights", "_init_weights")
-"""Methods by which timm's and transformers' models draw their weights."""
+"""The methods with which timm's and transformers' models initialise their weights."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class FunctionRecipe:
     """A rational function: the arguments of a `GroupRational`."""
 
     init: str
-    """What it stands for: a name for people."""
+    """The name of the function it starts as, for display."""
     width: int | None
-    """Channels of its input; None: not known, so that one group serves all."""
+    """The number of input channels; None if unknown, so that one group serves all."""
     num_groups: int
     numerator: Sequence[Any]
     denominator: Sequence[Any]
-    """Both as in `init` of a `GroupRational`: of all groups alike, or a row for each."""
+    """Both as in `init` of a `GroupRational`: one row for all groups, or one row per group."""
     order: Sequence[int]
     form: str
     channel_dim: int
 
     def build(self, like: nn.Module) -> GroupRational:
-        """The function, where the parameters of another module are.
+        """Build the function, on the device and in the dtype of another module's parameters.
 
         Raises:
-            ValueError, TypeError: it cannot be.
+            ValueError, TypeError: the values of the recipe are invalid.
         """
         if self.width is not None:
             check_groups("width", self.width, self.num_groups)
@@ -83,7 +83,7 @@ class FunctionRecipe:
 
 @dataclass(frozen=True)
 class LayerRecipe:
-    """How an MLP is converted. Names are those of modules of the model, as `named_modules` gives them."""
+    """The conversion of one MLP. Names are module names of the model, as in `named_modules`."""
 
     name: str
     """The module that holds the MLP."""
@@ -92,22 +92,22 @@ class LayerRecipe:
     linear: str | None
     """The first linear layer; None for the layout "activation"."""
     activation: str
-    """What becomes the second function: a child, or an attribute that is a function."""
+    """The name of what becomes the second function: a child, or an attribute that is a function."""
     act1: FunctionRecipe | None
     """The function in front of the first linear layer; None for the layout "activation"."""
     act2: FunctionRecipe
     """The function in place of the activation."""
     gains: Mapping[str, float] = field(default_factory=dict)
-    """The linear layers that are drawn anew, from N(0, gain / fan_in); none if the weights stay."""
+    """The linear layers that are drawn anew, from N(0, gain / fan_in); empty if the weights stay."""
     call: CallRecipe | None = None
-    """Of an activation that is a function which a method calls: the call becomes one of the child `activation`."""
+    """The call in a method, if the activation is a function: it becomes a call of the child `activation`."""
 
     def within(self, module: str) -> "LayerRecipe":
-        """The same for the model around, which has this one as `module`."""
+        """Return the recipe for an enclosing model, in which this model is `module`."""
         return self._renamed(lambda name: plain_name(f"{module}.{name}".strip(".")))
 
     def inside(self, module: str) -> "LayerRecipe":
-        """The same for a part of the model, `module`; as it is if it lies elsewhere."""
+        """Return the recipe for the part `module` of the model; names outside of it stay the same."""
         return self._renamed(lambda name: name.removeprefix(f"{module}."))
 
     def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
@@ -123,41 +123,41 @@ class Recipe:
     layers: tuple[LayerRecipe, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, which `check_recipe` reads."""
+        """Return the recipe as plain JSON, which `check_recipe` reads."""
         return {"version": RECIPE_VERSION, "layers": [asdict(layer) for layer in self.layers]}
 
 
 RECORDERS: list[Callable[[nn.Module, Mapping[str, Any], ExitStack], None]] = []
-"""Called with a converted model, its whole recipe and what undoes the conversion: to keep it in a library's own
-description of the model."""
+"""Functions that store a conversion in a library's own description of the model. They are called with the converted
+model, its whole recipe and the stack that undoes the conversion."""
 
 
 def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
-    """Convert a model in place as a recipe says, without data: the same structure, with the same fitted functions.
+    """Convert a model in place from a recipe, without data: the same structure, with the same fitted functions.
 
-    What was converted with start="scratch" is drawn anew.
+    Linear layers that were converted with start="scratch" are drawn anew.
 
-    A model that was converted and trained further gets its weights by `load_state_dict` afterwards:
+    To restore a model that was trained after its conversion, load its weights with `load_state_dict` afterwards:
 
         model = AutoModel.from_pretrained(name)
         grkan.apply_conversion_(model, recipe)
         model.load_state_dict(state)
 
     Args:
-        model: one of the architecture that the recipe was made for, not converted yet; any device, meta included.
-        recipe: `ConversionReport.recipe`, or what JSON makes of it.
+        model: an unconverted model of the recipe's architecture, on any device, including meta.
+        recipe: `ConversionReport.recipe`, also after a round trip through JSON.
 
     Raises:
-        TypeError: model is no module, or recipe no mapping.
-        ValueError: recipe is none of grkan's, or of a newer version; or the model lacks a part that it names, or has a
-            part of another kind or width there; or it is wrapped in what keeps a list of its parameters. The model is
-            left as it was.
+        TypeError: model is not a module, or recipe is not a mapping.
+        ValueError: recipe is not a recipe of grkan, or has a newer version; the model lacks a part that it names, or
+            has a part of another kind or width there; or the model is in a wrapper that keeps a list of its parameters.
+            The model is left unchanged.
     """
     apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
 
 
 def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
-    """`apply_conversion_`, with a function that undoes it as the result; record: whether `RECORDERS` are told."""
+    """Apply a recipe as `apply_conversion_` does, and return a function that undoes it. `record`: call `RECORDERS`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     plans = [_Plan(layer, modules, model) for layer in recipe.layers]  # all checks come before the first change
     before = getattr(model, "grkan_conversion", None)
@@ -179,13 +179,13 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
     except BaseException:
         undo.close()
         raise
-    for plan in plans:  # last, for it cannot be undone
+    for plan in plans:  # last, because it cannot be undone
         plan.draw()
     return undo.close
 
 
 def _keep_starts(model: nn.Module, undo: ExitStack) -> None:
-    """Let the initialisers of a model, and of its parts, leave alone what keeps its start."""
+    """Make the initialisers of a model and of its parts skip the modules that keep their initial weights."""
     for module in model.modules():
         if isinstance(module, (GRKAN, GroupRational, RationalLinear)):
             continue
@@ -196,7 +196,7 @@ def _keep_starts(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _initialise(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-    """A method of the class of a model that draws its weights, or those of a module that it is given."""
+    """Call the initialiser of a model's class, for the model or a given module, and skip weights that are kept."""
     module = args[0] if args and isinstance(args[0], nn.Module) else model
     if isinstance(module, GroupRational) and not is_loaded(module):
         module.reset_parameters()
@@ -205,7 +205,7 @@ def _initialise(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
-    """All that was converted in a model or in parts of it, as one recipe for the model; None: nothing."""
+    """Return everything converted in a model and its parts as one recipe for the model; None if there is nothing."""
     layers: list[LayerRecipe] = []
     for name, module in model.named_modules():
         recipe: Any = getattr(module, "grkan_conversion", None)
@@ -215,10 +215,10 @@ def recipe_of(model: nn.Module) -> Recipe | None:
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> Recipe:
-    """The recipe that plain JSON holds.
+    """Return the recipe in plain JSON.
 
     Raises:
-        TypeError, ValueError: it holds none, or one of a newer version; the message says where.
+        TypeError, ValueError: it is not a recipe, or one of a newer version; the message says where.
     """
     if not isinstance(recipe, Mapping):
         raise GrkanTypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
@@ -262,7 +262,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "channel_dim": _WHOLE,
     "gains": ((Mapping,), "an object"),
 }
-"""What the fields of the records are in JSON."""
+"""The types of the records' fields in JSON."""
 
 
 def _layer(where: str, value: Any) -> LayerRecipe:
@@ -294,7 +294,7 @@ def _layer(where: str, value: Any) -> LayerRecipe:
 
 
 def _fields(where: str, kind: Any, value: Any) -> dict[str, Any]:
-    """A mapping with what a record needs, and nothing else."""
+    """Check that a mapping has exactly the fields of a record, and return it as a dict."""
     if not isinstance(value, Mapping):
         raise GrkanValueError(f"{where} must be an object, as grkan.convert_ writes it; got {reprlib.repr(value)}")
     wanted = [field.name for field in fields(kind)]
@@ -401,7 +401,7 @@ class _Plan:
             undo.callback(children.pop, slot)
         children[slot] = self.act2
         if getattr(parent, "activation_relu_or_gelu", 0):
-            # PyTorch's encoder layer would leave a new activation out on its fast path.
+            # PyTorch's encoder layer would skip a new activation on its fast path.
             _restore_attribute(parent, "activation_relu_or_gelu", undo)
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
@@ -434,19 +434,19 @@ class _Plan:
 
 
 def _forget(names: list[str], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Leave out the parameters of the activation that was there, in a state dict from before."""
+    """Drop the parameters of the original activation from a state dict saved before the conversion."""
     if f"{prefix}numerator" not in state:
         for name in names:
             state.pop(prefix + name, None)
 
 
 def is_loaded(module: nn.Module) -> bool:
-    """Whether transformers has loaded all of a module's own parameters from a checkpoint."""
+    """Return whether transformers has loaded all of a module's own parameters from a checkpoint."""
     return all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
 
 
 def is_drawable(module: Any) -> bool:
-    """Whether it is a linear layer or a 1x1 convolution with a weight of its own: none that is quantised."""
+    """Return whether this is a linear layer or a 1x1 convolution with its own weight that is not quantised."""
     width, weight = linear_width(module), getattr(module, "weight", None)
     if width is None or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
@@ -454,7 +454,7 @@ def is_drawable(module: Any) -> bool:
 
 
 def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:
-    """Let `undo` bring an attribute of a module back to what it is now, which may be nothing."""
+    """Let `undo` restore the current value of a module's attribute, or remove it if there is none now."""
     attributes = vars(module)
     if name in attributes:
         undo.callback(attributes.__setitem__, name, attributes[name])
@@ -463,7 +463,7 @@ def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:
 
 
 def _adopt_hooks(old: Any, new: nn.Module) -> None:
-    """Let the new module call the hooks of the old one: the dictionaries themselves, so that handles still remove."""
+    """Share the hooks of the old module with the new one. The dictionaries are shared so that handles still work."""
     for name, value in vars(old).items() if isinstance(old, nn.Module) else ():
         if "_hooks" in name and ("forward" in name or "backward" in name):
             new.__dict__[name] = value

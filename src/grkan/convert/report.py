@@ -1,4 +1,4 @@
-"""What a conversion did, and how close it came."""
+"""The report of a conversion: what it did, and how close the result is."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,37 +11,35 @@ _ERRORS = ("max_error", "rms_error", "relative_error", "best_relative_error", "o
 
 @dataclass
 class ConversionReport:
-    """What `grkan.convert_` did.
-
-    `str()` of it is a table.
-    """
+    """The result of `grkan.convert_`. `str(report)` is a table."""
 
     layers: list[dict[str, Any]]
     """For each converted MLP:
     name; modules: the names of its parts; layout: "grkan", "linear" or "activation", see `grkan.convert.recipe`;
-    activation: what its function was; order, form; groups: those of the second function, or of the only one;
-    interval: (low, high), what its inputs cover, or are expected to; samples: scalars of the calibration, 0 without;
-    and how far the function is from the activation, None where it is not to be the same:
-    max_error: the largest |F - f| on the interval, of all groups; rms_error: the root mean square of F - f over the
+    activation: the original function; order, form; groups: those of the second function, or of the only one;
+    interval: (low, high), the range of its inputs, or the predicted range; samples: scalars of the calibration, 0
+    without; and the distance of the function F from the activation f, None where they are not meant to be the same:
+    max_error: the largest |F - f| on the interval, over all groups; rms_error: the root mean square of F - f over the
     inputs; cosine, relative_error: of F and f over the inputs, None without calibration; best_rms_error,
-    best_relative_error: the smallest that a search from several starts finds for functions of this order, whatever they
-    do where there are no inputs; what is left is limited by the order; output_error: how far the MLP's output is off,
-    by its norm, for a sample of the inputs and for the largest: that of the second linear layer, where the activation's
-    goes straight into it; without calibration the activation's, for the inputs that are expected."""
+    best_relative_error: the smallest errors that a search from several starts finds for this order, without regard to
+    values where there are no inputs: a limit set by the order; output_error: the relative error, in norm, of the MLP's
+    output for a sample of the inputs and for the largest: of the second linear layer's output, if the activation's goes
+    straight into it; without calibration, of the activation's output for the predicted inputs."""
     skipped: list[tuple[str, str]]
-    """The activations that stay as they are, and why."""
+    """The activations that were not converted, and why."""
     cosine: float | None
-    """Of what the model computes after and before, over some of the calibration batches: its first float output that is
-    no loss, without padding; where it returns tokens or a loss alone, its logits or hidden states. None without."""
+    """The cosine between the model's outputs after and before, over some of the calibration batches. The output is the
+    first float one that is not a loss, without padding, or the logits or hidden states if the model returns only tokens
+    or a loss. None without calibration."""
     relative_error: float | None
-    """|after - before| / |before| of the same, in Euclidean norms."""
+    """|after - before| / |before| of the same outputs, in Euclidean norms."""
     recipe: dict[str, Any]
-    """Plain JSON, for `grkan.apply_conversion_`; with those of earlier conversions of the same model."""
+    """Plain JSON for `grkan.apply_conversion_`, including earlier conversions of the same model."""
     fits: list[GroupFit] = field(default_factory=list, repr=False)
-    """Every fitted function, see `grkan.plot.plot_conversion`."""
+    """Every fitted function; see `grkan.plot.plot_conversion`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the fits, as JSON."""
+        """Return everything but the fits, as JSON."""
         names = ("layers", "skipped", "cosine", "relative_error", "recipe")
         return json.loads(json.dumps({name: getattr(self, name) for name in names}))
 

@@ -1,4 +1,4 @@
-"""The start of a model that is to be trained from random weights: which linear layers are drawn, with which gain.
+"""The initial weights of a model to train from scratch: which linear layers are drawn, and with which gain.
 
 Let x, the input of an MLP of width d, have zero mean and unit variance per channel, as behind a norm, and let every
 weight be drawn from N(0, gain / fan_in), with no bias. Then each channel of a layer's output is normal with the
@@ -22,12 +22,12 @@ from .structure import Site
 
 
 def gains(site: Site, act1: FunctionRecipe | None, act2: FunctionRecipe) -> list[tuple[nn.Module, float]]:
-    """The linear layers around an activation with their gains; none if it is not clear which these are.
+    """Return the linear layers around an activation with their gains; empty if it is not clear which they are.
 
     Args:
         site: an activation that becomes `act2`.
-        act1: the function in front of its linear layer; None: none, which is as good as the identity.
-        act2: its activation from now on.
+        act1: the function in front of its linear layer; None stands for the identity.
+        act2: the function in place of the activation.
     """
     ahead, behind = _linear_layers(site)
     if behind is None or not all(is_drawable(module) for module in (*ahead, behind)):
@@ -42,13 +42,13 @@ def _gain(function: FunctionRecipe) -> float:
 
 
 def _linear_layers(site: Site) -> tuple[list[nn.Module], nn.Module | None]:
-    """Those whose outputs go into the activation, or are multiplied by it; and the one behind."""
+    """Return the linear layers that feed the activation or are multiplied by it, and the one behind it."""
     if site.first is not None and site.second is not None:
         return [site.first], site.second
     layers = [(child, sizes) for child in site.parent.children() if (sizes := linear_width(child)) is not None]
     width = site.width
     behind = [child for child, (inputs, outputs) in layers if inputs == width and outputs not in (width, 2 * width)]
-    # Where all are of one width, the last one is behind.
+    # If all have the same width, the last one is behind.
     second = next(iter(behind or [child for child, (inputs, _) in layers[::-1] if inputs == width]), None)
     ahead = [child for child, (_, outputs) in layers if child is not second and outputs in (width, 2 * width)]
     outputs = [(linear_width(child) or (0, 0))[1] for child in ahead]
@@ -57,7 +57,7 @@ def _linear_layers(site: Site) -> tuple[list[nn.Module], nn.Module | None]:
 
 
 def _is_normed(site: Site, first: nn.Module) -> bool:
-    """Whether a norm lies between the activation and the linear layer behind it."""
+    """Return whether a norm lies between the activation and the linear layer behind it."""
     inputs = (linear_width(first) or (0, 0))[0]
     norms: list[Any] = [child for child in site.parent.children() if "Norm" in type(child).__name__]
     weights = [getattr(norm, "weight", None) for norm in norms]

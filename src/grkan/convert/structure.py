@@ -1,9 +1,9 @@
 """Find the MLPs of a model: a linear layer, an activation, a linear layer.
 
-They are found by structure, and by what a run of the model has shown, where there was one. An activation is whatever
-maps every scalar alone, which is tried out; the linear layers are those around it whose widths match. What that
-suggests is tried out, too, where a module can be run by itself, and with calibration data once more. Any other
-activation of a feed-forward part becomes rational by itself, in its place.
+They are found by structure and, if the model was run, by what the run showed. An activation is any function that maps
+each scalar independently, which is tested numerically. Its linear layers are those around it whose widths match. That
+guess is tested too where a module can be run by itself, and again with calibration data. Any other activation of a
+feed-forward part becomes rational by itself, in its place.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from .calls import CallRecipe, lift
 from .observe import Observation, Seen
 from .recipe import TIMM_ORDER
 
-# They weight what others compute.
+# Gates: their output is a weight for the output of other layers.
 _GATES = ("sigmoid", "hardsigmoid", "softplus", "Hardsigmoid", "LogSigmoid", "logsigmoid", "hard_sigmoid")
 
-# Modules of an activation that is made of some, as StarReLU is.
+# The most modules that an activation may consist of. StarReLU, for example, has several.
 _MOST_PARTS = 8
 
 
@@ -39,18 +39,18 @@ class Activation:
     """An elementwise function."""
 
     name: str
-    """One of `grkan.fit`'s if it is that function, else that of its class."""
+    """The name that `grkan.fit` has for the function, or else the name of its class."""
     function: Callable[[Tensor], Tensor]
-    """On float64 tensors on the CPU; pure."""
+    """A pure function of float64 tensors on the CPU."""
     channels: tuple[Callable[[Tensor], Tensor], ...] = ()
-    """Those of all channels, where they have parameters of their own."""
+    """One function per channel, if the channels have their own parameters."""
 
     def of_group(self, group: int, groups: int) -> "Activation":
-        """The function of a group of channels, which are alike."""
+        """Return the function of one group. All channels of a group share it."""
         return replace(self, function=self.channels[group * len(self.channels) // groups]) if self.channels else self
 
     def alike(self, groups: int) -> bool:
-        """Whether the channels of each group have the same function."""
+        """Return whether all channels of each group have the same function."""
         if not self.channels:
             return True
         if len(self.channels) % groups:
@@ -68,41 +68,41 @@ class Site:
     layout: str
     """One of `convert.recipe.LAYOUTS`."""
     parts: dict[str, str | None]
-    """Their full names in the model, by those of `GRKAN`'s, `act` for the activation."""
+    """Full names of the parts in the model, keyed by the part names of `GRKAN`; `act` is the activation."""
     parent: nn.Module
     slot: str
-    """The attribute of the parent that is the activation."""
+    """The attribute of `parent` that holds the activation."""
     activation: Activation
     first: nn.Module | None
     second: nn.Module | None
     width: int
-    """Channels of the activation."""
+    """The number of channels of the activation."""
     channel_dim: int = -1
     shared: bool = False
-    """Whether its channels are not known, so that one function serves all; its width is 1 then."""
+    """Whether the channels are unknown, so that one function serves all of them. `width` is then 1."""
     call: CallRecipe | None = None
-    """Of an activation that is a function in `forward`."""
+    """The call in `forward`, if the activation is a function."""
     doubt: str = ""
-    """Why it is no activation of a feed-forward part, unless the linear layers turn out to be next to it."""
+    """Why this may not belong to a feed-forward part. It counts unless linear layers turn out to be next to it."""
     norms: list[nn.Module] = field(default_factory=list)
-    """The norms that may stand in front of the first linear layer."""
+    """The norms that may come before the first linear layer."""
 
     @property
     def modules(self) -> list[str]:
-        """The names of the parts that are there."""
+        """The names of the parts that exist."""
         return [name for name in self.parts.values() if name is not None]
 
     def keep_linear(self) -> None:
-        """Leave the first linear layer alone, for the activation is no part of an MLP that is known well enough."""
+        """Leave the first linear layer unchanged, because the MLP around the activation is not known well enough."""
         self.layout, self.parts = "activation", {"act": self.parts["act"]}
 
     def share(self) -> None:
-        """Have one function for all channels."""
+        """Use one function for all channels."""
         self.keep_linear()
         self.shared, self.width, self.channel_dim = True, 1, -1
 
     def place(self, channels: tuple[int, int] | None, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Go by what a run has shown: (dimension, number) of the channels, if it is clear, and all shapes."""
+        """Correct the site by what a run showed: (dimension, number) of the channels, or None, and all input shapes."""
         other = [s for s in shapes if s and (len(s) <= self.channel_dim or s[self.channel_dim] != self.width)]
         if self.layout == "activation" or other:
             self.keep_linear()
@@ -113,25 +113,25 @@ class Site:
 
 
 class _NotFoundError(Exception):
-    """Why an activation is left as it is."""
+    """The reason why an activation is not converted."""
 
 
 def find_sites(
     model: nn.Module, seen: Observation | None = None, include: Sequence[str] = (), undo: ExitStack | None = None
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The activations that can become rational, in the order of the modules, and the (name, reason) of all others.
+    """Find the activations that can become rational, in module order, and the (name, reason) of all others.
 
     Args:
-        seen: what a run of the model has shown.
-        include: patterns for names; what they name is converted whatever it is.
-        undo: takes back what makes children of functions that `forward` calls.
+        seen: what a run of the model showed.
+        include: patterns for names; whatever they match is converted.
+        undo: collects what restores the functions that `forward` calls, after they were made children.
     """
     finder = _Finder(model, seen, include)
     if seen is not None and undo is not None:
         finder.lift_calls(seen, undo)
     activations: set[nn.Module | None] = set()
     for name, parent in model.named_modules():
-        # What an activation is made of is none of its own.
+        # The parts of an activation are not activations themselves.
         if isinstance(parent, (GRKAN, GroupRational, RationalLinear)) or parent in activations:
             continue
         for slot, activation in _activations(parent, finder.attributes):
@@ -143,7 +143,7 @@ def find_sites(
     sites = finder.sites
     used = Counter(id(site.first) for site in sites if site.layout == "linear")
     for site in sites:
-        # A linear layer with several places in the model cannot have one function in front of it.
+        # A linear layer that is used in several places cannot get a function of its own in front.
         if site.layout == "linear" and (used[id(site.first)] > 1 or finder.places[id(site.first)] > 1):
             site.keep_linear()
     return sites, finder.skipped
@@ -152,7 +152,7 @@ def find_sites(
 def choose(
     sites: list[Site], include: Sequence[str] | None, exclude: Sequence[str]
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The sites whose name, or that of a part, matches one of `include` and none of `exclude`; and the others."""
+    """Split the sites: those with a name, or a part's name, that matches `include` and not `exclude`; and the rest."""
 
     def matches(site: Site, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for name in (site.name, *site.modules) for pattern in patterns)
@@ -169,14 +169,15 @@ def choose(
 
 
 def _activations(parent: nn.Module, attributes: Any = ()) -> Iterator[tuple[str, Activation]]:
-    """The attributes of a module that are elementwise functions: children, and functions.
+    """Yield the attributes of a module that are elementwise functions: child modules and plain functions.
 
-    Functions have "act" in their name, are PyTorch's, or are known to be called: of a module, `attributes` has these.
+    A plain function counts if its attribute's name contains "act", if it is PyTorch's, or if a run showed that it is
+    called: `attributes` holds (id of the module, attribute) of these.
     """
     for slot, child in parent._modules.items():
         if child is not None and not isinstance(child, GroupRational) and (found := as_activation(child)) is not None:
             yield slot, found
-    for slot, value in list(vars(parent).items()):  # whoever asks replaces some meanwhile
+    for slot, value in list(vars(parent).items()):  # a copy, because the caller may replace attributes meanwhile
         if not callable(value) or isinstance(value, (type, nn.Module)):
             continue
         of_torch = str(getattr(value, "__module__", None)).startswith("torch")
@@ -187,10 +188,10 @@ def _activations(parent: nn.Module, attributes: Any = ()) -> Iterator[tuple[str,
 
 
 def as_activation(candidate: Any) -> Activation | None:
-    """What a module or a function is as an activation; None if it is none.
+    """Return the activation that `candidate` computes, or None if it is not one.
 
-    It is tried on a few numbers: it has to map each of them alone, and not as a straight line. A module may have
-    parameters, one of each for all channels or for every channel.
+    The candidate is tried on a few numbers. It must map each number independently, and must not be a straight line. A
+    module may have parameters: each either a single number or one number per channel.
     """
     channels: tuple[Callable[[Tensor], Tensor], ...] = ()
     if isinstance(candidate, nn.Module):
@@ -215,13 +216,13 @@ def as_activation(candidate: Any) -> Activation | None:
             y = function(x)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
                 return None
-            if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or nothing at all
+            if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or the identity
                 return None
             square = function(x[:96].flip(0).reshape(2, 3, 4, 4))
             if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
                 return None
             name = next((n for n in table.NAMES if torch.allclose(table.exact(n)(x), y, 1e-7, 1e-9)), label)
-    except Exception:  # it wants another input, or anything else than one tensor
+    except Exception:  # it needs another input, or more than one tensor
         return None
     finally:
         if modes:
@@ -230,9 +231,9 @@ def as_activation(candidate: Any) -> Activation | None:
 
 
 def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor], Tensor], ...]] | None:
-    """A module with parameters as one for a single channel, and the functions of all channels if they differ in them.
+    """Reduce a module with parameters to a single channel, and return it with one function per channel if they differ.
 
-    None: its parameters are not those of channels, or its parts are more than an activation's.
+    Returns None if the parameters do not belong to channels, or if the module has more parts than an activation.
     """
     parts = list(module.modules())
     if len(parts) > _MOST_PARTS or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -265,7 +266,7 @@ def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor
 
 
 def _single(module: nn.Module, channel: int) -> nn.Module:
-    """The module for one channel."""
+    """Return a copy of the module for one channel."""
     one = copy.deepcopy(module)
     for tensor in (*one.parameters(), *one.buffers()):
         if tensor.numel() > 1:
@@ -274,14 +275,14 @@ def _single(module: nn.Module, channel: int) -> nn.Module:
 
 
 class _Called(nn.Module):
-    """A function that `forward` called, as a child."""
+    """A child module that wraps a function called in `forward`."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.function: Any = function
 
     def forward(self, x: Tensor) -> Any:
-        """What the function does."""
+        """Call the function."""
         return self.function(x)
 
 
@@ -298,11 +299,11 @@ class _Finder:
         self.lifted: dict[tuple[int, str], tuple[CallRecipe, str, list[Seen]]] = {}
 
     def named(self, *names: str) -> bool:
-        """Whether the user asked for it."""
+        """Return whether `include` matches one of the names."""
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.include)
 
     def lift_calls(self, seen: Observation, undo: ExitStack) -> None:
-        """Make children of the functions that methods call, where these belong to a feed-forward part."""
+        """Replace functions that methods call by children, where they belong to a feed-forward part."""
         inside: set[nn.Module] = set()
         for module in self.modules.values():
             if module not in inside and not isinstance(module, nn.Sequential) and as_activation(module) is not None:
@@ -331,11 +332,11 @@ class _Finder:
             self.lifted[id(place.owner), slot] = (place.call, place.label, places)
 
     def wanted(self, name: str, places: list[Seen], *names: str) -> bool:
-        """Whether an activation is one of a feed-forward part, or the user asked for it."""
+        """Return whether an activation belongs to a feed-forward part, or `include` names it."""
         return self.named(*names) or not (name in _GATES or observe.why_not(places))
 
     def add(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> None:
-        """Add an activation to the sites, or to what is skipped."""
+        """Add an activation to `sites` or to `skipped`."""
         full = _join(name, slot)
         call, label, places = self.lifted.get((id(parent), slot), (None, activation.name, []))
         if activation.name == _Called.__name__:
@@ -368,7 +369,7 @@ class _Finder:
         self.sites.append(site)
 
     def name_the_rest(self, activations: set[nn.Module | None]) -> None:
-        """Name every other place at which an elementwise operation was seen."""
+        """Add every other place where an elementwise operation was seen to `skipped`."""
         done = {id(place) for _, _, places in self.lifted.values() for place in places}
         named = set()
         for place in () if self.seen is None else self.seen.places.values():
@@ -411,7 +412,7 @@ class _Finder:
         raise _NotFoundError("no two linear layers around it whose widths match")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """A module that is nothing but fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
+        """Match a module that consists only of fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
         if slot not in parent._modules or parent._parameters or parent._buffers or "forward" in vars(parent):
             return None
         parts = _in_timm_order(parent, slot)
@@ -428,7 +429,7 @@ class _Finder:
         return Site(name, "grkan", full, parent, slot, activation, first, second, outer[0], 1 if conv else -1)
 
     def around(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """The linear layers are children of the module that has the activation, too."""
+        """Match an activation whose linear layers are children of the same module."""
         linears = [(key, child) for key, child in parent._modules.items() if linear_kind(child) is not None]
         if not linears and any(isinstance(child, nn.Conv2d) for child in parent.children()):
             return self.in_convolutions(name, parent, slot, activation)
@@ -441,7 +442,7 @@ class _Finder:
         pairs = [(a, b) for i, a in enumerate(keys) for b in keys[i + 1 :] if widths[a][1] == widths[b][0]]
         for a, b in pairs:
             twins = [key for key in keys if key not in (a, b) and widths[key] == widths[a]]
-            if twins and widths[a][0] != widths[a][1]:  # a gate: the activation of one is a factor of the other
+            if twins and widths[a][0] != widths[a][1]:  # a gate: one output times the activation of the other
                 return self.gate(name, parent, slot, activation, a, widths[b][0])
         if len(keys) == 2 and widths[keys[0]][1] == 2 * widths[keys[1]][0]:
             return self.gate(name, parent, slot, activation, None, widths[keys[1]][0])
@@ -452,7 +453,7 @@ class _Finder:
         return self.linear(name, parent, slot, activation, _join(name, pairs[0][0]), _join(name, pairs[0][1]))
 
     def in_sequential(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """A part of a Sequential; between the activation and the second linear layer are at most dropout and norms."""
+        """Match a part of a Sequential with at most dropout and norms before the second linear layer."""
         children = {k: c for k, c in parent._modules.items() if not isinstance(c, (nn.Dropout, nn.Identity))}
         keys = list(children)
         before = keys[: keys.index(slot)][-1:]
@@ -465,7 +466,7 @@ class _Finder:
         return self.linear(name, parent, slot, activation, _join(name, before[0]), _join(name, behind[0]))
 
     def in_convolutions(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """Two 1x1 convolutions and one activation, with norms and dropout: the activation alone becomes rational."""
+        """Match two 1x1 convolutions and one activation, with norms and dropout: only the activation is converted."""
         convs = [child for child in parent.children() if isinstance(child, nn.Conv2d)]
         widths = [linear_width(conv) for conv in convs]
         if len(convs) != 2 or None in widths or len(list(_activations(parent))) != 1:
@@ -479,7 +480,7 @@ class _Finder:
         )
 
     def in_next_module(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """The second linear layer is in the module behind: BERT's intermediate and output."""
+        """Match an activation whose second linear layer is in the next module, as BERT's intermediate and output."""
         linears = [key for key, child in parent._modules.items() if linear_kind(child) is not None]
         if len(linears) != 1 or not name:
             return None
@@ -525,7 +526,7 @@ class _Finder:
         return self.tried(site)
 
     def tried(self, site: Site) -> Site:
-        """What can be said of a site where no run has shown it."""
+        """Check a site by running the modules around it, if no run of the model was observed."""
         if self.seen is not None:
             return site
         names = [self.names[id(site.parent)]]
@@ -539,7 +540,7 @@ class _Finder:
         return site
 
     def alone(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site:
-        """An activation between linear layers of which no more is known."""
+        """Return a site for an activation whose linear layers are not known."""
         site = Site(name, "activation", {"act": _join(name, slot)}, parent, slot, activation, None, None, 1)
         site.share()
         return site
@@ -555,10 +556,10 @@ class _Finder:
         return next((child for child in parent.children() if linear_kind(child) is not None), None)
 
     def norms_before(self, site: Site) -> list[nn.Module]:
-        """Norms of the input's width in the nearest module around that has any.
+        """Return the norms of the input's width in the nearest enclosing module that has any.
 
-        In the order in which they were made, the last one before the linear layer, or else all of them: BERT's, timm's
-        and ViT's are made in the order in which they run, and those of PyTorch's encoder layer after all the rest.
+        That is the last norm created before the linear layer, or all of them if there is none before it. BERT, timm and
+        ViT create norms in the order in which they run; PyTorch's encoder layer creates them after everything else.
         """
         width = linear_width(site.first)
         name = site.name
@@ -580,7 +581,7 @@ def _join(name: str, child: str) -> str:
 
 
 def _is_norm(module: Any) -> bool:
-    """A norm over the channels with a weight: LayerNorm, RMSNorm, and what others call so."""
+    """Return whether `module` is a norm over the channels with a weight: LayerNorm, RMSNorm or a similar class."""
     named = "Norm" in type(module).__name__ and "Batch" not in type(module).__name__
     weight = getattr(module, "weight", None)
     return named and isinstance(weight, Tensor) and weight.dim() == 1
@@ -596,7 +597,7 @@ def _in_timm_order(parent: nn.Module, slot: str) -> dict[str, str | None] | None
 
 
 def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """An input for a module that begins with `first`; None where there is nothing to compute with."""
+    """Return an input for a module that begins with `first`, or None if `first` has no usable weight."""
     weight = getattr(first, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return None
@@ -605,7 +606,7 @@ def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv: bool) -> bool:
-    """Whether the forward of a module is to run its parts in timm's order; true where it cannot be tried."""
+    """Return whether a module's `forward` runs its parts in timm's order; also True if that cannot be tried."""
     x = _probe(parent._modules["fc1"], (2, width, 3, 3) if conv else (2, 3, width))
     if x is None:
         return True
@@ -614,19 +615,19 @@ def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv:
             y = parent(x.clone())
             for key in parts.values():
                 x = x if key is None else parent._modules[key](x)  # type: ignore[misc]
-        except Exception:  # whatever the forward of another class wants
+        except Exception:  # the forward of another class may need anything
             return False
         return isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(x, y, 1e-3, 1e-5)
 
 
 def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
-    """Run the modules around a site by themselves, until one of them calls the activation.
+    """Run the modules around a site by themselves until one of them calls the activation.
 
     Returns:
         Whether the input of the second linear layer is the output of the activation; None if nothing was seen.
 
     Raises:
-        _NotFoundError: the activation gets inputs of another width, too.
+        _NotFoundError: the activation also gets inputs of another width.
     """
     inputs = (linear_width(site.first) or (0, 0))[0]
     for module in around:
@@ -646,7 +647,7 @@ def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order."""
+    """Return whether two tensors hold the same numbers in the same order."""
     if x is y or x.numel() != y.numel():
         return x is y
     if x.is_nested or y.is_nested:
@@ -655,11 +656,11 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 class Watched(nn.Module):
-    """In place of an activation while it is entered: calls it, hands its input on, and sees where the output goes.
+    """A stand-in for an activation, as a context manager: it calls it, records its input and tracks its output.
 
     Args:
-        site: whose activation it replaces.
-        record: gets every input.
+        site: the site whose activation it replaces.
+        record: called with every input.
     """
 
     def __init__(self, site: Site, record: Callable[[Tensor], object] = lambda _: None) -> None:
@@ -668,10 +669,10 @@ class Watched(nn.Module):
         self.calls = self.followed = self.strangers = 0
         self.output: Tensor | None = None
         self.watching = True
-        vars(self)["activation"] = getattr(site.parent, site.slot)  # no child: it belongs to the model
+        vars(self)["activation"] = getattr(site.parent, site.slot)  # not a child, because it belongs to the model
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the activation does."""
+        """Call the activation."""
         if isinstance(x, Tensor):
             self.record(x.reshape(-1, 1) if self.site.shared and not x.is_nested else x)
         y = vars(self)["activation"](x, *args, **kwargs)
@@ -681,15 +682,15 @@ class Watched(nn.Module):
 
     @property
     def agrees(self) -> bool | None:
-        """Whether each output went to the second linear layer, and nothing else did; None if there was none."""
+        """Whether every output went to the second linear layer and nothing else did; None if there was no call."""
         return self.calls == self.followed and not self.strangers if self.calls else None
 
     def stop_watching(self) -> None:
-        """Compare no more."""
+        """Stop comparing."""
         self.watching, self.output = False, None
 
     def compare(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A hook of the second linear layer."""
+        """Compare the second linear layer's input with the activation's output. A forward pre-hook of that layer."""
         if not self.watching:
             return
         x, y, self.output = inputs[0] if inputs else None, self.output, None
@@ -703,7 +704,7 @@ class Watched(nn.Module):
         vars(parent).pop(slot, None)
         parent._modules[slot] = self
         self.fast_path = getattr(parent, "activation_relu_or_gelu", None)
-        if self.fast_path:  # on which PyTorch's encoder layer calls none of its parts
+        if self.fast_path:  # on it, PyTorch's encoder layer calls none of its parts
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
         second = self.site.second
         self.hook = None if second is None else second.register_forward_pre_hook(self.compare)

@@ -1,4 +1,4 @@
-"""An input that a model can be run with where there are no data: what it computes is of no interest, only how."""
+"""Make an input for a model when there are no data: only the operations of the run matter, not its results."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -14,7 +14,7 @@ _SIZES = (224, 64, 32)
 
 
 def trial_run(model: nn.Module) -> Callable[[], Any] | None:
-    """What runs the model once, in eval mode; None if no input is found that it takes."""
+    """Return a function that runs the model once, in eval mode; None if no input is found that the model accepts."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None or any(p.is_meta for p in model.parameters()):
         return None
@@ -23,7 +23,7 @@ def trial_run(model: nn.Module) -> Callable[[], Any] | None:
         try:
             with evaluating(model):
                 run()
-        except Exception:  # another model's input
+        except Exception:  # an input for another model
             continue
         return run
     return None
@@ -35,7 +35,7 @@ def _call(model: nn.Module, arguments: Any) -> Any:
 
 
 def _placed(value: Any, like: Tensor) -> Any:
-    """On the device of a parameter, and numbers in its dtype."""
+    """Move tensors to the device of a parameter, floating-point ones also to its dtype."""
     if isinstance(value, Mapping):
         return {key: _placed(part, like) for key, part in value.items()}
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A KAT leaves Python: copies and files that need nothing of grkan to run."""
+"""Export a KAT to copies and files that run without grkan."""
 
 import sys
 from types import ModuleType
@@ -10,7 +10,7 @@ __all__ = ["FORMATS", "export", "plain"]
 
 
 class _Room(ModuleType):
-    """An import of `grkan.export` puts this package where the function of that name was: so it can be called, too."""
+    """Make this package callable, because importing `grkan.export` puts it in place of the function of that name."""
 
     __call__ = staticmethod(export)
 

@@ -1,4 +1,4 @@
-"""`grkan.export`: the one way to every format."""
+"""`grkan.export`: the entry point for every format."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from ..rational.arguments import check_choice, check_flag
 from ..writing import check_new_folder, check_writable
 from .job import make_job
 
-# format -> the module of this package that writes it, the extra that brings what it needs, and the endings of its files
+# format -> the module of this package that writes it, the extra with its dependencies, and the endings of its files
 _FORMATS = {
     "onnx": ("onnx", "onnx", ()),
     "openvino": ("openvino", "openvino", (".xml",)),
@@ -34,26 +34,26 @@ def export(
     inline: bool = False,
     int8: bool = False,
 ) -> Path:
-    """Write a model for programs that have no grkan, once it is known to compute what PyTorch computes.
+    """Write a model for programs without grkan, after checking that it computes the same as PyTorch.
 
-    Every format but "timm" is in plain float32 operations, with the range of `grkan.plain`. What was written is run and
-    held against the model first; it appears whole, in the place of what was there, or not at all.
+    Every format but "timm" uses plain float32 operations, with the range of `grkan.plain`. The result is first run and
+    compared with the model. It then replaces an existing file as a whole, or nothing is written.
 
     Args:
-        model: any module with layers of grkan, or without; wrappers such as DDP are taken off. It stays as it is.
-        path: the file; for "timm" a folder, which must be new or empty. "openvino" wants the ending .xml, and writes a
-            .bin beside it; "pt2" and "aoti" want .pt2.
-        format: "onnx", for ONNX Runtime and others: a node `grkan::GroupRational` for every function, which is in the
-            same file as a function of standard operators, and which `grkan.onnx_library()` runs faster;
+        model: any module, with or without layers of grkan; wrappers such as DDP are removed. It is not changed.
+        path: the file; for "timm" a folder, which must be new or empty. "openvino" needs the ending .xml, and writes a
+            .bin beside it; "pt2" and "aoti" need .pt2.
+        format: "onnx", for ONNX Runtime and others: a node `grkan::GroupRational` for every function. The same file
+            defines it by standard operators, and `grkan.onnx_library()` runs it faster;
             "openvino"; "pt2", a program of `torch.export`; "aoti", compiled by AOTInductor for this processor;
-            "executorch", with XNNPACK, for the sizes of the example alone;
+            "executorch", with XNNPACK, only for the sizes of the example;
             "timm", a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the Hub.
-        example: what the model is called with: a Tensor, a tuple of arguments, or a mapping of keyword arguments. None:
-            images of the size that a model of timm's registry is made for, or a transformers model's `dummy_inputs`.
-        dynamic: whether the batch may have any size, and so a text's length, and an image's height and width where the
-            model has `dynamic_img_size` and the format is not "openvino"; False: the sizes of the example.
-        inline: for "onnx", standard operators alone, for runtimes that do not know functions.
-        int8: for "onnx", weights in 8 bits, by ONNX Runtime's dynamic quantisation.
+        example: the model's input: a Tensor, a tuple of arguments, or a mapping of keyword arguments. None: images of
+            the size that a model of timm's registry is made for, or the `dummy_inputs` of a transformers model.
+        dynamic: whether the batch may have any size. This includes the length of a text, and an image's height and
+            width if the model has `dynamic_img_size` and the format is not "openvino". False: the sizes of the example.
+        inline: for "onnx", use only standard operators, for runtimes that do not support functions.
+        int8: for "onnx", store weights in 8 bits, by ONNX Runtime's dynamic quantisation.
 
     Returns:
         The path.
@@ -61,7 +61,7 @@ def export(
     Raises:
         ImportError: a package that the format needs is missing.
         TypeError, ValueError: an argument is wrong, or the model cannot be traced.
-        RuntimeError: the result differs from PyTorch's. int8 loses accuracy: there it is a fifth of the largest output.
+        RuntimeError: the result differs from PyTorch's. The limit for int8 is a fifth of the largest output.
         OSError: the path cannot be written.
     """
     check_choice("format", format, FORMATS)
@@ -81,16 +81,16 @@ def export(
     if format == "timm":
         write(model, path)
     else:
-        # ExecuTorch plans its memory ahead, and a phone has one image at a time.
+        # ExecuTorch plans its memory ahead, and a phone processes one image at a time.
         fixed = format == "executorch"
-        # OpenVINO interpolates position embeddings in another way than PyTorch: logits are off by 2e-4 of the largest.
+        # OpenVINO interpolates position embeddings differently from PyTorch: logits are off by 2e-4 of the largest.
         job = make_job(model, example, dynamic and not fixed, batch=1 if fixed else 2, resizes=format != "openvino")
         write(job, path, **(options if format == "onnx" else {}))
     return path
 
 
 def _writer(format: str, module: str, extra: str | None) -> Callable[..., None]:
-    """What writes a format; its module imports what it needs."""
+    """Return the function that writes a format. Its module imports the packages that it needs."""
     try:
         writer: Callable[..., None] = getattr(import_module(f"{__package__}.{module}"), f"write_{format}")
     except ModuleNotFoundError as error:

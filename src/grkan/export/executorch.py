@@ -1,6 +1,6 @@
-"""ExecuTorch, for phones and smaller: the plain copy, lowered to XNNPACK where that has an operation.
+"""ExecuTorch, for phones and smaller devices: the plain copy, lowered to XNNPACK where it supports an operation.
 
-The sizes are those of the example: memory is planned ahead.
+The sizes are those of the example, because memory is planned ahead.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from .packages import trace
 
 
 def write_executorch(job: Job, path: Path) -> None:
-    """Write a program for `executorch.runtime`, or its C++ and mobile ones."""
+    """Write a program for `executorch.runtime`, or for ExecuTorch's C++ and mobile runtimes."""
     traced = trace(job)
     with quietly("lowered by ExecuTorch"):
         program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()

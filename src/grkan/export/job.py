@@ -1,4 +1,4 @@
-"""What is to be exported: a model, what it is called with, which sizes may change, and what it has to compute."""
+"""A job of the exporter: the model, its example input, the sizes that may change, and the expected outputs."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from ..nn.wrappers import unwrap
 from ..rational.arguments import check_module
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far an output may be from PyTorch's, relative to the largest number in it, by the dtype of the model."""
+"""The allowed difference from PyTorch's output, relative to the largest number in it, by the dtype of the model."""
 
 BATCH, _LENGTH = "batch", "length"
 
@@ -30,22 +30,22 @@ FIXED = "; dynamic=False asks for less"
 
 @dataclass(frozen=True)
 class Call:
-    """What a model is called with."""
+    """The arguments of a call of a model."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        """In the order in which PyTorch's exporters have them as inputs."""
+        """Return the tensors in the order of the inputs of PyTorch's exporters."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     def map(self, function: Callable[[Tensor], Any]) -> "Call":
-        """With something else for every tensor."""
+        """Return the call with `function` applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
         return Call(args, kwargs)
 
     def of(self, model: Callable[..., Any]) -> Any:
-        """What a model gives for it."""
+        """Call a model and return its output."""
         return model(*self.args, **self.kwargs)
 
 
@@ -53,8 +53,8 @@ class Call:
 class Job:
     """A model to be exported.
 
-    `model` is a copy, on the CPU and in eval mode. `example` is what to trace it with. `sizes` are, for every tensor of
-    the example, the names of the dimensions that may change. `calls` are those that are checked.
+    `model` is a copy, on the CPU and in eval mode. `example` is the call to trace it with. `sizes` names, for every
+    tensor of the example, the dimensions that may change. `calls` are the calls to check.
     """
 
     model: nn.Module
@@ -66,7 +66,7 @@ class Job:
     dtype: torch.dtype
 
     def shapes(self, of: Callable[[str], Any]) -> tuple[Any, dict[str, Any]]:
-        """The dimensions that may change, as `torch.export` wants them; of(name) is what stands for one."""
+        """Return the dimensions that may change, in the format of `torch.export`; of(name) represents each."""
         sizes = iter(self.sizes)
 
         def shape(leaf: Any) -> Any:
@@ -75,7 +75,7 @@ class Job:
         return pytree.tree_map(shape, (self.example.args, dict(self.example.kwargs)))
 
     def dynamic_shapes(self, of: Callable[[str], Any]) -> Any:
-        """The argument of that name, of `torch.export.export` and `torch.onnx.export`."""
+        """Return the `dynamic_shapes` of `torch.export.export` and `torch.onnx.export`."""
         args, kwargs = self.shapes(of)
         if not any(self.sizes):
             return None
@@ -86,10 +86,10 @@ class Job:
         return dict(zip(names, args, strict=False))
 
     def check(self, what: str, run: Callable[[Call], Sequence[Any]], tolerance: float | None = None) -> float:
-        """Hold what was exported against PyTorch; the largest difference, relative to the largest number of an output.
+        """Compare the export with PyTorch, and return the largest difference, relative to an output's largest number.
 
         Raises:
-            RuntimeError: they differ by more than the tolerance; None: that of the model's dtype.
+            RuntimeError: they differ by more than the tolerance. None: the tolerance of the model's dtype.
         """
         tolerance = TOLERANCE[self.dtype] if tolerance is None else tolerance
         worst = 0.0
@@ -114,11 +114,11 @@ class Job:
 
 
 def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: bool = True) -> Job:
-    """Raises TypeError and ValueError as `grkan.export` does.
+    """Make the job for a model. Raises TypeError and ValueError as `grkan.export` does.
 
     Args:
-        model, example, dynamic: as there.
-        batch: the number of images, where no example is given.
+        model, example, dynamic: as for `grkan.export`.
+        batch: the number of images if no example is given.
         resizes: whether the height and the width of an image may change.
     """
     original = unwrap(check_module("model", model))
@@ -127,7 +127,7 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: b
     metadata = describe_model(original, None, None, None)
     copied = copy.deepcopy(original).cpu().eval().requires_grad_(False)
     config: Any = getattr(copied, "config", None)
-    if getattr(config, "use_cache", False):  # keys and values of earlier tokens are no outputs
+    if getattr(config, "use_cache", False):  # keys and values of earlier tokens must not be outputs
         config.use_cache = False
     dtype = _dtype(copied)
     if dtype not in TOLERANCE:
@@ -147,7 +147,7 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: b
 
 
 def outputs(y: Any) -> dict[str, Tensor]:
-    """The tensors that a model gave, by name."""
+    """Return the tensors in a model's output, by name."""
     leaves = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
     if isinstance(y, Tensor):
         return {"output": y}
@@ -174,7 +174,7 @@ def _run(model: nn.Module, call: Call) -> Any:
             return call.of(model)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # a model has errors of its own
+    except Exception as error:  # a model may raise any error
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in call.tensors())
         raise GrkanValueError(
             f"example must be what the model takes; for {shapes} it raises {one_line(error)}"
@@ -182,16 +182,16 @@ def _run(model: nn.Module, call: Call) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library in a line."""
+    """Format an error of a library as one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 @contextlib.contextmanager
 def quietly(what: str, advice: str = "") -> Iterator[None]:
-    """For the work of an exporter: keep from the user what it says about it, and say in a line why it failed.
+    """Run an exporter without its warnings and log messages, and report a failure in one line.
 
-    Exporters have no type for a model that they cannot take: whatever they raise is about it.
+    Exporters have no error type for a model that they cannot handle, so any exception counts as one.
 
     Raises:
         ValueError: the block failed.
@@ -211,14 +211,14 @@ def quietly(what: str, advice: str = "") -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an error was raised for: the exporters' own are pages long."""
+    """Return the original cause of an error, because the exporters' own errors are pages long."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """That of the weights; coefficients are float32 in any model."""
+    """Return the dtype of the weights, without the coefficients, which are float32 in any model."""
     coefficients = {id(p) for m in model.modules() if isinstance(m, GroupRational) for p in m.parameters()}
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     weights = [p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in coefficients]
@@ -248,7 +248,7 @@ def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, ba
         tokens = kwargs.get("input_ids")
         if isinstance(tokens, Tensor) and "attention_mask" in inspect.signature(model.forward).parameters:
             mask = torch.ones_like(tokens)
-            mask[0, -1] = 0  # a sentence that is shorter than another
+            mask[0, -1] = 0  # one sentence is shorter than the other
             kwargs.setdefault("attention_mask", mask)
         return Call((), kwargs)
     raise GrkanValueError(
@@ -258,7 +258,7 @@ def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, ba
 
 
 def _sizes(t: Tensor, resizes: bool) -> dict[int, str]:
-    """The dimensions of an input that may change: batch, length of a text, and height and width if `resizes`."""
+    """Return the dimensions of an input that may change: batch, text length, and height and width if `resizes`."""
     names = {0: BATCH} if t.dim() else {}
     if t.dim() == 2 and not t.is_floating_point():
         names[1] = _LENGTH
@@ -275,7 +275,7 @@ def _patch(model: Any) -> tuple[int, int]:
 def _resized(
     call: Call, varying: Sequence[Mapping[int, str]], sizes: Mapping[str, int], patch: tuple[int, int]
 ) -> Call:
-    """A call of other sizes: numbers are repeated; an image grows by a patch one way, and by two the other."""
+    """Return a call with other sizes, by repeating values. An image grows by one patch in height and two in width."""
     names = iter(varying)
 
     def resize(t: Tensor) -> Tensor:

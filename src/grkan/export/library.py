@@ -1,4 +1,4 @@
-"""The CPU kernel as a library of operators for ONNX Runtime."""
+"""The CPU kernel as an operator library for ONNX Runtime."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ from ..rational import cpu, op
 
 
 def onnx_library() -> Path:
-    """The file with which ONNX Runtime computes the nodes `grkan::GroupRational` of a model by grkan's kernel.
+    """Return the path of the library with which ONNX Runtime runs `grkan::GroupRational` nodes by grkan's kernel.
 
-    It needs ONNX Runtime 1.18 or newer, and nothing of Python or PyTorch: it may be copied to where the model runs, on
-    a machine of the same kind. A session that is to use it is told so before the model is loaded:
+    It needs ONNX Runtime 1.18 or newer, but neither Python nor PyTorch, so you can copy it to another machine of the
+    same kind. Register it with a session before the model is loaded:
 
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(str(grkan.onnx_library()))
         session = onnxruntime.InferenceSession("model.onnx", options)
 
-    The nodes take x of float32 or float16, and coefficients of float32; they run on the session's threads, and are
-    right for every finite x.
+    The nodes take x in float32 or float16, and coefficients in float32. They run on the session's threads, and are
+    correct for every finite x.
 
     Raises:
         RuntimeError: this installation has no compiled kernel.

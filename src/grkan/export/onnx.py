@@ -1,7 +1,7 @@
-"""ONNX: a node `grkan::GroupRational` for every rational function, and in the same file what it means.
+"""ONNX: a node `grkan::GroupRational` for every rational function, with its definition in the same file.
 
-The meaning is a function of standard operators, which a runtime puts in the place of the node unless it knows a faster
-way to compute it, as ONNX Runtime does with `grkan.onnx_library()`.
+The definition is a function of standard operators. A runtime puts it in place of the node unless it has a faster
+implementation, as ONNX Runtime has with `grkan.onnx_library()`.
 """
 
 import copy
@@ -30,12 +30,12 @@ from .plain import plain, replace_functions
 DOMAIN, NODE, VERSION = "grkan", "GroupRational", 1
 
 OPSET = 20
-"""Of what is written; the functions need 18."""
+"""The opset of the file; the functions need 18."""
 
 _PARAMETERS = ("numerator", "denominator")
 
 _LARGE = 2**31 - 2**20
-"""Bytes of weights from which they lie in a file of their own: a protocol buffer holds less than 2 GiB."""
+"""From this many bytes on, weights go into a separate file: a protocol buffer holds less than 2 GiB."""
 
 _INT8_TOLERANCE = 0.2
 
@@ -43,7 +43,7 @@ _NUMPY = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: n
 
 
 def write_onnx(job: Job, path: Path, inline: bool = False, int8: bool = False) -> None:
-    """Write a job to a file, whose weights are in another, PATH.data, from 2 GiB on."""
+    """Write a job to a file. From 2 GiB on, its weights go into a second file, PATH.data."""
     model = to_onnx(job, inline)
     with replacing_files(path) as file:
         if int8:
@@ -57,7 +57,7 @@ def write_onnx(job: Job, path: Path, inline: bool = False, int8: bool = False) -
 
 
 def to_onnx(job: Job, inline: bool) -> ir.Model:
-    """A job as an ONNX model; inline: in standard operators alone."""
+    """Convert a job to an ONNX model; inline: with standard operators only."""
     if job.dtype not in _NUMPY:
         raise GrkanTypeError(f"model must be float16 or float32 for ONNX; got {str(job.dtype).removeprefix('torch.')}")
     functions: dict[str, GroupRational] = {}
@@ -69,7 +69,7 @@ def to_onnx(job: Job, inline: bool) -> ir.Model:
             functions[name] = act
             return _Node(name, act)
 
-        # The modules are others, and the tensors the same.
+        # Copy the modules, but share the tensors.
         shared: dict[int, Any] = {id(t): t for t in (*job.model.parameters(), *job.model.buffers())}
         traced = replace_functions(copy.deepcopy(job.model, shared), node)
     model = _trace(traced, job)
@@ -80,14 +80,14 @@ def to_onnx(job: Job, inline: bool) -> ir.Model:
 
 
 class _Node(nn.Module):
-    """What a rational function is to PyTorch's exporter: one node, which says what its coefficients are called."""
+    """A stand-in for a rational function in PyTorch's exporter: one node that names its coefficients."""
 
     def __init__(self, name: str, act: GroupRational) -> None:
         super().__init__()
         self.name, self.form, self.channel_dim = name, act.form, act.channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """F(x)."""
+        """Compute F(x)."""
         dim = self.channel_dim if self.channel_dim < 0 else self.channel_dim - x.dim()
         attributes: Any = {"form": self.form, "channel_dim": dim, "of": self.name}
         return torch.onnx.ops.symbolic(
@@ -113,7 +113,7 @@ def _trace(model: nn.Module, job: Job) -> ir.Model:
 
 
 def _transpose_keys_at_once(model: ir.Model) -> None:
-    """One transposition for the nine nodes that the exporter makes of it in attention, where sizes may change."""
+    """Replace the nine nodes that the exporter writes for a transposition in attention with dynamic sizes by one."""
     whole = 2**63
 
     def nine(op: Any, x: Any) -> Any:
@@ -134,7 +134,7 @@ def _transpose_keys_at_once(model: ir.Model) -> None:
 
 
 def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
-    """Give the nodes their coefficients, and the file what they mean."""
+    """Add the coefficients to the nodes, and the definitions of the nodes to the file."""
     graph, coefficients = model.graph, {}
     for name, act in functions.items():
         for parameter, rows in zip(_PARAMETERS, act.coefficients(), strict=True):
@@ -144,7 +144,7 @@ def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
             coefficients[name, parameter] = value
     nodes = [node for node in graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, NODE)]
     kinds = {node: _kind(functions[node.attributes["of"].as_string()]) for node in nodes}
-    # What most functions are needs no overload, which older runtimes do not know.
+    # The most common kind of function gets no overload, because older runtimes do not support overloads.
     overloads = {
         kind: _overload(*kind) if i else "" for i, (kind, _) in enumerate(Counter(kinds.values()).most_common())
     }
@@ -178,10 +178,10 @@ def _overload(m: int, n: int, form: str) -> str:
 
 
 def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
-    """What a node of order (m, n) means (arXiv 2409.10594, Eq. 11 and 12), as a function in ONNX's textual syntax.
+    """Return the definition of a node of order (m, n) (arXiv 2409.10594, Eq. 11 and 12) in ONNX's textual syntax.
 
     P and Q are computed by Horner's method in float32, as in `grkan.plain`. The coefficients of a power become a tensor
-    of shape (C, 1, ..., 1), with a 1 for each dimension behind the channels: C from x's shape, which a runtime knows.
+    of shape (C, 1, ..., 1), with a 1 for each dimension after the channels. C comes from x's shape at run time.
     """
     lines = [
         "z = Cast <to: int = 1> (x)",
@@ -248,7 +248,7 @@ def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
 
 
 def _describe(model: ir.Model, job: Job) -> None:
-    """Say in the file what the model is; and not where on this machine its code lies, as the exporter does."""
+    """Describe the model in the file, and remove the paths of its code that the exporter writes."""
     model.producer_name, model.producer_version = "grkan", __version__
     for graph in model.graphs():
         graph.metadata_props.clear()
@@ -272,13 +272,13 @@ def _describe(model: ir.Model, job: Job) -> None:
 
 
 def save(model: ir.Model, file: Path) -> None:
-    """Write the file, and from 2 GiB of weights on another for these, beside it."""
+    """Write the file. From 2 GiB on, the weights go into a second file beside it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     ir.save(model, file, external_data=_data(file).name if size >= _LARGE else None)
 
 
 def _quantise(source: Path, file: Path) -> None:
-    """Matrix products with weights in 8 bits, a scale for each column; the other factor is quantised as it comes."""
+    """Quantise the weights of matrix products to 8 bits, with a scale per column; inputs are quantised at run time."""
     from onnxruntime.quantization import quantize_dynamic
 
     with quietly("quantised by ONNX Runtime"):
@@ -292,12 +292,12 @@ def _quantise(source: Path, file: Path) -> None:
 
 
 def _data(file: Path) -> Path:
-    """Where the weights are that do not lie in the file itself."""
+    """Return the path of the separate file for weights."""
     return file.with_name(f"{file.name}.data")
 
 
 def runner(file: Path, library: Path | None = None, threads: int = 0) -> Any:
-    """A function that runs a file for a Call, in ONNX Runtime."""
+    """Return a function that runs a file for a Call, in ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -313,7 +313,7 @@ def runner(file: Path, library: Path | None = None, threads: int = 0) -> Any:
 
 
 def feeds(names: Sequence[str], call: Call) -> dict[str, Any]:
-    """The tensors of a call by the names of a graph's inputs."""
+    """Return the tensors of a call by the names of a graph's inputs."""
     named = {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor) and name in names}
     others = iter(name for name in names if name not in named)
     ids = {id(value) for value in named.values()}

@@ -1,4 +1,4 @@
-"""OpenVINO: its converter reads the ONNX file, in standard operators alone, for it has no use for functions."""
+"""OpenVINO: its converter reads an ONNX file with standard operators only, because it does not need functions."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .onnx import feeds, save, to_onnx
 
 
 def write_openvino(job: Job, path: Path) -> None:
-    """Write an .xml file, and the weights beside it, in the dtype that they have, in a .bin file."""
+    """Write an .xml file, and a .bin file beside it with the weights in their own dtype."""
     onnx_model = to_onnx(job, inline=True)
     with replacing_files(path) as file:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -27,7 +27,7 @@ def write_openvino(job: Job, path: Path) -> None:
 
 
 def runner(file: Path, threads: int = 0) -> Any:
-    """A function that runs a file for a Call, in float32: some processors would choose bfloat16."""
+    """Return a function that runs a file for a Call, in float32, because some processors would choose bfloat16."""
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     model = openvino.Core().compile_model(file, "CPU", settings)
     names = [value.any_name for value in model.inputs]

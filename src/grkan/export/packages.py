@@ -1,6 +1,6 @@
-"""PyTorch's own formats: programs of `torch.export`, as they are or compiled by AOTInductor.
+"""PyTorch's own formats: programs of `torch.export`, unchanged or compiled by AOTInductor.
 
-Both are of the plain copy of the model, so that the process that loads them needs nothing of grkan.
+Both contain the plain copy of the model, so the process that loads them does not need grkan.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from .plain import plain
 
 
 def write_pt2(job: Job, path: Path) -> None:
-    """A program for `torch.export.load`."""
+    """Write a program for `torch.export.load`."""
     program = trace(job)
     with replacing(path) as file:
         torch.export.save(program, file)
@@ -23,10 +23,10 @@ def write_pt2(job: Job, path: Path) -> None:
 
 
 def write_aoti(job: Job, path: Path) -> None:
-    """A package for `torch._inductor.aoti_load_package`, or AOTIModelPackageLoader in C++: compiled for this processor.
+    """Write a package for `torch._inductor.aoti_load_package` or C++'s AOTIModelPackageLoader, for this processor.
 
     Raises:
-        ValueError: `torch.export` cannot trace it, AOTInductor not compile it, or there is no C++ compiler.
+        ValueError: `torch.export` cannot trace it, AOTInductor cannot compile it, or there is no C++ compiler.
     """
     import torch._inductor
 
@@ -38,12 +38,12 @@ def write_aoti(job: Job, path: Path) -> None:
 
 
 def trace(job: Job) -> ExportedProgram:
-    """The plain copy as a program.
+    """Trace the plain copy into a program.
 
     Raises:
         ValueError: `torch.export` cannot trace it.
     """
-    # A batch of one is as good as any; of the other sizes PyTorch finds out the bounds.
+    # A batch may be as small as 1; PyTorch finds the bounds of the other sizes.
     shapes = job.dynamic_shapes(lambda name: Dim(BATCH, min=1) if name == BATCH else Dim.DYNAMIC)
     with quietly("traced by torch.export", FIXED):
         return torch.export.export(plain(job.model), job.example.args, dict(job.example.kwargs), dynamic_shapes=shapes)

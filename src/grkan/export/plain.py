@@ -1,7 +1,8 @@
-"""A model with its rational functions in plain PyTorch operations, for exporters that know no operators but PyTorch's.
+"""Replace rational functions by plain PyTorch operations, for exporters that support only PyTorch's operators.
 
-`rational/reference.py` computes the same in plain operations, too, but is right for every finite x: it asks for the
-largest x, and computes in float64 where float32 would overflow. An exported graph cannot ask, and pays for it always.
+`rational/reference.py` also computes them in plain operations, but is correct for every finite x: it checks the largest
+x, and uses float64 where float32 would overflow. An exported graph cannot branch like that, and would always use
+float64.
 """
 
 import copy
@@ -16,37 +17,37 @@ from ..rational.arguments import check_module
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of a model in plain float32 operations: what is traced or exported from it needs nothing of grkan.
+    """Copy a model into plain float32 operations, so that traces and exports of the copy do not need grkan.
 
     Every `GroupRational` becomes Horner's method for P and Q (arXiv 2409.10594, Eq. 11 and 12) in multiplications,
     additions, an absolute value and a division, with a coefficient for every channel. It agrees with the model within
     1e-5, relative to the largest output, as long as |x| is at most 1e6 in front of every function of order (5, 4).
-    Further out a power of x leaves float32: the result loses accuracy, and then is NaN, as it is for infinite x. No
-    clipping hides that. Half types are widened to float32 and narrowed again.
+    Beyond that, powers of x leave float32's range: the result loses accuracy and finally becomes NaN, as for infinite
+    x. No clipping hides that. Half types are widened to float32 and narrowed again.
 
     Args:
-        model: any module with layers of grkan, as `kat_tiny_patch16_224` or a converted model. It stays as it is.
+        model: any module with layers of grkan, as `kat_tiny_patch16_224` or a converted model. It is not changed.
 
     Returns:
-        The copy, in eval mode, its parameters frozen: for inference. (At a zero of the polynomial in Q the derivative
-        is another than that of `grkan.group_rational`.)
+        The copy, in eval mode with frozen parameters, for inference. (At a zero of the polynomial in Q its derivative
+        differs from that of `grkan.group_rational`.)
 
     Raises:
-        TypeError: model is no module.
-        ValueError: a rational function has hooks or a forward of its own, which the copy would leave out.
+        TypeError: model is not a module.
+        ValueError: a rational function has hooks or its own forward, which the copy would lose.
     """
     copied = copy.deepcopy(check_module("model", model)).eval().requires_grad_(False)
     return replace_functions(copied, lambda _, act: PlainRational(act)).eval()
 
 
 def replace_functions(model: nn.Module, make: Callable[[str, GroupRational], nn.Module]) -> nn.Module:
-    """Put make(name, function) in the place of every rational function of a model; a shared one stays shared.
+    """Replace every rational function of a model by make(name, function); shared functions stay shared.
 
     Returns:
-        The model, or what stands for it if it is a rational function itself.
+        The model, or its replacement if it is a rational function itself.
 
     Raises:
-        ValueError: a function has hooks or a forward of its own, which would be lost.
+        ValueError: a function has hooks or its own forward, which would be lost.
     """
     replaced: dict[nn.Module, nn.Module] = {}
     if isinstance(model, GroupRational):
@@ -75,14 +76,14 @@ def _check_plain(name: str, act: GroupRational) -> None:
 
 
 class PlainRational(nn.Module):
-    """A `GroupRational` as it is now, in plain float32 operations.
+    """The current state of a `GroupRational` in plain float32 operations.
 
     Args:
-        act: its coefficients are copied; leading ones that are zero in all groups are left out, so that the identity is
-            a multiplication and an addition.
+        act: the function whose coefficients are copied. Leading ones that are zero in all groups are dropped, so that
+            the identity is a multiplication and an addition.
 
     Shape:
-        As of `act`.
+        As for `act`.
     """
 
     def __init__(self, act: GroupRational) -> None:
@@ -93,7 +94,7 @@ class PlainRational(nn.Module):
         self.absolute, self.channel_dim = act.form == "sum_of_abs", act.channel_dim
         if self.absolute:
             denominator = denominator.abs()
-        # One number for each channel or, where only the input knows how many there are, for each group.
+        # One number per channel or, if the number of channels depends on the input, per group.
         self.groups = groups if width is None and groups > 1 else None
         repeats = 1 if width is None else width // groups
         for name, rows in (("a", numerator), ("b", denominator)):
@@ -102,16 +103,16 @@ class PlainRational(nn.Module):
         self.terms = numerator.shape[1], denominator.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """F(x)."""
+        """Compute F(x)."""
         dim = self.channel_dim
         if dim < 0:
             return self._evaluate(x, -dim - 1)
         if isinstance(x, Tensor):
             return self._evaluate(x, x.dim() - dim - 1)
-        return self._evaluate(x.movedim(dim, -1), 0).movedim(-1, dim)  # fx does not say how many dimensions there are
+        return self._evaluate(x.movedim(dim, -1), 0).movedim(-1, dim)  # torch.fx does not know the number of dimensions
 
     def _evaluate(self, x: Tensor, after: int) -> Tensor:
-        """F(x) where `after` dimensions lie behind the channels."""
+        """Compute F(x), with `after` dimensions after the channels."""
         z = x.float()
         if self.groups is not None:
             z, after = z.unflatten(-after - 1, (self.groups, -1)), after + 1
@@ -125,7 +126,7 @@ class PlainRational(nn.Module):
         return y.to(x.dtype)
 
     def _polynomial(self, name: str, terms: int, x: Tensor, after: int) -> Tensor:
-        """By Horner's method; the coefficients broadcast over the `after` dimensions behind the channels."""
+        """Evaluate a polynomial by Horner's method; coefficients broadcast over the dimensions after the channels."""
         *others, value = (getattr(self, f"{name}{i}").view(-1, *(1,) * after) for i in range(terms))
         if not others:
             return value + 0.0 * x
@@ -134,11 +135,11 @@ class PlainRational(nn.Module):
         return value
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PlainRational":
-        """Coefficients stay float32, as those of `GroupRational` do."""
+        """Keep the coefficients in float32, as `GroupRational` does."""
         return super()._apply(lambda t: t.to(fn(t).device), recurse)
 
 
 def _trimmed(rows: Tensor, least: int) -> Tensor:
-    """Without the highest powers that no group has, down to `least` columns."""
+    """Drop the highest powers that are zero in all groups, down to `least` columns."""
     used = (rows != 0).any(dim=0).nonzero()
     return rows[:, : max(int(used.max()) + 1 if len(used) else 0, least)]

@@ -1,4 +1,4 @@
-"""A folder for timm and the Hub: weights, what timm needs to make the model, and a card that says what it is."""
+"""A folder for timm and the Hub: weights, the configuration that timm builds the model from, and a model card."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ grkan train --config {file} --output run
 
 
 class Results(TypedDict):
-    """What a training run came to, at the epoch whose weights were kept."""
+    """The results of a training run, at the epoch whose weights were kept."""
 
     data: str
     epoch: int
@@ -79,19 +79,19 @@ class Results(TypedDict):
     top1: float
     loss: float
     settings: str
-    """In YAML, for `grkan train --config`."""
+    """The settings in YAML, for `grkan train --config`."""
 
 
 def write_timm(model: Any, path: Path) -> None:
     """Write the folder.
 
     Args:
-        model: of timm's registry, or converted from one of it. Its attribute `grkan_results`, of the type `Results`,
-            goes into the card: what `grkan export` loads from a run's folder has it.
+        model: a model of timm's registry, or converted from one. Its attribute `grkan_results`, of the type `Results`,
+            goes into the card. Models that `grkan export` loads from a run's folder have it.
         path: the folder, new or empty.
 
     Raises:
-        RuntimeError: timm does not make the same model of what was written.
+        RuntimeError: timm does not build the same model from the folder.
     """
     original = unwrap(check_module("model", model))
     if getattr(original, "pretrained_cfg", None) is None:
@@ -142,7 +142,7 @@ def _origin(record: ModelMetadata, acts: list[GroupRational]) -> str:
 
 @torch.no_grad()
 def _check(model: nn.Module, folder: Path) -> None:
-    """Make the model from the folder, and see that it has the same weights; form, groups and order are among them."""
+    """Check that timm builds a model with the same weights from the folder; these include form, groups and order."""
     made = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     state, wanted = made.state_dict(), model.state_dict()
     different = [name for name, t in wanted.items() if name not in state or not torch.equal(state[name], t.cpu())]

@@ -1,4 +1,4 @@
-"""The state that a run resumes from, and the lock on the folder that holds it."""
+"""The state that a run resumes from, and the lock on its folder."""
 
 import errno
 import io
@@ -18,16 +18,16 @@ STATE_FORMAT = "grkan training state 4"
 
 
 class State(TypedDict):
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     fingerprint: dict[str, Any]
-    """What decides the outcome: settings and sizes of the data."""
+    """Everything that decides the outcome: settings and sizes of the data."""
     epoch: int
     step: int
     parts: str | None
-    """The folder, beside this file, of what each process wrote of a sharded model in place of the next three."""
+    """For a sharded model: the folder beside this file with each process's part. It replaces the next three."""
     model: Any
-    """A state dict, as the next two are."""
+    """A state dict, like the next two."""
     ema: Any
     optimizer: Any
     scaler: dict[str, Any] | None
@@ -35,7 +35,7 @@ class State(TypedDict):
     conversion: dict[str, Any] | None
     """The recipe of `grkan.convert_`, if the run began with a converted model."""
     new_head: bool
-    """Whether the run began with outputs that had learned nothing."""
+    """Whether the run began with untrained outputs."""
     best: dict[str, Any]
     last: dict[str, Any]
     running: dict[str, Any]
@@ -43,11 +43,11 @@ class State(TypedDict):
     seconds: float
     cpu_seconds: float
     metrics_size: int
-    """Of metrics.jsonl, in bytes."""
+    """The size of metrics.jsonl, in bytes."""
 
 
 def save_state(path: str | Path, state: State) -> None:
-    """Write tensors and plain values.
+    """Write a state, which holds tensors and plain values.
 
     Raises:
         OSError: the file cannot be written.
@@ -58,7 +58,7 @@ def save_state(path: str | Path, state: State) -> None:
 
 
 def load_state(path: str | Path) -> State:
-    """Read what `save_state` wrote; nothing but tensors and plain values is unpickled.
+    """Read a state that `save_state` wrote; only tensors and plain values are unpickled.
 
     Raises:
         OSError: the file cannot be read.
@@ -69,7 +69,7 @@ def load_state(path: str | Path) -> State:
         state = torch.load(content, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # zipfile, pickle and PyTorch have one of their own for each way a file can be broken
+    except Exception as error:  # zipfile, pickle and PyTorch raise different errors for different kinds of damage
         raise GrkanValueError(
             f"{path} is damaged or no training state; a run of another --output starts afresh"
         ) from error
@@ -81,14 +81,13 @@ def load_state(path: str | Path) -> State:
 
 
 class RunLock:
-    """Keeps a run's folder for one process, until `release` or the end of the process, however it ends.
+    """A lock that reserves a run's folder for one process, until `release` or the end of the process.
 
-    It is a lock of POSIX: a forked child does not hold it, and network file systems know it. But a process that opens
-    the file of its lock a second time, and closes it, has lost the lock. Where a file system has no locks, nothing is
-    kept.
+    It is a POSIX lock: a forked child does not hold it, and network file systems support it. But a process that opens
+    and closes its lock file a second time loses the lock. On a file system without locks it has no effect.
 
     Args:
-        folder: the run's; made if it does not exist.
+        folder: the folder of the run; made if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,10 +97,10 @@ class RunLock:
         self._owner = b""
 
     def acquire(self) -> bytes:
-        """Lock the folder; acquiring twice changes nothing.
+        """Lock the folder; acquiring twice has no further effect.
 
         Returns:
-            What the file of the lock holds: who has it.
+            The content of the lock file, which names the holder.
 
         Raises:
             RuntimeError: another process has the lock.
@@ -134,7 +133,7 @@ class RunLock:
         return self._owner
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,12 +1,12 @@
-"""Train several models, or variants of one, with the same budget, and put them side by side.
+"""Train several models, or variants of one, with the same budget, and compare them.
 
     grkan compare --data digits --models kat_micro_patch2_8 grkan_vit_micro_patch2_8 --output runs
     grkan compare --config configs/study.yaml --output runs/study --jobs 2
 
-The configuration is that of `grkan train`, and may have a mapping `runs` besides: by name, the settings in which a run
-differs from the others. With `seeds: N`, for all or for one of them, a run is made with the seeds 0 to N - 1, and
-`against: NAME` compares it with another, seed by seed. Runs that are finished are not repeated, and an interrupted one
-goes on where it was.
+The configuration is that of `grkan train`. It may also have a mapping `runs`: the names of the runs, each with the
+settings in which it differs from the others. With `seeds: N`, for all runs or for one, a run is repeated with the seeds
+0 to N - 1. `against: NAME` compares it with another run, seed by seed. Finished runs are not repeated, and an
+interrupted one is resumed.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ _COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on
 def make_runs(
     content: Mapping[str, Any], models: Sequence[str] | None, given: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The runs of a configuration, for `compare`: the settings of all, then those of each, then the given ones.
+    """Return the settings of each run for `compare`: the common ones, then the run's own, then the given ones.
 
     Args:
-        content: of a configuration file, with the mapping `runs`.
-        models: names of timm's registry, a run for each, in place of `runs`.
+        content: the content of a configuration file, with the mapping `runs`.
+        models: names of timm's registry, one run each, in place of `runs`.
         given: settings of the command line.
 
     Raises:
-        ValueError: `runs` does not map names that can be those of folders to settings.
+        ValueError: `runs` does not map valid folder names to settings.
     """
     common = {key: value for key, value in content.items() if key != "runs"}
     runs = content.get("runs") if models is None else {name: {"model": name} for name in models}
@@ -69,17 +69,17 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
     comparison.md and a picture beside these folders.
 
     Args:
-        runs: by name, the settings of each, as in `Config`; `output` is not among them. `seeds` is a number of seeds,
-            in place of `seed`; `against` the name of the run to compare with.
-        output: the folder of all.
-        jobs: how many runs are trained at a time, each in a process of its own and with its share of the processors.
+        runs: the settings of each run by its name, as in `Config` but without `output`. `seeds` is a number of seeds,
+            in place of `seed`; `against` is the name of the run to compare with.
+        output: the folder of all runs.
+        jobs: how many runs are trained at a time, each in its own process with its share of the processors.
 
     Returns:
-        By the name of the folder, the summary of each run.
+        The summary of each run, by the name of its folder.
 
     Raises:
-        ValueError: there is no run, seeds or against make no sense, or a folder holds a run with other settings.
-        As `train`; runs that were finished before stay.
+        ValueError: there is no run, seeds or against are invalid, or a folder holds a run with other settings.
+        As `train`; runs that finished before stay.
     """
     if not runs:
         raise GrkanValueError("runs must name at least one; give --models or a configuration with runs")
@@ -120,7 +120,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
 
 
 def _members(name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, int]]]:
-    """The folders of a run, and the seed of each, as settings."""
+    """Yield the folders of a run, each with its seed as settings."""
     seeds = settings.get("seeds")
     if seeds is None:
         yield name, {}
@@ -137,13 +137,13 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
             yield folder, _train_or_resume(config)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Forking a process whose threads are at work is not safe.
+    # Forking a process with running threads is not safe.
     context = multiprocessing.get_context("spawn")
     console = make_console()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         try:
-            with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches all of a terminal; they inherit this
+            with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches the children too; they inherit this
                 waiting = {pool.submit(_train_and_end, config): folder for folder, config in configs.items()}
             with _handling(signal.SIGTERM, _stop):
                 while waiting:
@@ -154,7 +154,7 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
                         yield folder, summary
         except BrokenProcessPool as error:
             raise TrainingError("the process of a run was killed; the same command goes on") from error
-        finally:  # after an error, too, nobody waits for the other runs: each can go on from its last state
+        finally:  # do not wait for other runs, even after an error: each can resume from its last state
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
@@ -162,8 +162,8 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
 
 @contextlib.contextmanager
 def _handling(number: int, handler: Any) -> Iterator[None]:
-    """Let a signal call another handler while the block runs."""
-    if threading.current_thread() is not threading.main_thread():  # no other may change handlers
+    """Replace the handler of a signal while the block runs."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may change handlers
         yield
         return
     before = signal.signal(number, handler)
@@ -188,7 +188,7 @@ def _train_or_resume(config: Config) -> Summary:
 
 
 def _train_and_end(config: Config) -> Summary:
-    """In a process of its own, which ends when SIGTERM comes: it would take up the next run."""
+    """Train in a worker process, and end that process on SIGTERM, because it would otherwise start the next run."""
     try:
         return _train_or_resume(config)
     except TrainingStopped:
@@ -198,7 +198,7 @@ def _train_and_end(config: Config) -> Summary:
 
 
 def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, Summary]) -> dict[str, Any]:
-    """Means over the seeds, and what the run gains on another with the same seed: `others` is that one's scores."""
+    """Return means over the seeds, and the gain over another run (`others`: its scores) with the same seeds."""
     summaries = list(scores.values())
     common = [seed for seed in scores if seed in others]
     return {
@@ -212,7 +212,7 @@ def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, S
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
-    """The values, their mean and their standard deviation, which a single one has not."""
+    """Return the values, their mean, and their standard deviation, which is None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
 
@@ -262,7 +262,7 @@ def _plus_minus(spread: Mapping[str, Any], digits: int, sign: str = "") -> str:
 
 
 def comparison_table(output: Path) -> Table:
-    """The table of comparison.json."""
+    """Return comparison.json as a table."""
     comparison = json.loads((output / "comparison.json").read_text())
     table = Table(caption="Mean ± standard deviation over the seeds; a gain is taken seed by seed.")
     for i, column in enumerate(_COLUMNS):

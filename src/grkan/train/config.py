@@ -1,8 +1,8 @@
 """Every setting of a training run, each declared in one place: its name, type, default, range and meaning.
 
-From there come the field of `Config`, the option of the command line, the key in a YAML file, and the checks. Where the
-default is None, what it stands for is filled in before training, and the run's config.yaml has it. PyYAML is imported
-where it is used: `grkan --help` shows the options without it.
+The field of `Config`, the command line option, the key in a YAML file and the checks all come from there. A default of
+None is replaced by the actual value before training, and the run's config.yaml holds that value. PyYAML is imported
+only where it is used, so `grkan --help` works without it.
 """
 # ruff: noqa: RUF009  what declares a setting returns a field of the dataclass
 
@@ -26,7 +26,7 @@ from ..errors import GrkanTypeError, GrkanValueError
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers that a setting may be; `open_low` and `open_high` leave out the bounds themselves."""
+    """The allowed values of a numeric setting; `open_low` and `open_high` exclude the bounds themselves."""
 
     low: float
     high: float = math.inf
@@ -56,12 +56,12 @@ def _setting(
     """Declare a setting.
 
     Args:
-        default: None where it depends on the data or on other settings; `meaning` then says how.
-        meaning: for the help of the command line and the documentation.
-        within: what a number must lie in.
-        metavar: what the help calls a value; None: after the type.
-        resumable: a resumed run may change it, for it does not change the weights that the run ends with, but for
-            rounding and for what dropout draws.
+        default: the default; None if it depends on the data or on other settings, as `meaning` then explains.
+        meaning: the text for the command line help and the documentation.
+        within: the interval that a number must lie in.
+        metavar: the name of a value in the help; None: derived from the type.
+        resumable: whether a resumed run may change it, because it does not change the run's final weights, except for
+            rounding and the random numbers of dropout.
     """
     about = {"meaning": meaning, "within": within, "metavar": metavar, "resumable": resumable}
     if isinstance(default, dict):
@@ -74,8 +74,8 @@ class Config:
     """The settings of one run.
 
     Raises:
-        TypeError: a value of another type than its setting's.
-        ValueError: a value out of range.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range.
     """
 
     data: str = _setting(
@@ -278,21 +278,21 @@ class Config:
 
 
 def _settings() -> list[tuple[dataclasses.Field, Any]]:
-    """The declarations, each with its type."""
+    """Return the declarations, each with its type."""
     kinds = typing.get_type_hints(Config)
     return [(f, kinds[f.name]) for f in dataclasses.fields(Config)]
 
 
 RESUMABLE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["resumable"])
-"""The settings that a resumed run may change; and `data`, for the same images may have moved."""
+"""The settings that a resumed run may change. `data` may change too, because the same images may have moved."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Return the mapping in a YAML file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no YAML, has a key twice, or is no mapping.
+        ValueError: it is not valid YAML, has a key twice, or is not a mapping.
     """
     try:
         content = _parse_yaml(Path(path).read_bytes().decode())
@@ -306,7 +306,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Plain values; ValueError where PyYAML finds a mistake, and for a key that a mapping has twice."""
+    """Parse YAML into plain values; raise ValueError for invalid YAML, and for a key that a mapping has twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -316,7 +316,7 @@ def _parse_yaml(text: str) -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is set twice", node.start_mark)
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1, which PyYAML reads, takes 1e-5 for a string: its numbers with an exponent have a point and a sign.
+    # PyYAML reads YAML 1.1, in which 1e-5 is a string: its numbers with an exponent need a point and a sign.
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
@@ -325,12 +325,12 @@ def _parse_yaml(text: str) -> Any:
         raise GrkanValueError(str(error)) from None
     except RecursionError:
         raise GrkanValueError("it is nested too deeply") from None
-    except Exception as error:  # what its constructors raise for `!!int ""`, `!!bool x`, 2020-13-01, ...
+    except Exception as error:  # its constructors raise various errors for `!!int ""`, `!!bool x`, 2020-13-01, ...
         raise GrkanValueError(f"{type(error).__name__}: {error}") from None
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings of settings in one: a later one overrides; `model_args` are merged key by key."""
+    """Merge mappings of settings: later ones override earlier ones; `model_args` are merged key by key."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -342,11 +342,11 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
-    """A configuration from mappings of settings, which are merged by `merge`.
+    """Make a configuration from mappings of settings, which are merged by `merge`.
 
     Raises:
-        ValueError: an unknown setting, with the nearest names, or a value out of range.
-        TypeError: a value of another type than its setting's.
+        ValueError: a setting is unknown (the message has the nearest names), or a value is out of range.
+        TypeError: a value has the wrong type.
     """
     settings = merge(*layers)
     for key in settings:
@@ -362,7 +362,7 @@ def check_name(key: Any) -> None:
 
 
 def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
-    """The end of a sentence about an unknown name: those that were perhaps meant, or the first few."""
+    """Return the end of a message about an unknown name: the most similar names, or the first few."""
     longer = sorted(k for k in known if name and k.startswith(name))
     close = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
@@ -372,7 +372,7 @@ def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
 
 
 def settings_table() -> str:
-    """All settings as a table in Markdown: name, meaning, default, range."""
+    """Return all settings as a Markdown table: name, meaning, default, range."""
     rows = ["| setting | meaning | default | range |", "| --- | --- | --- | --- |"]
     defaults = to_dict(Config())
     for f, kind in _settings():
@@ -394,13 +394,13 @@ def _range(kind: Any, within: Interval | None) -> str:
 
 
 def add_training_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """An option for every setting, and `--set`, which reaches the parts of `model_args`, too.
+    """Add an option for every setting, and `--set`, which can also set the parts of `model_args`.
 
-    They give `options.settings`: a list of mappings for `merge`, in the order of the command line.
+    They fill `options.settings`: a list of mappings for `merge`, in the order of the command line.
 
     Args:
-        parser: to be added to.
-        without: the settings that have no option, because the command decides them itself.
+        parser: the parser to add them to.
+        without: settings that get no option, because the command decides them itself.
     """
     add = partial(parser.add_argument, dest="settings", action="append", default=[])
     for f, kind in _settings():
@@ -421,7 +421,7 @@ def add_training_options(parser: argparse.ArgumentParser, without: Sequence[str]
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse, which shows the message of this one error alone."""
+    """Wrap `parse` for argparse, which shows the message of ArgumentTypeError only."""
 
     def parse_argument(text: str) -> Any:
         try:
@@ -439,10 +439,10 @@ def _parse_option(name: str, kind: Any, text: str) -> dict[str, Any]:
 
 
 def parse_assignment(assignment: str) -> dict[str, Any]:
-    """A setting from `key=value`, whose value is read as YAML; `model_args.num_groups=4` sets an argument.
+    """Parse `key=value`, whose value is YAML, into a setting; `model_args.num_groups=4` sets one argument.
 
     Raises:
-        ValueError: no `=`, a value that is no YAML, or an unknown key.
+        ValueError: there is no `=`, the value is not YAML, or the key is unknown.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not text.strip():
@@ -472,12 +472,12 @@ def _metavar(name: str, kind: Any) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """All settings as the plain values that JSON and YAML give back: a tuple is a list."""
+    """Return all settings as plain values, as JSON and YAML load them: a tuple becomes a list."""
     return json.loads(json.dumps(vars(config)))
 
 
 def to_yaml(config: Config) -> str:
-    """All settings in YAML, in the order in which `Config` declares them."""
+    """Return all settings as YAML, in the order in which `Config` declares them."""
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -488,20 +488,20 @@ def _may_be_none(kind: Any) -> bool:
 
 
 def _plain(kind: Any) -> Any:
-    """The type of a setting's values, without None, and without the types of a mapping's."""
+    """Return the type of a setting's values, without None, and for a mapping just dict."""
     if _may_be_none(kind):
         kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
     return dict if typing.get_origin(kind) is dict else kind
 
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """The value in the type of its setting, where YAML has read 1 for 1.0."""
+    """Convert a value to the type of its setting, for example 1 to 1.0, and check it."""
     if value is None and _may_be_none(kind):
         return None
     kind = _plain(kind)
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        if value is False and "no" in options:  # YAML 1.1 reads a bare `no` so
+        if value is False and "no" in options:  # YAML 1.1 reads a bare `no` as False
             value = "no"
         if value not in options:
             raise GrkanValueError(f"{name} must be {' or '.join(options)}; got {value!r}")
@@ -522,7 +522,7 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         raise GrkanValueError(f"{name} must be less than 2^63; got {value!r}")
     if kind is float and not math.isfinite(value):
         raise GrkanValueError(f"{name} must be a finite number; got {value!r}")
-    if kind is float and 0 < abs(value) < sys.float_info.min:  # NumPy makes NaN of such an alpha of mixup
+    if kind is float and 0 < abs(value) < sys.float_info.min:  # such an alpha of mixup becomes NaN in NumPy
         raise GrkanValueError(f"{name} must be 0 or at least {sys.float_info.min:.2g} in size; got {value!r}")
     if kind is str and (not value or "\0" in value):
         raise GrkanValueError(f"{name} must be a text that is not empty and has no null character; got {value!r}")
@@ -532,7 +532,7 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_plain(name: str, value: Mapping[Any, Any]) -> None:
-    """Raise TypeError for a mapping that config.yaml and a model's file cannot hold."""
+    """Raise TypeError for a mapping that config.yaml and a model file cannot store."""
     if wrong := [key for key in value if not isinstance(key, str)]:
         raise GrkanTypeError(f"the names in {name} must be texts; got {wrong[0]!r}")
     for key, part in value.items():

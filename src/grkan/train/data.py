@@ -1,8 +1,8 @@
 """Images and labels: where they come from, how they become tensors, and in which order a run sees them.
 
-A data set is a list of images with a class each, whatever it was read from; `images.py` opens a file. Which image is
-where in which batch is a function of (seed, epoch), and how an image is augmented one of (seed, epoch, index): so
-neither the number of processes, nor that of the loading workers, nor an interruption changes anything.
+A data set is a list of images with a class each, whatever it was read from; `images.py` opens a file. The order of
+images in batches is a function of (seed, epoch), and the augmentation of an image is a function of (seed, epoch,
+index). So neither the number of processes, nor that of the loading workers, nor an interruption changes anything.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "test", "testing")
 _SPLITS = {"train": TRAIN_SPLITS, "test": TEST_SPLITS}
 _PREFIXES = ("fashion-mnist", "wds", "hfds")
-"""Of a colon and a folder."""
+"""The names that may be followed by a colon and a folder."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four files."""
 
@@ -60,16 +60,16 @@ _FASHION_CLASSES = (
     "Ankle boot",
 )
 _SMALL = 64
-"""The longer side, in pixels, up to which the crops, flips and jitter of photographs do more harm than good."""
+"""Up to this longer side, in pixels, the crops, flips and jitter for photographs do more harm than good."""
 _MODELS = ((8, "kat_micro_patch2_8"), (28, "kat_micro_patch4_28"), (_SMALL, "kat_micro_patch4_32"))
-"""What small images up to a size are learned with, unless another model is asked for."""
+"""The default model for images up to a size."""
 _LOOKED_AT = 16
-"""Images of a folder whose sizes say what kind it is of."""
+"""How many images of a folder are checked for their size, to guess their kind."""
 _MEASURED = 60_000
-"""Images at most whose gray values are averaged: all of Fashion-MNIST."""
+"""The most images whose gray values are averaged: all of Fashion-MNIST."""
 _AGAIN = "folders met a second time, through a link"
 _LONGEST = 16
-"""Sides, as a multiple of the shorter one; a test looks at the middle of the image alone."""
+"""The largest ratio of the sides; a test uses only the middle of the image."""
 
 
 @dataclass
@@ -84,9 +84,9 @@ class ImageData:
     labels: np.ndarray
     classes: tuple[str, ...]
     where: str | None = None
-    """What to call the whole in a report; None: there is nothing to report."""
+    """The name of the data set in a report; None: there is nothing to report."""
     passed_over: Mapping[str, int] = field(default_factory=dict)
-    """How many entries of a folder were left out, by the reason."""
+    """How many entries of a folder were skipped, by reason."""
 
     def __post_init__(self) -> None:
         if isinstance(self.images, list) and all(isinstance(image, Path) for image in self.images):
@@ -96,53 +96,53 @@ class ImageData:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return the name of an image for messages."""
         image = self.images[index]
         if isinstance(image, ImageFile):
             return image.name
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def open(self, index: int) -> Image.Image:
-        """The image in mode L or RGB."""
+        """Open an image in mode L or RGB."""
         image = self.images[index]
         return Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
 
     def choose(self, indices: np.ndarray) -> "ImageData":
-        """Some of the images, in the order of the indices."""
+        """Return some of the images, in the order of the indices."""
         images = self.images[indices] if isinstance(self.images, np.ndarray) else Chosen(self.images, indices)
         return replace(self, images=images, labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as `--data` names it, with what suits it where the configuration says nothing."""
+    """A data set that `--data` names, with its defaults for settings that the configuration leaves open."""
 
     load: Callable[[str], ImageData]
-    """From the name of a split, "train" or "test"."""
+    """Loads a split by its name, "train" or "test"."""
     shift: int | None
     hflip: float
     color_jitter: float
     workers: int
     normalisation: Callable[[ImageData], tuple[float, float]] | None
-    """From the training images, mean and standard deviation of the gray values, in [0, 1]; None: the model's do."""
+    """Computes mean and standard deviation of the training images' gray values, in [0, 1]; None: use the model's."""
     model: str = "kat_micro_patch2_8"
     kind: str | None = None
-    """What was seen of the images that these defaults were chosen for."""
+    """The kind of images that these defaults were chosen for."""
     load_split: Callable[[str], ImageData] | None = None
-    """From any name of a split that the data set may have; None: there are only train and test."""
+    """Loads any split of the data set by its name; None: there are only train and test."""
 
 
 def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: Path | None = None) -> Source:
-    """What `--data` means. Of files a few images are looked at; the rest is read when its `load` is called.
+    """Return the data set that `--data` names. Only a few files are read now; the rest is read by its `load`.
 
     Args:
         data: as in `Config`.
-        val_split, seed: the part of each class that is kept for the test, and what decides which images; for a folder
-            that has no test images of their own.
-        keep: a folder for what has to be made once, if it cannot be written beside the data; None: it is not kept.
+        val_split, seed: the part of each class to keep for the test, and the seed that selects the images, for a
+            folder without test images.
+        keep: a folder for an index if it cannot be written beside the data; None: the index is then not kept.
 
     Raises:
-        ValueError: neither a known name nor a folder; or a data set that has test images is to be split.
+        ValueError: data is neither a known name nor a folder, or val_split is given although there are test images.
     """
     name, colon, folder = data.partition(":")
     fashion = name == "fashion-mnist" and bool(colon) == bool(folder)
@@ -219,7 +219,7 @@ def _find_on_hub(name: str) -> Source:
 def _suiting(
     first: Iterable[Path | ImageFile], load: Callable[[str], ImageData], load_split: Callable[[str], ImageData]
 ) -> Source:
-    """A source of image files, with defaults after the size of a few of them."""
+    """Return a source of image files, with defaults based on the size of a few of them."""
     size = _typical_size(first)
     side = None if size is None else max(size)
     workers = min(8, os.cpu_count() or 1)
@@ -250,7 +250,7 @@ def _suiting(
 
 
 def absolute(data: str) -> str:
-    """`--data` for a process in any working directory."""
+    """Return `--data` in a form that is valid in any working directory."""
     name, _, folder = data.partition(":")
     if data == "digits" or (name == "fashion-mnist" and not folder) or (name == "hfds" and not os.path.isdir(folder)):
         return data
@@ -258,7 +258,7 @@ def absolute(data: str) -> str:
 
 
 def _load_digits(split: str) -> ImageData:
-    """scikit-learn's 1797 digits of 8x8 pixels; every fifth image of each class, in their order, is a test image."""
+    """Load scikit-learn's 1797 digits of 8x8 pixels; every fifth image of each class, in order, is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -272,7 +272,7 @@ def _load_digits(split: str) -> ImageData:
 
 
 def _load_fashion_mnist(folder: Path | None, split: str) -> ImageData:
-    """60,000 training and 10,000 test images of 28x28 pixels (Xiao et al., arXiv 1708.07747)."""
+    """Load the 60,000 training or 10,000 test images of 28x28 pixels (Xiao et al., arXiv 1708.07747)."""
     if folder is None:
         folder = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else _download_fashion_mnist()
     stem = "train" if split == "train" else "t10k"
@@ -297,7 +297,7 @@ def _download_fashion_mnist() -> Path:
 
 
 def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
-    """An array of bytes from an IDX file, compressed or not: big-endian magic 0x0000080D, D sizes, the values."""
+    """Read a uint8 array from an IDX file, compressed or not: big-endian magic 0x0000080D, D sizes, the values."""
     path = folder / name
     if not path.is_file():
         path = folder / f"{name}.gz"
@@ -323,9 +323,9 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
 def _load_folder(
     root: Path, split: str, val_split: float | None, seed: int, read: Callable[[Path], ImageData]
 ) -> ImageData:
-    """FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE, or a part of either FOLDER/train or FOLDER/CLASS/IMAGE.
+    """Load FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE, or a part of FOLDER/train or of FOLDER/CLASS/IMAGE.
 
-    For the test, FOLDER may also hold the classes itself.
+    For the test, FOLDER may also hold the classes directly.
     """
     train, test = (
         next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_SPLITS, TEST_SPLITS)
@@ -355,7 +355,7 @@ def _load_folder(
 
 
 def _with_all_classes(data: ImageData) -> ImageData:
-    """The data, unless there is a class to be learned that has no image."""
+    """Return the data if every class has an image, else raise ValueError."""
     if empty := sorted({*range(len(data.classes))} - {*np.unique(data.labels).tolist()}):
         raise GrkanValueError(
             f"{data.where} has no image of {', '.join(data.classes[label] for label in empty[:5])}"
@@ -365,7 +365,7 @@ def _with_all_classes(data: ImageData) -> ImageData:
 
 
 def _stratified(data: ImageData, part: float, seed: int) -> np.ndarray:
-    """Which images are for the test: of each class with two or more at least one, and never all."""
+    """Choose the test images: at least one, and never all, of each class with two or more."""
     chosen = np.zeros(len(data), dtype=bool)
     for label, name in enumerate(data.classes):
         own = np.flatnonzero(data.labels == label)
@@ -376,7 +376,7 @@ def _stratified(data: ImageData, part: float, seed: int) -> np.ndarray:
 
 
 def _read_classes(folder: Path) -> ImageData:
-    """FOLDER/CLASS/.../IMAGE: the classes in the order of their names, and in each the images."""
+    """Read FOLDER/CLASS/.../IMAGE: the classes in the order of their names, and the images in each."""
     passed_over: Counter[str] = Counter()
     above = {_identity(parent) for parent in (folder, *folder.resolve().parents)}
     classes, labels = [], array("q")
@@ -407,13 +407,13 @@ def _read_classes(folder: Path) -> ImageData:
 
 
 def images_below(folder: str, passed_over: Counter[str]) -> Iterator[str]:
-    """The paths of the images in a folder and in those below it; what else there is is counted in `passed_over`."""
+    """Yield the paths of the images in a folder and its subfolders; count all other entries in `passed_over`."""
     for path in _images_below(Path(folder), "", set(), passed_over):
         yield os.path.join(folder, path)
 
 
 def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
-    """The paths, relative to `root`, of the images in a folder and in those below it, each folder once."""
+    """Yield the paths, relative to `root`, of the images in a folder and its subfolders, each folder once."""
     try:
         identity, entries = _identity(root / folder), _listed(root / folder)
     except OSError as error:
@@ -441,7 +441,7 @@ def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_ov
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Folder or file, whatever links lead to it; or else why it is passed over."""
+    """Return "folder" or "file", with links followed, or else the reason why the entry is skipped."""
     if entry.name.startswith("."):
         return "hidden"
     try:
@@ -460,13 +460,13 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, in the order of the names."""
+    """List the entries of a folder, in the order of their names."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
 def _first_images(folder: Path) -> Iterator[Path]:
-    """A few images of different classes."""
+    """Yield a few images of different classes."""
     classes = [entry.name for entry in _listed(folder) if _kind(entry) == "folder"]
     for name in classes[:: max(1, len(classes) // _LOOKED_AT)][:_LOOKED_AT]:
         for path in islice(_images_below(folder, name, set(), Counter()), -(-_LOOKED_AT // len(classes))):
@@ -474,7 +474,7 @@ def _first_images(folder: Path) -> Iterator[Path]:
 
 
 def _typical_size(files: Iterable[Path | ImageFile]) -> tuple[int, int] | None:
-    """Width and height of the median image by its longer side."""
+    """Return width and height of the image with the median longer side."""
     sizes = []
     for file in files:
         with contextlib.suppress(UnreadableImageError):
@@ -483,7 +483,7 @@ def _typical_size(files: Iterable[Path | ImageFile]) -> tuple[int, int] | None:
 
 
 def describe(data: ImageData) -> str:
-    """What was found, in a line: how many images and classes, which classes have none, and what was passed over."""
+    """Describe the data in a line: the number of images and classes, classes without images, and skipped entries."""
     counts = np.bincount(data.labels, minlength=len(data.classes))
     lacking = [name for name, count in zip(data.classes, counts, strict=True) if not count]
     line = f"{data.where}: {len(data):,} images of {len(data.classes) - len(lacking)} classes"
@@ -494,13 +494,13 @@ def describe(data: ImageData) -> str:
 
 
 def tell_passed_over(passed_over: Mapping[str, int]) -> str:
-    """The end of a report, empty if nothing was passed over."""
+    """Return the end of a report: the skipped entries, or nothing if there are none."""
     told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(passed_over.items()))
     return f"; passed over: {told}" if told else ""
 
 
 def gray_statistics(data: ImageData) -> tuple[float, float]:
-    """Mean and standard deviation of the gray values, in [0, 1], to four digits: of all images, or of every n-th.
+    """Return mean and standard deviation of the gray values, in [0, 1], to four digits: of all images or every n-th.
 
     Raises:
         ValueError: no image can be read.
@@ -514,7 +514,7 @@ def gray_statistics(data: ImageData) -> tuple[float, float]:
     values = np.arange(256) / 255
     mean = float(counts @ values / total)
     deviation = math.sqrt(float(counts @ (values - mean) ** 2 / total))
-    return round(mean, 4), round(deviation, 4) or 1.0  # images of one gray alone have none
+    return round(mean, 4), round(deviation, 4) or 1.0  # 0 if all pixels have the same gray
 
 
 def _histogram(data: ImageData, index: int) -> np.ndarray:
@@ -528,7 +528,7 @@ def _digits_statistics(_: ImageData) -> tuple[float, float]:
 
 
 def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
-    """The same images with labels that are indices of a model's classes.
+    """Return the same images with indices of a model's classes as labels.
 
     Raises:
         ValueError: the data has a class that the model does not know.
@@ -543,16 +543,17 @@ def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """What turns an image into the model's input, [C, H, W] float32: timm's resize, centre crop and normalisation.
+    """Return the transform from an image to the model's input, [C, H, W] float32: timm's resize, centre crop and
+    normalisation.
 
     Args:
-        preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, as timm calls them.
+        preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, in timm's terms.
     """
     return T.Compose([_Convert(preprocessing), _shorten, create_transform(**preprocessing)])
 
 
 def training_transform(preprocessing: Preprocessing, config: Config) -> Callable[[Image.Image], Tensor]:
-    """The same with augmentation, after the configuration."""
+    """Return the same transform with the augmentation of the configuration."""
     arguments = {key: preprocessing[key] for key in ("input_size", "mean", "std", "interpolation")}
     convert, size = _Convert(preprocessing), preprocessing["input_size"][-2:]
     if config.shift is not None and config.shift > max(size):
@@ -577,7 +578,7 @@ def training_transform(preprocessing: Preprocessing, config: Config) -> Callable
                 op.aug_fn = _posterize
     try:
         with seeded("trial"):
-            second(convert(Image.new("L", (size[1], size[0]))))  # more operations than there are would show in the run
+            second(convert(Image.new("L", (size[1], size[0]))))  # fail now if there are too many operations
     except ValueError as error:
         raise _not_understood(config, error) from error
     if config.shift is not None:
@@ -587,7 +588,7 @@ def training_transform(preprocessing: Preprocessing, config: Config) -> Callable
 
 
 def _shorten(image: Image.Image) -> Image.Image:
-    """The middle of an image that is very long: resized whole, it could take all memory."""
+    """Crop a very long image to its middle, because resizing it as a whole could use up all memory."""
     limit = _LONGEST * min(image.size)
     if max(image.size) <= limit:
         return image
@@ -600,12 +601,12 @@ def _not_understood(config: Config, error: Exception) -> GrkanValueError:
 
 
 def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
-    """timm's, which at some levels keeps no bit at all: a black image formerly, an error since Pillow checks it."""
+    """Call timm's posterize with at least 1 bit. With 0 bits the image was black, and newer Pillow raises an error."""
     return auto_augment.posterize(image, max(bits, 1), **arguments)
 
 
 class _Convert:
-    """To gray or RGB, after the channels of the model's input."""
+    """Convert an image to gray or RGB, as the channels of the model's input require."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.mode = {1: "L", 3: "RGB"}[preprocessing["input_size"][0]]
@@ -616,27 +617,27 @@ class _Convert:
 
 @dataclass
 class Batch:
-    """Images [N, C, H, W], their labels [N], and the unreadable ones that were met, name: reason."""
+    """Images [N, C, H, W], their labels [N], and the unreadable images among them, as {name: reason}."""
 
     images: Tensor
     labels: Tensor
     unreadable: dict[str, str]
 
     def pin_memory(self) -> "Batch":
-        """For the DataLoader, which does not know this class."""
+        """Pin the memory. The DataLoader calls this for classes that it does not know."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device; of pinned memory, nobody waits for the copy."""
+        """Copy the batch to a device, asynchronously if its memory is pinned."""
         images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
         return Batch(images, labels, self.unreadable)
 
 
 class _Samples(Dataset):
-    """(epoch, index) -> the transformed image or None, its label, and the image's {name: reason} if it is unreadable.
+    """A map from (epoch, index) to the transformed image or None, its label, and {name: reason} if it is unreadable.
 
-    In training the place of an unreadable image is taken by the next one that can be read, so that every batch is full.
-    Unreadable ones on the way to it are not told: each is told by whoever is asked for it, which is one process.
+    In training, an unreadable image is replaced by the next readable one, so that every batch is full. Other unreadable
+    images on the way to it are not reported: only the process that is asked for an image reports it.
     """
 
     def __init__(self, data: ImageData, transform: Callable[..., Tensor], seed: int | None) -> None:
@@ -669,23 +670,23 @@ def _collate(samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> Batch:
 
 
 class TrainingSampler:
-    """The (epoch, index) pairs of one process's micro-batches, from a given epoch and step on.
+    """Yields the (epoch, index) pairs of one process's micro-batches, from a given epoch and step on.
 
-    Every epoch has an order of its own. Each global batch of it is cut into equal parts, one for each process and
-    micro-batch; what is left at the end is left out. Mixup pairs the i-th image of a batch with the i-th from its end,
-    so a part gets images of the batch's two ends: whoever computes it, the pairs are the same.
+    Every epoch has its own order. Each global batch is cut into equal parts, one for each process and micro-batch.
+    Images that do not fill the last batch are dropped. Mixup pairs the i-th image of a batch with the i-th from its
+    end, so a part takes images from both ends of the batch: the pairs are then the same in any number of processes.
 
-    An image that comes several times in an epoch is augmented anew each time: the k-th time its index is larger by k
-    times the number of images.
+    An image that occurs several times in an epoch is augmented differently each time: the k-th time its index is larger
+    by k times the number of images.
 
     Args:
         size: the number of images.
-        batch_size: of all processes together.
-        parts: of each batch.
-        mine: those of this process.
-        seed: of the order.
+        batch_size: the batch size of all processes together.
+        parts: the number of parts of each batch.
+        mine: the parts of this process.
+        seed: the seed of the order.
         repeats: how often an image is in its batch.
-        labels: of the images, if every class is to have as many images of an epoch; None: all images are taken alike.
+        labels: the labels of the images, to draw all classes equally often; None: draw all images equally often.
     """
 
     def __init__(
@@ -703,11 +704,11 @@ class TrainingSampler:
         self.epoch = self.first_step = 0
 
     def start_at(self, epoch: int, step: int) -> None:
-        """Say what the next iteration begins with."""
+        """Set the epoch and step at which the next iteration starts."""
         self.epoch, self.first_step = epoch, step
 
     def __len__(self) -> int:
-        """The number of micro-batches of an epoch; `//` the number of parts of this process, its steps."""
+        """The number of micro-batches of an epoch. Divided by the number of parts of this process: its steps."""
         return self.size // self.batch_size * len(self.mine)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -727,14 +728,14 @@ class TrainingSampler:
         else:
             order = self._balanced(torch.from_numpy(self.labels), generator)
         if self.repeats > 1:
-            # The copies of the k-th round of a class are not those of the next round.
+            # The copies in the k-th round of a class differ from those in the next round.
             image, times = order % self.size, order // self.size
             copies = times[:, None] * self.repeats + torch.arange(self.repeats)
             order = (image[:, None] + self.size * copies).flatten()[: self.size]
         return order
 
     def _balanced(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """As many of each class, give or take one: its images in an order of their own, again and again."""
+        """Draw equally many images of each class, within one: its images in random order, repeated in rounds."""
         classes = labels.unique()
         more = torch.randperm(len(classes), generator=generator) < self.size % len(classes)
         chosen = []
@@ -767,7 +768,7 @@ class _InOrder:
 def training_loader(
     data: ImageData, transform: Callable[..., Tensor], sampler: TrainingSampler, config: Config, pin_memory: bool
 ) -> DataLoader:
-    """Micro-batches in the sampler's order; iterating it again keeps the worker processes."""
+    """Return a loader of micro-batches in the sampler's order; iterating again keeps the worker processes."""
     workers = config.workers or 0
     return DataLoader(
         _Samples(data, transform, config.seed),
@@ -788,7 +789,7 @@ def evaluation_loader(
     process: int = 0,
     processes: int = 1,
 ) -> DataLoader:
-    """All images in their order, unreadable ones left out; of several processes each gets every n-th."""
+    """Return a loader of all images in order, without unreadable ones; each of n processes gets every n-th image."""
     return DataLoader(
         _Samples(data, transform, None),
         batch_sampler=_InOrder(range(process, len(data), processes), batch_size),
@@ -800,7 +801,7 @@ def evaluation_loader(
 
 
 def batches_on(device: torch.device, loader: DataLoader) -> Iterator[Batch]:
-    """The batches of a loader on a device: a GPU copies the next one while it computes with the one before."""
+    """Yield the batches of a loader on a device; a GPU copies the next batch while it computes with the current one."""
     if device.type != "cuda":
         for batch in loader:
             yield batch.to(device)
@@ -811,17 +812,17 @@ def batches_on(device: torch.device, loader: DataLoader) -> Iterator[Batch]:
             batch = batch.to(device)
         computing.wait_stream(copying)
         for tensor in (batch.images, batch.labels):
-            tensor.record_stream(computing)  # or its memory would be free for the next copy too early
+            tensor.record_stream(computing)  # otherwise its memory would be reused for the next copy too early
         yield batch
 
 
 def calibration_images(data: str, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
-    """`calibration_batches` of the training images of `--data`."""
+    """Return `calibration_batches` of the training images of `--data`."""
     return calibration_batches(replace(find_source(data).load("train"), where=data), preprocessing, count)
 
 
 def calibration_batches(images: ImageData, preprocessing: Preprocessing, count: int) -> Iterator[Tensor]:
-    """Batches of at most `count` images, taken at equal distances, preprocessed as for a test.
+    """Yield batches with at most `count` images in total, taken at equal distances and preprocessed as for a test.
 
     Raises:
         ValueError: none of the images can be read.
@@ -837,7 +838,7 @@ def calibration_batches(images: ImageData, preprocessing: Preprocessing, count: 
 
 
 class UnreadableImages:
-    """The unreadable images met so far; each is named once, on standard error, or the first one stops the run.
+    """The unreadable images found so far. Each is reported once, on standard error, or the first one stops the run.
 
     Args:
         on_corrupt: "skip" or "stop".
@@ -848,10 +849,10 @@ class UnreadableImages:
         self.names: set[str] = set()
 
     def add(self, batch: Batch) -> None:
-        """Take note of those of a batch.
+        """Record the unreadable images of a batch.
 
         Raises:
-            ValueError: there is one, and the run is to stop.
+            ValueError: there is one, and `on_corrupt` is "stop".
         """
         for name, reason in batch.unreadable.items():
             if self.on_corrupt == "stop":

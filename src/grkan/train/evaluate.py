@@ -1,4 +1,4 @@
-"""What a trained model gets right."""
+"""Test a trained model, and predict with it."""
 
 import os
 from collections import Counter
@@ -42,31 +42,31 @@ class Score:
     images: int = 0
 
     def to_dict(self) -> dict[str, float | int]:
-        """top1 in percent, the mean cross entropy, and how many images they are from."""
+        """Return top1 in percent, the mean cross entropy as loss, and the number of images."""
         n = max(self.images, 1)
         return {"top1": 100 * self.correct / n, "loss": self.loss / n, "images": self.images}
 
 
 class Details:
-    """What a test finds beside `Score`.
+    """The results of a test beyond `Score`.
 
     Args:
-        classes: how many.
-        confusion: count how often each class was taken for each other, which takes memory for their square.
+        classes: the number of classes.
+        confusion: count how often each class was taken for each other. The memory is quadratic in `classes`.
     """
 
     def __init__(self, classes: int, confusion: bool = False) -> None:
         self.top5 = 0
-        """Images whose class is among the five most probable ones."""
+        """The number of images whose class is among the five most probable ones."""
         self.images = torch.zeros(classes, dtype=torch.long)
-        """Of each class."""
+        """The number of images of each class."""
         self.correct = torch.zeros(classes, dtype=torch.long)
-        """Of each class."""
+        """The number of correct images of each class."""
         self.confusion = torch.zeros(classes, classes, dtype=torch.long) if confusion else None
         """[true class, most probable class]"""
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Those of a batch: [N, C] and [N]."""
+        """Add a batch: logits [N, C] and labels [N]."""
         logits, labels = logits.cpu(), labels.cpu()
         best = logits.topk(min(_TOP, logits.shape[1])).indices
         self.top5 += int((best == labels[:, None]).sum())
@@ -76,7 +76,7 @@ class Details:
             self.confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
 
     def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """top5 in percent, and per_class: by its name, the percentage of a class's images that were right."""
+        """Return top5 in percent, and per_class: the percentage of correct images by class name."""
         right, all_ = self.correct.tolist(), self.images.tolist()
         per_class = {name: 100 * r / n if n else None for name, r, n in zip(classes, right, all_, strict=True)}
         return {"top5": 100 * self.top5 / max(sum(all_), 1), "per_class": per_class}
@@ -91,7 +91,7 @@ def score(
     after_batch: Callable[[Batch], object] = lambda _: None,
     details: Details | None = None,
 ) -> Score:
-    """Run a model, which is put in eval mode, over a loader's images; `details` are added to, if there are any."""
+    """Score a model, which is put in eval mode, on a loader's images, and add them to `details` if it is given."""
     model.eval()
     total = Score()
     for batch in loader:
@@ -109,7 +109,7 @@ def score(
 
 
 def first_images(loader: DataLoader, unreadable: UnreadableImages) -> Tensor | None:
-    """The images of the first batch that has any."""
+    """Return the images of the first batch that has any, or None."""
     for batch in loader:
         unreadable.add(batch)
         if len(batch.labels):
@@ -120,13 +120,13 @@ def first_images(loader: DataLoader, unreadable: UnreadableImages) -> Tensor | N
 def data_for(
     trained: TrainedModel, data: str, split: str | None = None, val_split: float | None = None, seed: int = 0
 ) -> ImageData:
-    """The images of `--data` to test a model on, with labels that are indices of its classes.
+    """Return the images of `--data` to test a model on, with indices of the model's classes as labels.
 
     Args:
-        trained: the model. Of a run on this very data, what it kept for the test is found again: `val_split` and `seed`
-            are the run's unless they are given.
+        trained: the model. If its run used this data, `val_split` and `seed` default to those of the run, so that the
+            same test images are found again.
         data, val_split, seed: as in `Config`.
-        split: train, val or another that the data set has; None: what runs are tested on.
+        split: train, val or another split of the data set; None: the split that runs are tested on.
 
     Raises:
         ValueError: there is no such data set or split, or it has a class that the model does not know.
@@ -146,15 +146,15 @@ def data_for(
 
 
 def loader_for(trained: TrainedModel, images: ImageData, batch_size: int, workers: int) -> DataLoader:
-    """Batches of what `data_for` gives, preprocessed for the model."""
+    """Return batches of the images from `data_for`, preprocessed for the model."""
     return evaluation_loader(images, evaluation_transform(trained.preprocessing), batch_size, workers)
 
 
 def find_images(paths: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-    """The files to predict: those given, and of the folders among them all images, in the order of their names.
+    """Return the files to predict: the given files, and all images in the given folders, in the order of their names.
 
     Returns:
-        The files; and how many entries of folders were passed over, by the reason.
+        The files, and how many entries of folders were skipped, by reason.
 
     Raises:
         ValueError: a folder has no images.
@@ -175,19 +175,19 @@ def find_images(paths: Iterable[str]) -> tuple[list[str], dict[str, int]]:
 def predict(
     trained: TrainedModel, files: Sequence[str], batch_size: int = 32, workers: int = 0, top: int = _TOP
 ) -> Iterator[dict[str, Any]]:
-    """The most probable classes of image files, in their order.
+    """Predict the most probable classes of image files, in the order of the files.
 
     Args:
         trained: the model.
         files: paths.
-        batch_size: images at a time.
-        workers: processes that load them; 0: this one.
-        top: how many classes.
+        batch_size: the number of images at a time.
+        workers: the number of processes that load images; 0: this process loads them.
+        top: the number of classes.
 
     Yields:
-        For each file its path; and label, the most probable class; probability, in [0, 1]; and, for a `top` of 5, top5,
-        a list of [label, probability]. Of an image that cannot be read, or for which the outputs are not finite, only
-        path and error, the reason.
+        For each file its path; label, the most probable class; probability, in [0, 1]; and, for a `top` of 5, top5, a
+        list of [label, probability]. If an image cannot be read or its outputs are not finite, only path and error,
+        the reason.
     """
     labels = np.zeros(len(files), dtype=np.int64)
     images = ImageData([Path(file) for file in files], labels, tuple(trained.classes))

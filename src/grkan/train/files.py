@@ -1,7 +1,7 @@
-"""Lists of images that a million of them leave small, whatever they are read from.
+"""Lists of images that stay small with a million entries, whatever they are read from.
 
 A list of a million paths takes 440 MB, and 380 more in each process that loads images: Python writes a reference count
-into every object that it looks at, and so a forked process copies them all. Arrays have none.
+into every object that it accesses, so a forked process copies them all. Arrays have no such counts per item.
 """
 
 import io
@@ -15,11 +15,11 @@ import numpy as np
 
 
 class Paths(Sequence[Path]):
-    """Paths below a folder, in two arrays: their letters, and where each ends.
+    """Paths below a folder, stored in two arrays: their characters, and where each path ends.
 
     Args:
         root: the folder.
-        names: of the files, relative to it; read once.
+        names: the names of the files, relative to the folder; read once.
     """
 
     def __init__(self, root: Path, names: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ class Paths(Sequence[Path]):
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> "Paths":
-        """The same paths, below the folder that all are in."""
+        """Return the same paths, relative to their common folder."""
         common = os.path.commonpath([path.parent for path in (min(paths), max(paths))]) if paths else ""
         return cls(Path(common), (os.path.relpath(path, common or ".") for path in paths))
 
@@ -77,8 +77,8 @@ class ImageFile(io.BytesIO):
     """An image file in memory.
 
     Args:
-        content: of the file.
-        name: what to call it in a message.
+        content: the content of the file.
+        name: its name in messages.
     """
 
     def __init__(self, content: bytes, name: str) -> None:

@@ -1,7 +1,7 @@
 """Data sets of Hugging Face's library `datasets`: names on the hub, and folders of Parquet or Arrow files.
 
-The library keeps what it reads as Arrow files in its cache (HF_HOME), which are mapped into memory, so the processes of
-a machine share them and nothing is copied.
+The library stores the data as Arrow files in its cache (HF_HOME). They are mapped into memory, so the processes of a
+machine share them and nothing is copied.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class HubImages(Sequence[ImageFile]):
     """The images of one split.
 
     Args:
-        name: of the data set, or its folder.
-        split: its name.
-        column: of the images.
+        name: the name of the data set, or its folder.
+        split: the name of the split.
+        column: the name of the images' column.
     """
 
     def __init__(self, name: str, split: str, column: str) -> None:
@@ -31,7 +31,7 @@ class HubImages(Sequence[ImageFile]):
         self._rows = rows.cast_column(column, datasets.Image(decode=False))
 
     def __reduce__(self) -> Any:
-        """Another process reads the same files: its own, on another machine."""
+        """Pickle only the names: another process opens the same files, or its own copy on another machine."""
         return HubImages, (self.name, self.split, self.column)
 
     def __len__(self) -> int:
@@ -46,13 +46,13 @@ class HubImages(Sequence[ImageFile]):
 
 
 def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, tuple[str, ...]]:
-    """Images, labels and class names of a split.
+    """Return images, labels and class names of a split.
 
-    The images are the first column of images; the labels the first column of classes, or else the column `label` of
-    numbers or texts.
+    The images are the first column of images. The labels are the first column of classes, or else the column `label`
+    with numbers or texts.
 
     Args:
-        name: of the data set on the hub, or its folder: of Parquet files, or saved by `save_to_disk`.
+        name: the name of the data set on the hub, or a folder of Parquet files or one saved by `save_to_disk`.
         splits: the names that the split may have.
 
     Raises:
@@ -90,7 +90,7 @@ def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, t
 
 
 def _load(name: str) -> Any:
-    """All splits, by name."""
+    """Load all splits, by name."""
     import datasets
 
     folder = Path(name)
@@ -98,7 +98,7 @@ def _load(name: str) -> Any:
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name)
-    except Exception as error:  # of datasets, huggingface_hub, fsspec, pyarrow: each has its own
+    except Exception as error:  # datasets, huggingface_hub, fsspec and pyarrow all have their own errors
         if isinstance(error, (ImportError, MemoryError)):
             raise
         reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The one door for image files: what is in a file becomes gray or RGB pixels of 8 bits, as a viewer shows them.
+"""Open image files: convert their content to 8-bit gray or RGB pixels, as a viewer shows them.
 
 Training, testing and predicting all open their images here.
 """
@@ -23,48 +23,48 @@ EXTENSIONS = frozenset(
         *("pbm", "pgm", "ppm", "pnm", "pfm", "jp2", "j2k", "jpf", "jpx", "avif", "heic", "heif", "hif"),
     )
 )
-"""The endings of image files, in small letters."""
+"""The endings of image files, in lower case."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-"""What a file may hold, whatever its name ends in. Pillow's others are no photographs, and EPS runs a program."""
+"""The formats that a file may have, whatever its ending. Pillow's others are not for photos, and EPS runs a program."""
 _GRAY = ("1", "L")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of one channel that is deeper than 8 bits."""
 _WHITES = (1, 255, 65535)
-"""Of pixels whose type does not tell what white is."""
+"""Possible values of white, for pixels whose type does not define it."""
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
-# Without a handler Python would print what Pillow logs of odd files.
+# Without a handler Python would print what Pillow logs about unusual files.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class UnreadableImageError(GrkanValueError):
-    """An image cannot be read; the message is the reason alone."""
+    """An image cannot be read; the message is only the reason."""
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of that name should hold an image."""
+    """Return whether a file of that name should contain an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-    """The first frame of an image file, as `as_shown` makes it.
+    """Open the first frame of an image file, converted as by `as_shown`.
 
     Args:
-        file: its path, or the file itself, opened for reading bytes.
+        file: its path, or a file opened for reading bytes.
 
     Raises:
-        UnreadableImageError: there is no such file, or it is no image, or a damaged one.
+        UnreadableImageError: the file does not exist, is not an image, or is damaged.
     """
     with _reading(), _open(file) as image:
         return _flatten(_upright(image))
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """Any image of Pillow's, upright, in mode L or RGB.
+    """Convert any Pillow image to mode L or RGB, upright.
 
-    Pixels of more than 8 bits are scaled by their depth, transparent ones lie on white, and the orientation of the
-    camera (EXIF) is applied. White is 1 in an image of floats, or 255 or 65535 if it has larger values; so with
-    integers of 32 bits, where it is the largest one beyond that.
+    Pixels of more than 8 bits are scaled by their depth, transparent ones are placed on white, and the orientation of
+    the camera (EXIF) is applied. In an image of floats white is 1, or 255 or 65535 if there are larger values. With
+    32-bit integers it is 255, 65535 or the largest 32-bit integer.
 
     Raises:
         UnreadableImageError: its pixels cannot be read.
@@ -74,7 +74,7 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 
 def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
-    """Width and height, as the head of an image file tells them.
+    """Return width and height from the header of an image file.
 
     Raises:
         UnreadableImageError: as for `open_image`.
@@ -85,7 +85,7 @@ def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Without warnings, and with one error for all that a damaged file makes Pillow raise."""
+    """Suppress warnings, and turn every error that Pillow raises for a damaged file into UnreadableImageError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -103,7 +103,7 @@ def _open(file: Any) -> Image.Image:
         return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
         head = _head(file)
-    if head[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:  # of a HEIF file, whatever its name ends in
+    if head[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:  # a HEIF file, whatever its ending
         try:
             import_module("pillow_heif").register_heif_opener()
         except ModuleNotFoundError as error:
@@ -115,7 +115,7 @@ def _open(file: Any) -> Image.Image:
 
 
 def _head(file: Any) -> bytes:
-    """The first bytes of a file, which is left at its beginning."""
+    """Return the first bytes of a file, and rewind it."""
     if isinstance(file, (str, os.PathLike)):
         with open(file, "rb") as opened:
             return opened.read(12)
@@ -126,27 +126,27 @@ def _head(file: Any) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The pixels, read and turned as the camera's orientation says."""
+    """Read the pixels, and rotate them by the camera's orientation."""
     image.load()
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # the image is whole, its EXIF is not
+    except Exception:  # only the EXIF data is damaged
         turned = False
     return ImageOps.exif_transpose(image) if turned else image
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """To mode L or RGB."""
+    """Convert an image to mode L or RGB."""
     key = image.info.get("transparency")
     if image.mode in _DEEP:
         values, tags = np.asarray(image), getattr(image, "tag_v2", {})
         gray = _to_8_bits(values, _white(image.mode, tags))
-        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in images of 8 bits alone
+        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is 0, which Pillow respects only in 8-bit images
             gray = 255 - gray
         if isinstance(key, int):  # a PNG's transparent gray
             gray[values == key] = 255
         return Image.fromarray(gray)
-    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits a channel, of which Pillow reads the upper 8
+    if isinstance(key, tuple) and max(key) > 255:  # 16 bits per channel, of which Pillow reads the upper 8
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
@@ -159,7 +159,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _white(mode: str, tags: Mapping[int, Any]) -> float | None:
-    """The value of white that a file tells, if it does; `tags` are those of a TIFF file."""
+    """Return the value of white that a file defines, or None; `tags` are those of a TIFF file."""
     if mode == "F":
         return None
     if not tags:
@@ -174,7 +174,7 @@ def _to_8_bits(values: np.ndarray, white: float | None) -> np.ndarray:
         raise UnreadableImageError("it has pixels that are not finite")
     if white is None:
         largest = values.max(initial=0)
-        # A float may overshoot white a little, as after resampling.
+        # A float may exceed white a little, for example after resampling.
         slack = 2 if values.dtype.kind == "f" else 1
         whites = _WHITES if values.dtype.kind == "f" else (*_WHITES[1:], 2**31 - 1)
         white = next((white for white in whites if largest <= slack * white), None)

@@ -1,4 +1,4 @@
-"""How a run ends before its end: SIGTERM, by which clusters, containers and `kill` tell a process to go."""
+"""Early termination of a run by SIGTERM, which clusters, containers and `kill` send to stop a process."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import threading
 from types import FrameType, TracebackType
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
-"""The exit status that shells give a process that SIGTERM has ended."""
+"""The exit status that shells report for a process ended by SIGTERM."""
 
 
 class TrainingStopped(SystemExit):
-    """SIGTERM came, and the state is saved. A program that does not catch it ends with status 143, without a traceback.
+    """SIGTERM was received, and the state is saved. If uncaught, the program ends with status 143, without a traceback.
 
     Attributes:
-        message: where the run stands.
+        message: the progress of the run.
     """
 
     def __init__(self, message: str) -> None:
@@ -25,9 +25,9 @@ class TrainingStopped(SystemExit):
 
 
 class Notice:
-    """Takes SIGTERM while its block runs; `given` says whether it came.
+    """Catches SIGTERM while its block runs; `given` says whether it was received.
 
-    Python lets the main thread alone take signals: in any other one, SIGTERM does what it did before.
+    In Python only the main thread can handle signals. In any other thread, SIGTERM works as before.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Notice:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._takes:
-            # None: the handler was not Python's, and cannot be put back.
+            # None: the handler was not set from Python, and cannot be restored.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -51,10 +51,10 @@ class Notice:
 
 
 def shield_loading_process(_: int = 0) -> None:
-    """Let SIGTERM end a process that loads images only if the training process has sent it.
+    """Make a process that loads images end on SIGTERM only if the training process sent it.
 
-    A cluster sends it to every process of a job, but the images of the last steps are still needed. For the
-    `worker_init_fn` of a DataLoader. Where a signal does not tell its sender (macOS), nothing changes.
+    A cluster sends it to every process of a job, but the images of the last steps are still needed. Use it as
+    `worker_init_fn` of a DataLoader. It has no effect where the sender of a signal is unknown (macOS).
     """
     if not hasattr(signal, "sigwaitinfo"):
         return

@@ -1,11 +1,11 @@
 """The training loop.
 
-Whatever is drawn at random is a function of the seed and of the place in the run (`randomness.py`). So a run that is
-interrupted at any point and resumed from its last state ends with the same bits as one that was left alone: on a CPU,
-in one process, with the same number of threads.
+All random numbers are a function of the seed and of the position in the run (`randomness.py`). So a run that is
+interrupted at any point and resumed from its last state ends with the same bits as an uninterrupted one: on a CPU, in
+one process, with the same number of threads.
 
-Nothing in a step waits for the device or for another process before the optimiser has stepped. What a step gives (its
-loss, whether it was finite, whether SIGTERM came) is looked at while the next one is computed.
+Nothing in a step waits for the device or for another process before the optimiser has stepped. The results of a step
+(its loss, whether it was finite, whether SIGTERM was received) are checked while the next one is computed.
 """
 
 import atexit
@@ -74,39 +74,39 @@ from .trackers import Trackers, check_trackers
 
 
 class Summary(TypedDict):
-    """What a run came to."""
+    """The results of a run."""
 
     output: str
     model: str
     epochs: int
     top1: float
-    """Of the best epoch, in percent; `best_epoch` counts from 1."""
+    """The accuracy of the best epoch, in percent; `best_epoch` counts from 1."""
     best_epoch: int
     last_top1: float
     last_loss: float
     parameters: int
     unreadable: int
-    """Images that could not be read."""
+    """The number of images that could not be read."""
     seconds: float
-    """Of training and testing."""
+    """The time of training and testing."""
     cpu_seconds: float
-    """In which the threads of the main process were at work."""
+    """The CPU time of all threads of the main process."""
 
 
 def train(config: Config, auto_resume: bool = False) -> Summary:
-    """Train a model and leave everything about it in the folder `config.output`.
+    """Train a model, and write all results to the folder `config.output`.
 
     Args:
-        config: of the run.
-        auto_resume: if the folder holds a run of this configuration, go on with it. What the folder holds decides, so
-            the same call starts a run, and goes on with it after whatever ended it.
+        config: the configuration of the run.
+        auto_resume: if the folder holds a run of this configuration, resume it. So the same call starts a run, and
+            continues it after any interruption.
 
     Raises:
         ValueError, TypeError: a setting, the data or the model does not fit; nothing has been written.
         TrainingError: the loss or a weight is not finite, or another process of the run has failed.
-        RuntimeError: another run is at work in the folder.
+        RuntimeError: another run is active in the folder.
         OSError: a file cannot be written.
-        TrainingStopped: SIGTERM came; the state is saved.
+        TrainingStopped: SIGTERM was received; the state is saved.
     """
     config = resolve(config)
     folder = Path(config.output or "")
@@ -120,14 +120,14 @@ def train(config: Config, auto_resume: bool = False) -> Summary:
 
 
 def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summary:
-    """Go on with an interrupted run from its last state, or from the start if it had not come to one.
+    """Resume an interrupted run from its last state, or from the start if it has not saved one.
 
     Args:
-        folder: the run's.
-        changes: settings to change, of those that do not change the outcome (`RESUMABLE`).
+        folder: the folder of the run.
+        changes: settings to change, among those that do not affect the outcome (`RESUMABLE`).
 
     Returns, raises:
-        As `train`; ValueError, too, if the folder holds no run, or its state is damaged or of other data.
+        As `train`; also ValueError if the folder holds no run, or its state is damaged or belongs to other data.
     """
     folder = Path(folder)
     changes = dict(changes or {})
@@ -148,12 +148,12 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summ
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has saved anything there that a new one would overwrite."""
+    """Return whether the folder holds files of a run that a new run would overwrite."""
     return any((folder / name).exists() for name in ("state/state.pt", "last.safetensors", "best.safetensors"))
 
 
 def check_same(config: Config) -> None:
-    """Raise ValueError if the folder `config.output` holds a run with settings that would end with other weights."""
+    """Raise ValueError if the folder `config.output` holds a run whose settings lead to other weights."""
     folder = Path(config.output or "")
     recorded = read_yaml(folder / "config.yaml")
     for key, value in to_dict(config).items():
@@ -173,7 +173,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _more_epochs(folder: Path) -> str:
-    """The end of a sentence about a run that is to have more of them."""
+    """Return the end of a message about a run that should get more epochs."""
     return (
         f"; to train its model further: grkan train --init {folder / 'last.safetensors'} --epochs N --output another "
         "folder"
@@ -181,11 +181,11 @@ def _more_epochs(folder: Path) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with everything filled in that depends on the data set, on the model to start from or on the
-    working directory. A run is resumed from it alone.
+    """Fill in all settings that depend on the data set, on the model to start from or on the working directory. A run
+    is resumed from the result alone.
 
     Raises:
-        ValueError: there is no such data set or model to start from, or `model` is another than that one.
+        ValueError: there is no such data set or model to start from, or `model` differs from that one.
     """
     source = find_source(config.data, config.val_split, config.seed)
     chosen = {"data": absolute(config.data), **resolve_model(config, source.model)}
@@ -209,7 +209,7 @@ def _run(config: Config, resumed: bool) -> Summary:
 
 @contextlib.contextmanager
 def _naming_others() -> Iterator[None]:
-    """One error for what NCCL and gloo raise in a process that waits for one that is gone. That one has said why."""
+    """Turn errors of NCCL and gloo, in a process that waits for a failed one, into one error without the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -222,7 +222,7 @@ def _connect() -> None:
     """Connect the processes that `torchrun` or `accelerate launch` has started."""
     connected = dist.is_initialized()
     try:
-        # Unasked, Accelerate does not connect the processes of a machine without a GPU: each would train alone.
+        # By default Accelerate does not connect processes on a machine without a GPU: each would train alone.
         state = PartialState(cpu=_on_cpu(), **_meeting_place())
     except ValueError as error:  # about the variables of torchrun and accelerate launch
         raise GrkanRuntimeError(f"Accelerate cannot start: {error}") from error
@@ -233,14 +233,14 @@ def _connect() -> None:
             f"{state.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
         )
     if started > 1 and not connected:
-        # The group outlives the run, for another run of this process, but not the interpreter, which may abort then.
+        # Keep the group for later runs of this process, but destroy it before the interpreter exits, or it may abort.
         atexit.register(state.destroy_process_group)
 
 
 def _meeting_place() -> dict[str, Any]:
-    """Where processes that torchrun has started again meet, as arguments of `init_process_group`.
+    """Return the arguments of `init_process_group` for processes that torchrun has restarted.
 
-    It keeps one store for all attempts, where they would find the addresses of those that are dead.
+    torchrun keeps one store for all attempts, in which they would find the addresses of dead processes.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not attempt or dist.is_initialized():
@@ -254,10 +254,10 @@ def _on_cpu() -> bool:
 
 
 def _make_accelerator(config: Config) -> Accelerator:
-    """The device, the precision and the processes."""
+    """Set up the device, the precision and the processes."""
     trackers = check_trackers(config.tracker)
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
-        AcceleratorState._reset_state()  # or the precision of a process's first run would be that of all
+        AcceleratorState._reset_state()  # otherwise all runs of a process would use the precision of the first
     try:
         return Accelerator(
             cpu=_on_cpu(),
@@ -273,13 +273,13 @@ def _make_accelerator(config: Config) -> Accelerator:
 
 @dataclasses.dataclass
 class _Step:
-    """What is known of an optimiser step before its results are."""
+    """An optimiser step whose results are not yet known."""
 
     number: int
-    """From 1, of the whole run."""
+    """The number of the step in the whole run, from 1."""
     lr: float
     sums: Later
-    """The loss, how many images were right, whether a gradient was not finite, whether SIGTERM came: 0 if not."""
+    """The loss, the number of correct images, whether a gradient was not finite, and whether SIGTERM came: 0 if not."""
 
 
 class _Run:
@@ -321,7 +321,7 @@ class _Run:
         self.epoch = self.step = 0
         self.running = Running()
         self.pending: collections.deque[_Step] = collections.deque()
-        """Steps whose results nobody has looked at."""
+        """Steps whose results have not been checked."""
         self.seconds = self.cpu_seconds = 0.0
         if state is not None:
             self._restore(state)
@@ -334,10 +334,10 @@ class _Run:
             self.log = MetricsLog(self.folder / "metrics.jsonl", state["metrics_size"] if state else 0)
         self.accelerator.wait_for_everyone()
 
-    # What a run is made of
+    # Setup
 
     def _claim_folder(self) -> None:
-        """Let nobody else write there until the end of the run; make sure that all processes see the same folder."""
+        """Lock the folder until the end of the run, and check that all processes see the same folder."""
         check_shared(self.lock.path, from_main(self.lock.acquire))
 
     def _check_free(self) -> None:
@@ -358,7 +358,7 @@ class _Run:
         return training, test
 
     def _kind(self, source: Source) -> str:
-        """What the settings of the augmentation go by."""
+        """Describe the kind of images, and the augmentation settings that follow from it."""
         names = ("shift", "hflip", "color_jitter")
         used = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
         return f"{source.kind}: {used}; the options of these names change it"
@@ -408,7 +408,7 @@ class _Run:
         self.criterion, self.mixup = make_loss(config, len(self.training.classes), self.training.labels)
         self.criterion.to(self.accelerator.device)
         self.clipped_together = clipped_together(self.model)
-        # Accelerate's own sharding becomes DDP, without a word, where there is no GPU.
+        # Without a GPU, Accelerate's own sharding silently becomes DDP.
         self.prepared = self.model if config.shard else self.accelerator.prepare(self.model)
         self.stepper = self.accelerator.prepare(self.optimizer)
         if config.compile:
@@ -417,7 +417,7 @@ class _Run:
     # The run
 
     def train(self) -> Summary:
-        """From where it stands to its end."""
+        """Train from the current state to the end."""
         config = self.config
         total = config.epochs * self.steps
         done = self._count()
@@ -441,7 +441,7 @@ class _Run:
         return self._finish()
 
     def _is_out_of_patience(self) -> bool:
-        """Whether the last test was one too many without a better result."""
+        """Return whether there has been no better result for `patience` epochs."""
         config, best = self.config, self.best["epoch"]
         if config.patience is None or not best or self.epoch % config.evaluate_every:
             return False
@@ -470,11 +470,11 @@ class _Run:
         self._end_epoch(result)
 
     def _optimise(self, batches: Any) -> Tensor:
-        """One optimiser step.
+        """Run one optimiser step.
 
         Returns:
-            Of this process, on the device: its part of the loss, how many images were right, and whether a gradient was
-            not finite, 1 or 0.
+            For this process, on the device: its part of the loss, the number of correct images, and whether a gradient
+            was not finite, 1 or 0.
         """
         config, accelerator = self.config, self.accelerator
         count = self._count()
@@ -497,14 +497,14 @@ class _Run:
             with accelerator.accumulate(self.prepared):
                 logits = self.prepared(images)
                 loss = self.criterion(logits.float(), targets)
-                # Times 1 or NaN: one loss that is not finite leaves no gradient of any process finite.
+                # Times 1 or NaN: if one loss is not finite, the gradients of all processes become NaN.
                 accelerator.backward(loss * (loss.detach() * 0 + 1))
             losses.append(loss.detach())
             correct.append((logits.detach().argmax(dim=-1) == labels).sum())
         accelerator.unscale_gradients()
         spoiled = limit_gradients_(self.clipped_together, config.clip_grad)
         if accelerator.scaler is not None:
-            spoiled = torch.zeros_like(spoiled)  # it leaves out such a step itself, and takes a lower scale
+            spoiled = torch.zeros_like(spoiled)  # it skips such a step itself, and lowers its scale
         self.stepper.step()
         self.stepper.zero_grad()
         if self.ema is not None:
@@ -513,14 +513,14 @@ class _Run:
         return torch.stack([loss, torch.stack(correct).sum().to(loss.dtype), spoiled.to(loss.dtype)])
 
     def _look_back(self, to: int = 0) -> None:
-        """Take in what the steps gave, except for the last few, whose results may not be there yet.
+        """Process the results of past steps, except for the last few, which may not be ready yet.
 
         Args:
-            to: how many to leave.
+            to: how many steps to leave.
 
         Raises:
             TrainingError: a loss or a gradient was not finite.
-            TrainingStopped: SIGTERM came to one of the processes.
+            TrainingStopped: one of the processes received SIGTERM.
         """
         config, size, stopped = self.config, self.config.batch_size, False
         while len(self.pending) > to:
@@ -548,17 +548,17 @@ class _Run:
     def _stop(self) -> NoReturn:
         """Save the state and end the run."""
         self._save_state()
-        self.accelerator.wait_for_everyone()  # whoever starts the processes may end all when the first is gone
+        self.accelerator.wait_for_everyone()  # a launcher may end all processes when the first one exits
         raise TrainingStopped(f"stopped by SIGTERM in epoch {self.epoch + 1}, after step {self.step} of {self.steps}")
 
     def _evaluate(self) -> dict[str, Any]:
         if self.config.shard:
             self._evaluated().eval()
             with torch.no_grad():
-                self._see_nothing()  # what is allocated in a first forward in inference mode could not learn later
+                self._see_nothing()  # tensors that a first forward makes in inference mode could not be trained
         with self.accelerator.autocast():
             own = score(self._evaluated(), self.test_loader, self.accelerator.device, self.unreadable, self._after_test)
-        for _ in range(self.test_batches - len(self.test_loader)):  # of the processes, some have a batch more
+        for _ in range(self.test_batches - len(self.test_loader)):  # some processes have one batch more
             self._after_test()
         loss, correct, images = self._over_processes([own.loss, own.correct, own.images])
         if not images:
@@ -568,10 +568,10 @@ class _Run:
         return Score(loss, int(correct), int(images)).to_dict()
 
     def _after_test(self, batch: Batch | None = None) -> None:
-        """Between two batches of the test: stop if SIGTERM came to one of the processes.
+        """Stop between two batches of the test if one of the processes received SIGTERM.
 
         Args:
-            batch: None in a process that had no more.
+            batch: the batch; None in a process that has no more.
         """
         if self.config.shard and (batch is None or not len(batch.labels)):
             with torch.inference_mode():
@@ -580,11 +580,11 @@ class _Run:
             self._stop()
 
     def _see_nothing(self) -> None:
-        """Take part in a forward of the others, who need this process's part of the weights."""
+        """Take part in a forward of the other processes, which need this process's part of the weights."""
         self._evaluated()(torch.zeros(1, *self.preprocessing["input_size"], device=self.accelerator.device))
 
     def _check_weights(self) -> None:
-        """Raise before a weight that is not finite takes the place of one that was saved."""
+        """Raise TrainingError before a weight that is not finite replaces a saved one."""
         modules = {"weight": self.model} | ({} if self.ema is None else {"averaged weight": self.ema.module})
         wrong: list[str] = []
         for kind, module in modules.items():
@@ -604,7 +604,7 @@ class _Run:
         )
 
     def _end_epoch(self, result: dict[str, Any] | None) -> None:
-        """Save and tell what an epoch came to; `result` is None if it was not tested."""
+        """Save and report the results of an epoch; `result` is None if it was not tested."""
         config, number = self.config, self.epoch + 1
         is_best = result is not None and result["top1"] > self.best["top1"]
         if result is not None:
@@ -638,7 +638,7 @@ class _Run:
         self._save_state()
 
     def _finish(self) -> Summary:
-        """The pictures and the summary."""
+        """Write the pictures and the summary."""
         summary: Summary = {
             "output": str(self.folder),
             "model": self.config.model or "",
@@ -668,7 +668,7 @@ class _Run:
         if any("top1" in line for line in lines):
             figures["curves.png"] = plot.plot_curves({self.config.model or "": lines})
         if no_weight_decay(self.model):
-            model = load_model(self.folder / "last.safetensors").to(self.accelerator.device)  # whole, if it is sharded
+            model = load_model(self.folder / "last.safetensors").to(self.accelerator.device)  # whole, even if sharded
             images, inputs = first_images(self.test_loader, self.unreadable), None
             if images is not None:
                 inputs = plot.record_inputs(model, [images.to(self.accelerator.device)])
@@ -681,12 +681,12 @@ class _Run:
     # Small parts
 
     def _count(self) -> int:
-        """The optimiser steps so far."""
+        """Return the number of optimiser steps so far."""
         return self.epoch * self.steps + self.step
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[types.SimpleNamespace]:
-        """Add what the block takes to the run's time; `seconds` of the result is it, afterwards."""
+        """Add the time of the block to the run's; afterwards `seconds` of the result holds it."""
         taken = types.SimpleNamespace(seconds=0.0)
         began, worked = time.perf_counter(), time.process_time()
         yield taken
@@ -695,15 +695,15 @@ class _Run:
         self.cpu_seconds += time.process_time() - worked
 
     def _evaluated(self) -> nn.Module:
-        """The weights that are tested and saved."""
+        """Return the model whose weights are tested and saved."""
         return self.model if self.ema is None else self.ema.module
 
     def _gather(self, value: Any) -> list[Any]:
-        """The value of each process."""
+        """Return the values of all processes."""
         return gather_object([value])
 
     def _over_processes(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes."""
+        """Sum each value over all processes."""
         if self.accelerator.num_processes == 1:
             return values
         total = self.accelerator.reduce(
@@ -712,13 +712,13 @@ class _Run:
         return total.tolist()
 
     def _share_unreadable(self) -> None:
-        """So that no process names an image again that another one has named."""
+        """Share the unreadable images, so that no two processes report the same one."""
         self.unreadable.names.update(gather_object(sorted(self.unreadable.names)))
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    # What it leaves
+    # Output
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         if not self.main:
@@ -790,7 +790,7 @@ class _Run:
         self.unreadable.names.update(state["unreadable"])
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What decides the outcome of the rest of the run."""
+        """Return everything that decides the outcome of the rest of the run."""
         elsewhere = (*RESUMABLE, "output", "data", "init")
         settings = {key: value for key, value in to_dict(self.config).items() if key not in elsewhere}
         counts = {"training images": len(self.training), "test images": len(self.test)}

@@ -1,4 +1,4 @@
-"""What a run measures: sums over the steps of an epoch, and the lines of metrics.jsonl."""
+"""The metrics of a run: sums over the steps of an epoch, and the lines of metrics.jsonl."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ class Running:
     seconds: float = 0.0
 
     def add(self, loss: float, correct: float | None, images: int) -> None:
-        """After a step; `correct` is None where the labels are mixed."""
+        """Add the results of a step; `correct` is None if the labels are mixed."""
         self.loss += loss
         self.correct = None if correct is None or self.correct is None else self.correct + correct
         self.images += images
 
     def means(self) -> dict[str, float]:
-        """What metrics.jsonl says of them; the accuracy in percent."""
+        """Return the means for metrics.jsonl; the accuracy is in percent."""
         means = {"train_loss": self.loss / self.images}
         if self.correct is not None:
             means["train_top1"] = 100 * self.correct / self.images
@@ -33,12 +33,12 @@ class Running:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line.
+    """metrics.jsonl: one JSON object per line.
 
     Args:
         path: the file.
-        size: cut it to so many bytes first: to what it held when the state was saved that a run resumes from. Of a file
-            that has lost some since, the whole lines stay.
+        size: the number of bytes to truncate it to first: its size when the state was saved from which a run resumes.
+            If the file is shorter, its complete lines stay.
     """
 
     def __init__(self, path: str | Path, size: int = 0) -> None:
@@ -51,7 +51,7 @@ class MetricsLog:
         """Write one line.
 
         Raises:
-            ValueError: a number is not finite, which JSON cannot say.
+            ValueError: a number is not finite, which JSON cannot represent.
             OSError: the file cannot be written.
         """
         text = json.dumps(line, allow_nan=False) + "\n"
@@ -59,12 +59,12 @@ class MetricsLog:
             file.write(text)
 
     def size(self) -> int:
-        """The bytes written so far."""
+        """Return the number of bytes written so far."""
         return self.path.stat().st_size
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, up to one that an interruption has cut."""
+    """Read the lines of metrics.jsonl, up to the first one that an interruption cut off."""
     lines = []
     for text in Path(path).read_bytes().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The models of the commands: found by their names, made for a data set, loaded from files."""
+"""The models of the commands: find them by name, make them for a data set, load them from files."""
 
 import contextlib
 import copy
@@ -30,12 +30,12 @@ from .randomness import derive_seed
 from .start import find_start, fit_weights_, is_model_file, load_start, model_file, read_state
 
 _CALIBRATION = 256
-"""Images that a conversion is fitted to."""
+"""The number of images that a conversion is fitted to."""
 _NOT_MODEL_ARGS = (*NOT_ARCHITECTURE, "features_only", "out_indices", "num_classes")
 """Arguments of timm.create_model that `model_args` must not hold: weights come from `init`, the classes from `data`."""
 
 _NOT_THE_ARGUMENTS = (ImportError, torch.AcceleratorError, torch.OutOfMemoryError)
-"""What a model may raise whatever it was made with."""
+"""Errors that do not come from a model's arguments."""
 
 
 def check_model_name(name: str) -> None:
@@ -50,14 +50,14 @@ def check_model_name(name: str) -> None:
 
 
 def resolve_model(config: Config, default: str) -> dict[str, Any]:
-    """The settings model, model_args and init, with what is known of the model to start from filled in.
+    """Return the settings model, model_args and init, completed from the model to start from.
 
     Args:
-        config: what was asked for.
-        default: the model that suits the data.
+        config: the given settings.
+        default: the default model for the data.
 
     Raises:
-        ValueError: there is no model to start from, or `model` is another than that one.
+        ValueError: there is no model to start from, or `model` differs from that one.
     """
     if config.init is None:
         if config.convert:
@@ -72,7 +72,7 @@ def resolve_model(config: Config, default: str) -> dict[str, Any]:
 
 
 def check_model(config: Config) -> None:
-    """Make the model, without the head and the weights that data and `init` give it, and forget it.
+    """Check that the model can be made, without the head and the weights that the data and `init` give it.
 
     Raises:
         ValueError: there is no such model, or `model_args` do not fit it.
@@ -88,9 +88,9 @@ class Start:
     model: nn.Module
     preprocessing: Preprocessing
     new_head: bool
-    """Whether any of its outputs has learned nothing yet."""
+    """Whether any of its outputs is untrained."""
     notes: list[str]
-    """What was done with the weights that it starts from, in lines."""
+    """Lines that say how the initial weights were fitted."""
 
 
 def make_model(
@@ -99,13 +99,13 @@ def make_model(
     normalisation: Callable[[], tuple[float, float]] | None,
     preprocessing: Preprocessing | None,
 ) -> Start:
-    """The model at its start.
+    """Make the model for the start of a run.
 
     Args:
-        config: says which.
-        training: the images to learn from.
-        normalisation: gives mean and standard deviation of their gray values; None: the model's own will do.
-        preprocessing: that of the state that a run is resumed from, whose weights will follow; None: a run begins.
+        config: the settings of the model.
+        training: the training images.
+        normalisation: computes mean and standard deviation of their gray values; None: use the model's own.
+        preprocessing: the preprocessing in the state of a resumed run, whose weights are loaded later; None: a new run.
 
     Raises:
         ValueError: there is no such model, or `model_args` or `init` do not fit it.
@@ -116,7 +116,7 @@ def make_model(
     weights = load_start(config.init, config.model or "") if config.init and preprocessing is None else None
     torch.manual_seed(derive_seed("model", config.seed))
     if weights is not None:
-        # How the rest started is of no use, and the mimetic start takes a minute.
+        # The initial weights are replaced anyway, and the mimetic initialisation takes a minute.
         arguments = {key: value for key, value in config.model_args.items() if key != "attn_init"}
         model = _create_model(replace(config, model_args=arguments), len(classes))
         if weights.conversion:
@@ -141,7 +141,7 @@ def make_model(
 
 
 def _convert(model: nn.Module, training: ImageData, preprocessing: Preprocessing, label: str) -> str:
-    """Make a KAT of a model, and say so."""
+    """Convert a model to a KAT, and return a note about it."""
     if no_weight_decay(model):
         raise GrkanValueError(f"convert makes a KAT of a model without rational functions; {label} has some already")
     report = convert_(model, calibration=calibration_batches(training, preprocessing, _CALIBRATION))
@@ -160,7 +160,7 @@ def _create_model(config: Config, classes: int | None) -> nn.Module:
 
 @contextlib.contextmanager
 def _blaming_model_args(config: Config) -> Iterator[None]:
-    """Say that the arguments do not fit, if there are any: timm and PyTorch have no type for such an error."""
+    """Report errors as wrong arguments, if there are any: timm and PyTorch have no type for such an error."""
     given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
     try:
         with warnings.catch_warnings():
@@ -177,9 +177,9 @@ def _blaming_model_args(config: Config) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """An error of a library in a line."""
+    """Format an error of a library as one line."""
     reason = str(error).partition("\n")[0]
-    return reason if " " in reason else f"{type(error).__name__} {reason}".rstrip()  # a sentence, or else a name
+    return reason if " " in reason else f"{type(error).__name__} {reason}".rstrip()  # a message may be only a name
 
 
 def _fit_preprocessing(
@@ -188,10 +188,10 @@ def _fit_preprocessing(
     normalisation: Callable[[], tuple[float, float]] | None,
     known: Preprocessing | None,
 ) -> Preprocessing:
-    """What timm calls the data configuration, for this data set: as plain values, which go into the model's file.
+    """Return timm's data configuration for this data set, as plain values for the model file.
 
     Args:
-        known: what the file that the model comes from says.
+        known: the preprocessing in the file that the model comes from.
     """
     found = {**resolve_data_config({}, model=model), **(known or {})}
     channels, height, width = found["input_size"]
@@ -220,22 +220,22 @@ def _fit_preprocessing(
 
 @dataclass
 class TrainedModel:
-    """A model, ready to be used."""
+    """A model that is ready for use."""
 
     model: nn.Module
     classes: Sequence[str]
-    """Empty if they are not known."""
+    """The class names; empty if they are not known."""
     preprocessing: Preprocessing
     device: torch.device
     run: Mapping[str, Any] = field(default_factory=dict)
-    """The settings of the run that it is from, if its file lies in the folder of one."""
+    """The settings of its run, if its file is in the folder of one."""
 
 
 def load_trained(path: str | Path) -> TrainedModel:
     """Load a run's best weights or a model file, onto the GPU if there is one.
 
     Raises:
-        ValueError: there is no such file, or it has no classes or preprocessing, so images cannot be fed to it.
+        ValueError: there is no such file, or it has no classes or preprocessing, so the model cannot be used on images.
     """
     path = model_file(path)
     metadata = read_metadata(path)
@@ -250,12 +250,12 @@ def load_trained(path: str | Path) -> TrainedModel:
 def _settings_of_run(folder: Path) -> dict[str, Any]:
     try:
         return read_yaml(folder / "config.yaml")
-    except (OSError, GrkanValueError):  # no run, or a file of that name that is something else's
+    except (OSError, GrkanValueError):  # not a run, or a file of that name from something else
         return {}
 
 
 def load_weights(path: str | Path) -> nn.Module:
-    """The model of a run's folder or of a model file, whatever it was trained for; the run's results go with it."""
+    """Load the model of a run's folder or of a model file, for any task, with the results of the run."""
     model = load_model(model_file(path))
     if (results := _results(Path(path))) is not None:
         model.grkan_results = results  # type: ignore[assignment]
@@ -263,15 +263,15 @@ def load_weights(path: str | Path) -> nn.Module:
 
 
 def _results(run: Path) -> dict[str, Any] | None:
-    """What `grkan.export.timm.Results` says, of a run's folder; None if it has none."""
+    """Return the `grkan.export.timm.Results` of a run's folder, or None if there are none."""
     if not ((run / "metrics.jsonl").is_file() and (run / "config.yaml").is_file()):
         return None
     epochs = [line for line in read_metrics(run / "metrics.jsonl") if "top1" in line]
     if not epochs:
         return None
-    best = max(epochs, key=lambda line: line["top1"])  # the first of equals, as in training
+    best = max(epochs, key=lambda line: line["top1"])  # the first of equal ones, as in training
     config = make_config(read_yaml(run / "config.yaml"))
-    settings = to_yaml(replace(config, output=None))  # which is a place on this machine
+    settings = to_yaml(replace(config, output=None))  # output is a path on this machine
     return {
         "data": config.data,
         "epochs": config.epochs,
@@ -281,15 +281,15 @@ def _results(run: Path) -> dict[str, Any] | None:
 
 
 def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
-    """A model to be converted: of a run, of a file of grkan's, or of timm with weights that timm reads.
+    """Load a model to convert: from a run, from a grkan file, or from timm with weights that timm can read.
 
     Args:
-        name: in timm's registry; None: the checkpoint's.
-        checkpoint: None for the weights that timm downloads.
-        data: whose classes are the model's where nothing else says them and there are as many.
+        name: the name in timm's registry; None: that of the checkpoint.
+        checkpoint: a run's folder or a file; None: the weights that timm downloads.
+        data: a data set that supplies the class names if nothing else does and the number of classes agrees.
 
     Raises:
-        ValueError: there is no such model or checkpoint, or they do not belong together.
+        ValueError: there is no such model or checkpoint, or they do not match.
     """
     if name is not None:
         check_model_name(name)
@@ -315,13 +315,13 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
 
 
 def describe(model: str) -> dict[str, dict[str, int]]:
-    """What a model costs, and the Vision Transformer of the same size if it is a KAT that has one.
+    """Count the operations of a model and, for a KAT, of the Vision Transformer of the same size if there is one.
 
     Args:
         model: a name of timm's registry, a run's folder or a model file.
 
     Returns:
-        By name, what `grkan.count_operations` counts for one image of the size that the model is made for.
+        The counts of `grkan.count_operations` by name, for one image of the size that the model is made for.
 
     Raises:
         ValueError: there is no such model.
@@ -343,7 +343,7 @@ def describe(model: str) -> dict[str, dict[str, int]]:
 
 
 def _check_preprocessing(model: nn.Module, preprocessing: Preprocessing, classes: int | None, path: Path) -> None:
-    """Let the model see an image, so that a file that says something else of its inputs or its outputs is named."""
+    """Run the model on an image, and raise ValueError if the file states other inputs or outputs."""
     x = _example(preprocessing, path)[None]
     try:
         with torch.inference_mode():
@@ -357,10 +357,10 @@ def _check_preprocessing(model: nn.Module, preprocessing: Preprocessing, classes
 
 
 def _example(preprocessing: Preprocessing, path: Path | str) -> Tensor:
-    """An input [C, H, W]; ValueError if the preprocessing, which `path` holds, does not give one."""
+    """Make an input [C, H, W]; raise ValueError if the preprocessing in `path` cannot make one."""
     try:
         return evaluation_transform(preprocessing)(Image.new("L", (8, 8)))
-    except Exception as error:  # timm, torchvision and Pillow each have their own
+    except Exception as error:  # timm, torchvision and Pillow all have their own errors
         raise GrkanValueError(f"{path} holds preprocessing that cannot be used: {_reason(error)}") from error
 
 
@@ -369,24 +369,24 @@ def _device() -> torch.device:
 
 
 def _load_pretrained(name: str) -> nn.Module:
-    """A model of timm with the weights that timm downloads."""
+    """Make a model of timm with the weights that timm downloads."""
     try:
         return timm.create_model(name, pretrained=True)
-    except Exception as error:  # what the download raises
+    except Exception as error:  # the download may raise any error
         raise GrkanValueError(
             f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint"
         ) from error
 
 
 def _load_checkpoint_of_timm(name: str, checkpoint: str | Path) -> nn.Module:
-    """A model of timm with the weights of a file, whose number of classes is that of the model."""
+    """Make a model of timm with the weights, and the number of classes, of a file."""
     try:
         state = read_state(name, checkpoint)
         classifier = timm.models.get_pretrained_cfg_value(name, "classifier")
         head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
         model = timm.create_model(name, **({} if head is None else {"num_classes": len(head)}))
         timm.models.load_checkpoint(model, str(checkpoint))
-    except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+    except Exception as error:  # zipfile, pickle, PyTorch and safetensors all have their own errors
         reason = " ".join(str(error).split())[:200]
         raise GrkanValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from error
     return model

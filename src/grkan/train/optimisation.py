@@ -1,4 +1,4 @@
-"""What learns in a run, and how: the trainable parameters, the optimiser, its schedule, and the loss."""
+"""The optimisation of a run: the trainable parameters, the optimiser, its schedule, and the loss."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from .start import head_parameters
 
 
 def choose_trainable(model: nn.Module, config: Config, new_head: bool) -> None:
-    """Freeze what `trainable` leaves out, but never outputs that have learned nothing yet.
+    """Freeze the parameters that `trainable` excludes, but never untrained outputs.
 
     Raises:
         ValueError: the model has no rational functions to choose.
@@ -38,22 +38,22 @@ def choose_trainable(model: nn.Module, config: Config, new_head: bool) -> None:
 
 
 def prepare_model_(model: nn.Module, config: Config) -> None:
-    """Lay a model out as `checkpointing` and `channels_last` say.
+    """Set up a model as `checkpointing` and `channels_last` say.
 
     Raises:
-        ValueError: the model cannot compute parts of itself again.
+        ValueError: the model does not support checkpointing.
     """
     if config.checkpointing:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]
-        except (AttributeError, AssertionError) as error:  # timm asserts that a model can do it
+        except (AttributeError, AssertionError) as error:  # timm asserts that a model supports it
             raise GrkanValueError(f"checkpointing: {config.model} cannot do it") from error
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """An optimiser of timm's, with each kind of parameter's weight decay.
+    """Make an optimiser of timm's, with the weight decay of each kind of parameter.
 
     Raises:
         ValueError: there is no such optimiser, it cannot be made here, or it has no betas.
@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     betas = {} if config.betas is None else {"betas": config.betas}
     try:
         optimizer = create_optimizer_v2(groups, config.optimizer, lr=config.lr, **betas)
-    except Exception as error:  # for want of a package or a GPU, or an argument that it does not take
+    except Exception as error:  # a package or a GPU is missing, or an argument is not supported
         reason = " ".join(str(error).split()) or type(error).__name__
         given = f" with betas {config.betas}" if betas else ""
         raise GrkanValueError(f"the optimizer {config.optimizer} cannot be made{given}: {reason}") from error
@@ -91,10 +91,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters whose gradients share a norm to clip: the rational coefficients do not count among the others.
+    """Group the parameters whose gradients are clipped by a common norm: rational coefficients, and all others.
 
-    A few hundred coefficients have a third of the squared norm of a KAT at its start, so clipped together they would
-    shrink the steps of all weights: 0.30 +- 0.21 points on Fashion-MNIST, docs/log.md.
+    At the start of training, a few hundred coefficients have a third of a KAT's squared gradient norm. Clipped
+    together, they would shrink the steps of all weights: 0.30 +- 0.21 points on Fashion-MNIST, docs/log.md.
     """
     coefficients = no_weight_decay(model)
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
@@ -104,17 +104,17 @@ def clipped_together(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def limit_gradients_(groups: list[list[nn.Parameter]], largest: float | None) -> Tensor:
-    """Scale the gradients of each group down to a norm, and make all of them 0 if one is not finite.
+    """Clip the gradients of each group to a norm, and set all of them to 0 if one is not finite.
 
-    Nobody waits for the device: the weights are kept from such gradients without a word, and whoever asks later what
-    this returns hears of them. (A step with gradients of 0 still decays the weights and lets momenta act.)
+    This does not wait for the device. Such gradients do not reach the weights, and the result reports them when it is
+    read later. (A step with gradients of 0 still decays the weights and applies momenta.)
 
     Args:
-        groups: of parameters, as `clipped_together` gives them.
-        largest: of the norms; None: no limit.
+        groups: groups of parameters, from `clipped_together`.
+        largest: the largest norm; None: no limit.
 
     Returns:
-        Whether one was not finite: a boolean of no dimension, on the device.
+        Whether a gradient was not finite: a boolean tensor without dimensions, on the device.
     """
     norms, gradients = [], []
     for parameters in groups:
@@ -135,16 +135,16 @@ def limit_gradients_(groups: list[list[nn.Parameter]], largest: float | None) ->
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> Scheduler:
-    """Linear warm-up, then `schedule`: a pure function of the step, so that nothing of it has to be saved.
+    """Make a schedule of linear warm-up, then `schedule`: a pure function of the step, without state to save.
 
     Args:
-        optimizer: whose learning rate it sets.
-        config: of the run.
-        steps: of an epoch.
+        optimizer: the optimiser whose learning rate it sets.
+        config: the configuration of the run.
+        steps: the steps per epoch.
     """
     total, warmup = config.epochs * steps, round((config.warmup_epochs or 0) * steps)
     common: dict[str, Any] = {"warmup_t": warmup, "warmup_prefix": True, "t_in_epochs": False}
-    rest = max(total - warmup, 2)  # of a cosine of one step timm says that it has no effect
+    rest = max(total - warmup, 2)  # timm warns that a cosine of one step has no effect
     if config.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=rest, lr_min=config.min_lr, **common)
     if config.schedule == "linear":
@@ -171,19 +171,19 @@ class _WeightedCrossEntropy(nn.Module):
 
 
 def class_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """For each class the inverse of its number of images, scaled so that the images' mean weight is 1."""
+    """Return for each class the inverse of its number of images, scaled so that the mean weight of images is 1."""
     counts = np.bincount(labels, minlength=classes)
     present = np.count_nonzero(counts)
     return torch.tensor(len(labels) / (present * np.maximum(counts, 1)), dtype=torch.float32)
 
 
 def make_loss(config: Config, classes: int, labels: np.ndarray) -> tuple[nn.Module, Mixup | None]:
-    """The loss, and what mixes the images of a batch and their labels for it.
+    """Return the loss, and the Mixup of images and labels in a batch, or None.
 
     Args:
-        config: of the run.
-        classes: how many there are.
-        labels: of the training images.
+        config: the configuration of the run.
+        classes: the number of classes.
+        labels: the labels of the training images.
     """
     mixes, smoothing = bool(config.mixup or config.cutmix), config.smoothing
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixes else None

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run."""
 
 import socket
 import time
@@ -17,7 +17,7 @@ from ..errors import GrkanRuntimeError, GrkanValueError
 _T = TypeVar("_T")
 
 _PATIENCE = 5.0
-"""Seconds after which a file that another node has written is there: network file systems remember what was not."""
+"""Seconds to wait for a file that another node has written: network file systems cache that a file is missing."""
 
 
 class TrainingError(GrkanRuntimeError):
@@ -25,10 +25,10 @@ class TrainingError(GrkanRuntimeError):
 
 
 class Later:
-    """Numbers summed over all processes, for which nobody waits before they are asked for.
+    """Numbers summed over all processes asynchronously: only `get` waits for them.
 
     Args:
-        values: of this process [n], on the device of the process group; they change.
+        values: the values of this process [n], on the device of the process group; they are changed.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -37,14 +37,14 @@ class Later:
             self._work = dist.all_reduce(values, async_op=True)
         if values.device.type != "cpu":
             if self._work is not None:
-                self._work.wait()  # of the device, not of this process
+                self._work.wait()  # the device waits, not this process
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.Event(values.device)
             self._copied.record()
 
     def get(self) -> list[float]:
-        """The sums."""
+        """Return the sums."""
         if self._copied is not None:
             self._copied.synchronize()
         elif self._work is not None:
@@ -53,10 +53,10 @@ class Later:
 
 
 def from_main(make: Callable[[], _T]) -> _T:
-    """What the main process makes, for all of them.
+    """Return to all processes what `make` returns in the main process.
 
     Raises:
-        TrainingError: the main process could not make it; that one raises what `make` does.
+        TrainingError: `make` failed in the main process, which itself raises the error of `make`.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -76,10 +76,10 @@ def check_shared(path: Path, content: bytes) -> None:
     """Raise ValueError, in all processes, if one of them does not see the file that the main process has written.
 
     Args:
-        path: of the file, in the folder `state` of the run's.
-        content: the file's.
+        path: the path of the file, in the subfolder `state` of the run's folder.
+        content: the content of the file.
     """
-    # The main process has a lock on it, which it would lose by reading the file.
+    # The main process has a lock on the file, which it would lose by reading it.
     seen, deadline = PartialState().is_main_process, time.monotonic() + _PATIENCE
     while not seen and time.monotonic() < deadline:
         seen = path.is_file() and path.read_bytes() == content
@@ -89,7 +89,7 @@ def check_shared(path: Path, content: bytes) -> None:
 
 
 def check_all_see(folder: Path, seen: bool) -> None:
-    """Raise ValueError, in all processes, if one of them has not `seen` what another has in the run's folder."""
+    """Raise ValueError, in all processes, if some of them have `seen` a file in the run's folder and others not."""
     if PartialState().num_processes == 1:
         return
     sight = gather_object([(seen, socket.gethostname())])

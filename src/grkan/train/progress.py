@@ -1,4 +1,4 @@
-"""What a run tells while it works: a bar on a terminal, a short line an epoch elsewhere; by the main process."""
+"""Progress of a run, shown by the main process: a bar on a terminal, or else a short line per epoch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# A pipe has no width of its own; 80 columns would break the paths at the end.
+# A pipe has no width; 80 columns would break the paths at the end.
 _WIDTH_WITHOUT_TERMINAL = 200
 _WIDTH_OF_A_BAR = 100
-"""Columns of a terminal that has room for a bar beside the figures."""
+"""The columns that a terminal needs for a bar beside the figures."""
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Let the caller hear of it; rich would end the process."""
+        """Raise the error to the caller; rich would end the process."""
         raise
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console that never breaks the lines of a file or a pipe, and prints names of files as they are."""
+    """Make a console that never breaks lines in a file or a pipe, and prints file names unchanged."""
     plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
     console = _Console(**plain)
     if not console.is_terminal:
@@ -36,13 +36,13 @@ class Reporter:
     Args:
         speaks: False in all processes but the main one.
         steps: the optimiser steps of the whole run.
-        done: those that were done before it was resumed.
+        done: the steps that were done before it was resumed.
     """
 
     def __init__(self, speaks: bool, steps: int, done: int = 0) -> None:
         self.speaks = speaks
         self.console = make_console()
-        is_wide = self.console.width >= _WIDTH_OF_A_BAR  # without room, the figures are kept
+        is_wide = self.console.width >= _WIDTH_OF_A_BAR  # if there is no room, only the figures are shown
         columns = [
             TextColumn("{task.description}"),
             *([BarColumn(bar_width=None)] if is_wide else []),
@@ -70,24 +70,24 @@ class Reporter:
         self._bar.stop()
 
     def step(self, epoch: str, loss: float, top1: float | None, images_per_second: float) -> None:
-        """After an optimiser step; the figures are those of the epoch so far."""
+        """Show the figures of the epoch so far, after an optimiser step."""
         accuracy = "" if top1 is None else f"  {top1:.2f} %"
         figures = f"loss {loss:.4f}{accuracy}  {images_per_second:.0f} images/s"
         self._bar.update(self._task, advance=1, description=epoch, figures=figures)
 
     def line(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a permanent line, above the bar."""
         if self.speaks:
             self._bar.console.print(text, soft_wrap=True)
 
     def table(self, table: Table) -> None:
-        """A table that stays."""
+        """Print a permanent table."""
         if self.speaks:
             self._bar.console.print(table)
 
 
 def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
-    """What a run came to, see `loop.Summary`."""
+    """Return the results of a run (`loop.Summary`) as a table."""
     columns = {
         "best accuracy": f"{summary['top1']:.2f} % (epoch {summary['best_epoch']})",
         "last accuracy": f"{summary['last_top1']:.2f} %",
@@ -105,7 +105,7 @@ def summary_table(title: str, summary: Mapping[str, Any]) -> Table:
 
 @contextmanager
 def evaluation_bar(batches: int) -> Iterator[Callable[[object], None]]:
-    """A bar on standard error, where it does not mix with the result; gives what to call after each batch."""
+    """Show a bar on standard error, apart from the result, and give a function to call after each batch."""
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("evaluating", total=batches)

@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for, never as a state that has to be saved and restored."""
+"""Randomness as a function of its purpose, without any state to save and restore."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,14 @@ import torch
 
 
 def derive_seed(*key: int | str) -> int:
-    """A seed in [0, 2^63) that depends on every part of the key, the same on every machine and in every process."""
+    """Return a seed in [0, 2^63) that depends on every part of the key. It is the same on every machine and process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @contextlib.contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
-    """Seed what augmentations draw from, Python's, NumPy's and PyTorch's CPU generators, and restore them after."""
+    """Seed the generators that augmentations use (Python's, NumPy's, PyTorch's on the CPU), and restore them after."""
     seed = derive_seed(*key)
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     random.seed(seed)

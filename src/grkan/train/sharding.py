@@ -32,16 +32,16 @@ def shard_model_(model: nn.Module, device: torch.device, precision: str) -> None
     """Cut the parameters into parts, block by block: they become DTensors.
 
     Args:
-        model: on the device; it changes.
-        device: of this process.
-        precision: "bf16" computes in bfloat16, rational coefficients apart; "no" in float32.
+        model: the model, on the device; it is changed.
+        device: the device of this process.
+        precision: "bf16" computes in bfloat16, except for rational coefficients; "no" in float32.
 
     Raises:
-        ValueError: another precision.
+        ValueError: the precision is another one.
     """
     if precision not in ("no", "bf16"):
         raise GrkanValueError(f"shard goes with precision no or bf16; got {precision}")
-    if not dist.is_initialized():  # one process: a run that several have begun can end there
+    if not dist.is_initialized():  # one process, which can finish a run that several have begun
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -54,21 +54,21 @@ def shard_model_(model: nn.Module, device: torch.device, precision: str) -> None
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of this process of a tensor that may be a DTensor."""
+    """Return this process's part of a tensor that may be a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights, on the CPU of the main process; all processes must call it."""
+    """Gather the whole weights on the CPU of the main process; all processes must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def save_parts(folder: Path, model: nn.Module, optimizer: Any, averaged: nn.Module | None) -> str:
-    """Each process writes its part of the weights and of the optimiser's state.
+    """Write each process's part of the weights and of the optimiser's state.
 
     Returns:
-        The name of a new folder in `folder`. Those before it stay until `remove_other_parts`.
+        The name of a new folder in `folder`. Earlier ones stay until `remove_other_parts`.
     """
     name = from_main(lambda: f"{_PARTS}{secrets.token_hex(8)}")
     dcp.save(_parts(model, optimizer, averaged), checkpoint_id=folder / name)
@@ -76,7 +76,7 @@ def save_parts(folder: Path, model: nn.Module, optimizer: Any, averaged: nn.Modu
 
 
 def load_parts(path: Path, model: nn.Module, optimizer: Any, averaged: nn.Module | None) -> None:
-    """Read what `save_parts` has written, whatever the number of processes was.
+    """Read what `save_parts` has written, with any number of processes.
 
     Raises:
         ValueError: the files are damaged or missing.
@@ -93,7 +93,7 @@ def load_parts(path: Path, model: nn.Module, optimizer: Any, averaged: nn.Module
 
 
 def remove_other_parts(folder: Path, name: str) -> None:
-    """Delete what `save_parts` has written in `folder` before, or could not finish."""
+    """Delete the other folders of `save_parts` in `folder`: earlier or unfinished ones."""
     for path in folder.glob(f"{_PARTS}*"):
         if path.name != name:
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""Images in tar files, as WebDataset lays them out: the files of a sample follow each other and have a name up to the
-first dot in common; `.cls` is the number of its class.
+"""Images in tar files with the layout of WebDataset: the files of a sample are adjacent and share their name up to the
+first dot; `.cls` is the number of its class.
 
-They are read by random access, through an index that is made once, so that the order of the images is that of any other
-data set, and a run that is resumed goes on exactly.
+They are read by random access, through an index that is made once. So images are ordered as in any other data set, and
+a resumed run continues exactly.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from .files import ImageFile
 _INDEX = "grkan-index-{split}.npz"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 _NO_INDEX = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-"""What NumPy raises for a file that is missing or damaged."""
+"""The errors that NumPy raises for a missing or damaged file."""
 _THREADS = 8
-"""That read shards for the index; they wait for the disk most of the time."""
+"""The number of threads that read shards for the index; they mostly wait for the disk."""
 
 
 class Shards(Sequence[ImageFile]):
     """The images of tar files.
 
     Args:
-        folder: of the tar files.
+        folder: the folder of the tar files.
         index: see `_make_index`.
     """
 
@@ -60,7 +60,7 @@ class Shards(Sequence[ImageFile]):
 
 
 def check_local(folder: str) -> None:
-    """Raise ValueError for what is no folder on a disk."""
+    """Raise ValueError if `folder` is not a folder on a disk."""
     if "://" in folder or folder.startswith("pipe:"):
         raise GrkanValueError(
             f"--data wds:{folder}: remote shards have no random access, without which a run could not be resumed "
@@ -71,7 +71,7 @@ def check_local(folder: str) -> None:
 
 
 def first_files(root: Path, splits: Sequence[str], is_image: Callable[[str], bool], count: int) -> Iterator[ImageFile]:
-    """The first images of a split, without an index; none where there is something wrong, which `load_shards` names."""
+    """Yield the first images of a split, without an index. Stop at an error, which `load_shards` will report."""
     folder = next((root / name for name in splits if (root / name).is_dir()), root)
     for path in sorted(folder.glob("*.tar"))[:1]:
         with contextlib.suppress(GrkanValueError):
@@ -83,14 +83,14 @@ def first_files(root: Path, splits: Sequence[str], is_image: Callable[[str], boo
 def load_shards(
     root: Path, splits: Sequence[str], is_image: Callable[[str], bool], cache: Path | None
 ) -> tuple[Shards, np.ndarray, tuple[str, ...]]:
-    """Images, labels and class names of a split.
+    """Return images, labels and class names of a split.
 
     Args:
-        root: holds a folder of tar files for each split, and classes.txt, a name for each class in a line of its own.
-            Without it the names are the numbers.
+        root: a folder with a subfolder of tar files for each split, and classes.txt with one class name per line.
+            Without classes.txt the names are the numbers.
         splits: the names that the split's folder may have.
-        is_image: says whether a file of a given name is one.
-        cache: where the index goes if it cannot be written beside the tar files; None: nowhere.
+        is_image: returns whether a file of a given name is an image.
+        cache: the folder for the index if it cannot be written beside the tar files; None: the index is not kept.
 
     Raises:
         ValueError: there are no such files, or they are compressed, damaged, or without labels.
@@ -135,7 +135,7 @@ def _read_classes(root: Path) -> tuple[str, ...] | None:
 def _find_index(
     folder: Path, files: Sequence[Path], is_image: Callable[[str], bool], cache: Path | None
 ) -> dict[str, np.ndarray]:
-    """The index of these very files, read or made."""
+    """Read the index of exactly these files, or make it."""
     stats = [path.stat() for path in files]
     identity = {
         "names": np.array([path.name for path in files]),
@@ -163,7 +163,7 @@ def _find_index(
 
 
 def _make_index(files: Sequence[Path], is_image: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """For each image: `shard`, the number of its tar file; `offset` and `size`, its place in it, in bytes; `label`."""
+    """Make the index: per image `shard`, the number of its tar file; `offset` and `size` in it, in bytes; `label`."""
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda path: _read_shard(path, is_image), files))
     counts = [len(part[0]) for part in found]
@@ -175,7 +175,7 @@ def _make_index(files: Sequence[Path], is_image: Callable[[str], bool]) -> dict[
 
 
 def _read_shard(path: Path, is_image: Callable[[str], bool]) -> tuple[array, array, array]:
-    """Offsets, sizes and labels of the images in a tar file."""
+    """Return offsets, sizes and labels of the images in a tar file."""
     columns = array("q"), array("q"), array("q")
     key: str | None = None
     image: tuple[int, int] | None = None
@@ -212,11 +212,11 @@ def _read_shard(path: Path, is_image: Callable[[str], bool]) -> tuple[array, arr
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The files in a tar file."""
+    """Yield the files in a tar file."""
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # otherwise it would keep all of them
                 if member.isfile():
                     yield member, tar
     except tarfile.TarError as error:

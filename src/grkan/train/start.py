@@ -1,7 +1,7 @@
-"""Weights to start from (`--init`), and how they are fitted to other classes, image sizes and channels.
+"""Load weights to start from (`--init`), and fit them to other classes, image sizes and channels.
 
-They come from a run's folder or a model file, from a checkpoint that the paper's authors released, from a file of
-timm's, or from timm's hub.
+They come from a run's folder or a model file, from a checkpoint that the paper's authors released, from a timm file, or
+from timm's hub.
 """
 
 import os
@@ -27,20 +27,20 @@ _SHOWN = 5
 
 @dataclass
 class Weights:
-    """A model's weights, and what is known of it."""
+    """A model's weights, and what is known about the model."""
 
     label: str
-    """What to call them in a message."""
+    """Their name in messages."""
     state: Mapping[str, Tensor]
     classes: Sequence[str] | None
     """The names of the outputs, if they are known."""
     preprocessing: Preprocessing | None
     conversion: Mapping[str, Any] | None
-    """The recipe of `grkan.convert_`, if the model is a converted one."""
+    """The recipe of `grkan.convert_`, if the model was converted."""
 
 
 def model_file(path: str | Path) -> Path:
-    """The weights that a path stands for: the file itself, or the best of a run's folder.
+    """Return the weights file for a path: the file itself, or the best weights in a run's folder.
 
     Raises:
         ValueError: there are none.
@@ -57,7 +57,7 @@ def model_file(path: str | Path) -> Path:
 
 
 def is_model_file(path: str | Path) -> bool:
-    """Whether `grkan.save_model` wrote it."""
+    """Return whether `grkan.save_model` wrote the file."""
     try:
         read_metadata(path)
     except (GrkanValueError, FileNotFoundError):
@@ -66,17 +66,17 @@ def is_model_file(path: str | Path) -> bool:
 
 
 def find_start(init: str, model: str | None) -> tuple[str, str, dict[str, Any]]:
-    """What `init` stands for, without its weights.
+    """Find the model that `init` names, without loading its weights.
 
     Args:
         init: as in `Config`.
-        model: the name that the configuration gives; needed for a file of timm's, which does not tell its own.
+        model: the model name in the configuration; needed for a timm file, which does not contain it.
 
     Returns:
-        init, for a process in any working directory; the name of its model in timm's registry; the model's arguments.
+        init, valid in any working directory; the name of its model in timm's registry; the model's arguments.
 
     Raises:
-        ValueError: there is no such start, or it does not say of which model it is.
+        ValueError: there is no such start, or it does not name its model.
     """
     if _is_of_timm(init):
         metadata = describe_model(_create_of_timm(init, pretrained=False), None, None, None)
@@ -96,7 +96,7 @@ def find_start(init: str, model: str | None) -> tuple[str, str, dict[str, Any]]:
 
 
 def load_start(init: str, model: str) -> Weights:
-    """The weights of what `find_start` has found.
+    """Load the weights that `find_start` found.
 
     Raises:
         ValueError: they cannot be read.
@@ -114,15 +114,15 @@ def load_start(init: str, model: str) -> Weights:
 
 
 def fit_weights_(model: nn.Module, weights: Weights, classes: Sequence[str]) -> tuple[bool, list[str]]:
-    """Load weights into a model of as many outputs as there are classes, and otherwise of the same layers.
+    """Load weights into a model with one output per class and otherwise the same layers.
 
-    Rows of the head are found by the names of the classes; a row for a class that the weights do not know is 0, as in
-    arXiv 2010.11929, appendix B.1.1, so that all classes begin equally probable. Patches, position embeddings and
-    whatever else depends on the size of the images is resampled by timm; the convolution that sees the image is summed
-    for one channel, and repeated for more.
+    Rows of the head are matched by class name. Rows for classes unknown to the weights are 0, as in arXiv 2010.11929,
+    appendix B.1.1, so that all classes start equally probable. timm resamples patches, position embeddings and
+    everything else that depends on the image size. The weights of the first convolution are summed for one channel, and
+    repeated for more.
 
     Returns:
-        Whether any row of the head is new, and what was done, in lines.
+        Whether any row of the head is new, and lines that say what was done.
 
     Raises:
         ValueError: the weights do not fit the model.
@@ -143,9 +143,9 @@ def fit_weights_(model: nn.Module, weights: Weights, classes: Sequence[str]) -> 
         shapes = {name: tensor.shape for name, tensor in state.items()}
         try:
             state = dict(resample(state, model))
-        except Exception as error:  # timm has no type for what does not fit
+        except Exception as error:  # timm has no error type for weights that do not fit
             raise GrkanValueError(f"{weights.label} does not fit the model: {' '.join(str(error).split())}") from error
-        # Tables that timm leaves out, because the model makes them itself for its size.
+        # Tables that timm omits, because the model makes them itself for its size.
         state |= {name: own[name] for name in shapes.keys() - state.keys() if name in own}
         notes += [
             f"{name}: resampled from {tuple(shapes[name])} to {tuple(tensor.shape)}"
@@ -162,7 +162,7 @@ def fit_weights_(model: nn.Module, weights: Weights, classes: Sequence[str]) -> 
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the last layers, which timm names, by their names."""
+    """Return the parameters of the last layers, as named by timm, by their names."""
     heads = _names(getattr(model, "pretrained_cfg", {}).get("classifier"))
     return {
         name: parameter
@@ -174,11 +174,11 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _fit_head(
     own: Mapping[str, Tensor], state: dict[str, Tensor], head: Sequence[str], weights: Weights, classes: Sequence[str]
 ) -> tuple[bool, list[str]]:
-    """Put the rows of the known classes among the model's own, in `state`."""
+    """Fit the head in `state` to the model: copy the rows of known classes, and set the others to 0."""
     position = {name: row for row, name in enumerate(weights.classes or ())}
     rows = [(i, position[name]) for i, name in enumerate(classes) if name in position]
     if any(key in state and state[key].shape[1:] != own[key].shape[1:] for key in head):
-        rows = []  # which `_check_fits` would blame; but a head of another width is another head
+        rows = []  # a head of another width is a different head, which `_check_fits` would reject
     for key in head:
         fitted = torch.zeros_like(own[key])
         if rows and key in state:
@@ -205,12 +205,12 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """What timm gives as a name, several, or none."""
+    """Return timm's value, which may be one name, several or none, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """As timm does: for one channel the sum, for more the channels in turn, scaled so that gray gives the same."""
+    """Adapt channels as timm does: the sum for one channel, else repeated and scaled so that gray gives the same."""
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
     before = weight.shape[1]
@@ -240,14 +240,14 @@ def _is_of_timm(init: str) -> bool:
 
 
 def _is_for_timm(model: str | None) -> bool:
-    """Whether a file that is not grkan's can only be one of timm's."""
+    """Return whether a file that is not grkan's must be one of timm's."""
     return model is not None and not model.startswith("kat_")
 
 
 def _create_of_timm(name: str, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # what the download raises
+    except Exception as error:  # the download may raise any error
         reason = " ".join(str(error).split())[:200]
         raise GrkanValueError(f"there are no pretrained weights of {name} at hand: {reason}") from error
 
@@ -266,7 +266,7 @@ def _describe(label: str, model: nn.Module) -> Weights:
 
 
 def _imagenet_classes(model: Any) -> list[str] | None:
-    """The names that the folders of ImageNet's classes have, where the number of outputs says that they are these."""
+    """Return the folder names of ImageNet's classes, if the number of outputs matches them."""
     named = getattr(model, "pretrained_cfg", {}).get("label_names")
     subset = infer_imagenet_subset(model)
     if named is None and subset is not None:
@@ -275,14 +275,14 @@ def _imagenet_classes(model: Any) -> list[str] | None:
 
 
 def read_state(name: str, checkpoint: str | Path) -> dict[str, Tensor]:
-    """The weights of a file that timm reads.
+    """Read the weights of a file with timm.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds no weights.
     """
     try:
         return timm.models.load_state_dict(str(checkpoint))
-    except Exception as error:  # zipfile, pickle, PyTorch and safetensors each have their own
+    except Exception as error:  # zipfile, pickle, PyTorch and safetensors all have their own errors
         reason = " ".join(str(error).split())[:200]
         raise GrkanValueError(f"{checkpoint} holds no weights of a {name}: {type(error).__name__}: {reason}") from error
 

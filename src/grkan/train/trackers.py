@@ -1,4 +1,4 @@
-"""Trackers of experiments, which Accelerate knows: TensorBoard, Weights & Biases, MLflow and others."""
+"""Experiment trackers that Accelerate supports: TensorBoard, Weights & Biases, MLflow and others."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _PROJECT = "grkan"
 
 
 def check_trackers(names: str | None) -> list[str]:
-    """The trackers that a setting names.
+    """Return the trackers that a setting names.
 
     Raises:
         ValueError: there is no such tracker.
@@ -33,33 +33,33 @@ def check_trackers(names: str | None) -> list[str]:
 
 
 class Trackers:
-    """Those of a run, from its start to its end.
+    """The trackers of a run, from its start to its end.
 
     Args:
-        accelerator: made with `log_with`.
-        config: of the run.
-        folder: the run's.
-        step: that it begins with.
+        accelerator: an accelerator made with `log_with`.
+        config: the configuration of the run.
+        folder: the folder of the run.
+        step: the step that the run starts with.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, folder: Path, step: int) -> None:
         self._accelerator = accelerator
         arguments = {
-            "tensorboard": {"purge_step": step},  # what it has of later ones is of an interrupted run
+            "tensorboard": {"purge_step": step},  # later steps are from an interrupted run
             "wandb": {"dir": str(folder), "name": folder.name},
         }
         accelerator.init_trackers(_PROJECT, init_kwargs=arguments)
         settings = {key: _plain(value) for key, value in to_dict(config).items()}
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # which makes a run of its own of them
+            if tracker.name != "tensorboard":  # it would make a separate run of them
                 tracker.store_init_configuration(settings)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Hand numbers to all."""
+        """Send numbers to all trackers."""
         self._accelerator.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Let them write what they hold."""
+        """Let the trackers write their data."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
