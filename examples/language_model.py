@@ -142,7 +142,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(options.output)
         tokenizer = AutoTokenizer.from_pretrained(options.output)
         prompt = tokenizer(text[cut : cut + 100], return_tensors="pt").input_ids
-        sample = model.generate(prompt, max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50)
+        sample = model.generate(prompt, max_length=min(options.context, 128), do_sample=True, temperature=0.8, top_k=50)
         print(tokenizer.decode(sample[0]))
 
 

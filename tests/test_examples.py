@@ -32,7 +32,7 @@ def text(tmp_path):
 def test_language_model(kind, text, tmp_path):
     for package in ("transformers", "tokenizers", "accelerate"):
         pytest.importorskip(package)
-    sizes = ["--vocabulary", 300, "--width", 32, "--layers", 1, "--groups", 4, "--context", 32, "--batch", 8]
+    sizes = ["--vocabulary", 300, "--width", 32, "--layers", 1, "--groups", 4, "--context", 128, "--batch", 2]
     output = run("language_model.py", "--text", text, "--output", tmp_path / "model", "--kind", kind, *sizes,
                  "--steps", 80, "--lr", 1e-2)  # fmt: skip
     bits = [float(line.split()[-4]) for line in output.splitlines() if line.startswith("step")]
@@ -59,6 +59,7 @@ def encoder(tmp_path):
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes["initializer_range"] = 0.1  # or what is frozen would tell no word from another
     transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     lines = [
         f"a {word} film\t{label}" for _ in range(16) for group, label in ((good, "yes"), (bad, "no")) for word in group
@@ -72,10 +73,10 @@ def encoder(tmp_path):
 def test_finetune_encoder(trainable, encoder, tmp_path):
     files = ["--train", tmp_path / "train.tsv", "--test", tmp_path / "test.tsv", "--output", tmp_path / "out"]
     output = run(
-        "finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 8, "--lr", 5e-3
+        "finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 32, "--lr", 1e-2
     )
-    assert "converted 1 MLPs" in output
-    assert float(output.split()[-1]) > 0.9
+    assert "converted 2 MLPs" in output
+    assert float(output.split()[-1]) > (0.75 if trainable == "functions" else 0.9)  # one half at the start
     if trainable == "functions":
         assert (tmp_path / "out/functions.safetensors").stat().st_size < 10_000
     else:

@@ -38,7 +38,13 @@ def build(tmp_path, compiler):
         "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['bdist_wheel', '--dist-dir', sys.argv[1]]\n"
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
     )
-    environment = {**os.environ, "CC": compiler, "CXX": compiler, "LDSHARED": compiler, "LDCXXSHARED": compiler}
+    environment = {
+        **os.environ,
+        "CC": compiler,
+        "CXX": compiler,
+        "LDSHARED": f"{compiler} -shared",
+        "LDCXXSHARED": f"{compiler} -shared",
+    }
     result = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "dist")],
         cwd=source,

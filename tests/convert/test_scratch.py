@@ -129,7 +129,10 @@ def test_a_config_with_the_recipe_makes_such_a_model(model, tmp_path):
     if not isinstance(model, t.PreTrainedModel):
         pytest.skip("timm's models have no config")
     other = type(model)._from_config(model.config)
-    assert recipe_of(other) == recipe_of(model)
+    # A model inside of another one is converted, and so named, before what is around it.
+    assert {layer.name: layer for layer in recipe_of(other).layers} == {
+        layer.name: layer for layer in recipe_of(model).layers
+    }
     assert_preserves_the_variance(other)
     other.post_init()
     assert_preserves_the_variance(other)

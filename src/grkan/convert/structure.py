@@ -354,7 +354,7 @@ class _Finder:
             site = site or self.alone(name, parent, slot, activation)
             site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
             reason = observe.why_not(places)
-        elif self.seen is not None and parent in self.seen.called:
+        elif self.seen is not None and parent in self.seen.called and parent._modules.get(slot) not in self.seen.called:
             site, reason = None, "it is never called, though its module is"
         elif self.named(full, name):
             site = site or self.alone(name, parent, slot, activation)

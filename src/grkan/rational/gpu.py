@@ -363,9 +363,13 @@ def backward_kernel(
         dxs, ys, terms = (), (), ()
         for k in tl.static_range(VECTOR):
             largest = _larger(largest, xs[k])
-            dx, y, terms = _gradient(gs[k], xs[k], a, b, terms, M, N, ABSOLUTE)
+            if DTYPE == tl.float64:
+                dx, y, sums = _gradient(gs[k], xs[k], a, b, sums, M, N, ABSOLUTE)
+            else:
+                dx, y, terms = _gradient(gs[k], xs[k], a, b, terms, M, N, ABSOLUTE)
             dxs, ys = dxs + (dx,), ys + (y,)
-        sums = _add(sums, terms, M + 1 + N)
+        if DTYPE != tl.float64:
+            sums = _add(sums, terms, M + 1 + N)
         tl.store(dx_ptr + at, _join(dxs, LANES, VECTOR, 0).to(STORED), inside)
         if OUTPUT:
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
