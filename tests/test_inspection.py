@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from grkan import GroupRational, RationalLinear
-from grkan.inspection import count_confusions, learned_functions, record_inputs
+from grkan.inspection import learned_functions, record_inputs
 
 
 def test_inputs_are_those_that_the_functions_get():
@@ -57,11 +57,3 @@ def test_without_inputs_the_interval_is_a_fixed_one():
 def test_a_model_without_rational_functions_is_named():
     with pytest.raises(ValueError, match="must have rational functions to plot; Linear has none"):
         learned_functions(nn.Linear(2, 2))
-
-
-def test_confusions():
-    logits = torch.eye(3)
-    model = nn.Dropout(0.999)  # the identity in eval mode
-    batches = [(logits[[0, 1]], torch.tensor([0, 2])), (logits[[1, 2, 0]], torch.tensor([2, 2, 0]))]
-    assert count_confusions(model, batches, 3) == [[2, 0, 0], [0, 0, 0], [0, 2, 1]]
-    assert model.training

@@ -8,12 +8,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from ._version import __version__
 from .errors import GrkanError, GrkanValueError
@@ -491,10 +490,10 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     """Run `grkan plot` for a page: the content of the picture, and everything else known about a run."""
-    from .inspection import count_confusions, rationals, record_inputs
+    from .inspection import rationals, record_inputs
     from .report import make_report
     from .train.data import UnreadableImages
-    from .train.evaluate import data_for, first_images, loader_for
+    from .train.evaluate import Details, data_for, first_images, loader_for, score
     from .train.metrics import read_metrics
     from .train.model import load_trained, load_weights
     from .train.progress import evaluation_bar
@@ -527,16 +526,11 @@ def _report(options: argparse.Namespace) -> None:
             images = first_images(loader, unreadable)
             if images is not None:
                 found["inputs"] = record_inputs(trained.model, [images.to(trained.device)])
+            details = Details(len(trained.classes), confusion=True)
             with evaluation_bar(len(loader)) as advance:
-
-                def batches() -> Iterator[tuple[Tensor, Tensor]]:
-                    for batch in loader:
-                        unreadable.add(batch)
-                        if len(batch.labels):
-                            yield batch.images.to(trained.device), batch.labels.to(trained.device)
-                        advance(batch)
-
-                found["confusion"] = count_confusions(trained.model, batches(), len(trained.classes))
+                score(trained.model, loader, trained.device, unreadable, advance, details)
+            confusion: Any = details.confusion
+            found["confusion"] = confusion.tolist()
             found["classes"] = trained.classes
     write_bytes(options.output, make_report(model, title=title, **found).encode())
     print(options.output)

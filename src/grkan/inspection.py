@@ -149,22 +149,3 @@ def learned_functions(model: nn.Module, inputs: Mapping[str, np.ndarray] | None 
 def _expanded(rows: Tensor, groups: int) -> Tensor:
     """Return one row per group, in float64 on the CPU."""
     return rows.detach().to("cpu", torch.float64).expand(groups, -1)
-
-
-def count_confusions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> list[list[int]]:
-    """Compute the confusion matrix of a classifier.
-
-    Args:
-        model: returns logits, (N, classes). It is run in eval mode without gradients, and its modes are restored.
-        batches: the inputs and their labels, (N,), on the model's device.
-        classes: the number of classes.
-
-    Returns:
-        counts[i][j]: the number of inputs of class i whose largest logit is that of class j.
-    """
-    counts = torch.zeros(classes, classes, dtype=torch.long)
-    with evaluating(model):
-        for inputs, labels in batches:
-            pairs = (labels * classes + model(inputs).argmax(dim=-1)).cpu()
-            counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    return counts.tolist()

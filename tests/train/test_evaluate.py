@@ -77,6 +77,13 @@ def test_details_count_by_class():
     assert (details.confusion[0, 0], details.confusion[6, 1]) == (1, 2)
 
 
+def test_confusions_are_counted_over_batches():
+    logits, details = torch.eye(3), Details(3, confusion=True)
+    for rows, labels in (([0, 1], [0, 2]), ([1, 2, 0], [2, 2, 0])):
+        details.add(logits[rows], torch.tensor(labels))
+    assert details.confusion.tolist() == [[2, 0, 0], [0, 0, 0], [0, 2, 1]]
+
+
 def test_of_few_classes_all_are_among_the_best():
     details = Details(2)
     details.add(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
