@@ -37,14 +37,26 @@ class Verdict:
             return False
         return self.bar.get("at_least", self.figure) <= self.figure <= self.bar.get("at_most", self.figure)
 
-    def __str__(self) -> str:
+    @property
+    def what(self) -> str:
+        """Which figure of which contests."""
         words = self.bar["figure"] + (f", {self.bar['of']}" if "of" in self.bar else "")
         words += f" / {self.bar['to']}" if "to" in self.bar else ""
         where = "; ".join(" or ".join(map(str, _alternatives(value))) for value in self.bar["in"].values())
-        sign, limit = ("≤", self.bar["at_most"]) if "at_most" in self.bar else ("≥", self.bar["at_least"])
-        figure = "not measured" if self.figure is None else f"{self.figure:.4g}"
-        line = f"{'met' if self.met else 'missed':6}  {figure:>12}  {sign} {limit:<5}  {words}"
-        return f"{line}; {where}" if where else line
+        return f"{words}; {where}" if where else words
+
+    @property
+    def limit(self) -> str:
+        return f"≤ {self.bar['at_most']}" if "at_most" in self.bar else f"≥ {self.bar['at_least']}"
+
+    @property
+    def result(self) -> tuple[str, str]:
+        """The figure, and whether it meets the bar."""
+        return "not measured" if self.figure is None else f"{self.figure:.4g}", "met" if self.met else "missed"
+
+    def __str__(self) -> str:
+        figure, word = self.result
+        return f"{word:6}  {figure:>12}  {self.limit:<7}  {self.what}"
 
 
 def judge(report: Mapping[str, Any]) -> list[Verdict]:

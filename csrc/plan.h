@@ -70,6 +70,9 @@ struct Kernels {
   bool (*backward)(
       Storage, const void* plan, const Tile&, bool skip, const void* grad, const void* x, void* dx, void* y,
       void* sums);
+
+  // Sums the lanes [first, last) of each of `count` vectors, in double.
+  void (*fold)(Storage, const void* vectors, int64_t count, int64_t first, int64_t last, double* to);
 };
 
 const Kernels* portable_kernels();

@@ -405,8 +405,12 @@ struct Work {
     // With many groups a tile must be larger, so that there is enough to sum for each.
     const int64_t target = std::max(kTile, 4 * groups * sums);
     if (size <= target && vectors <= most) {
-      int64_t number = std::max((rows * size + target - 1) / target, (rows * vectors + most - 1) / most);
-      if (number > 2) number = (number + 3) / 4 * 4;  // two or four threads get the same
+      int64_t number = (rows * size + target - 1) / target, least = (rows * vectors + most - 1) / most;
+      if (std::max(number, least) > 2) {  // two or four threads get the same
+        number = (number + 1) / 4 * 4;
+        least = (least + 3) / 4 * 4;
+      }
+      number = std::max(number, least);
       number = std::min(number, rows);
       for (int64_t t = 0; t < number; ++t) tiles.push_back({rows * t / number, rows * (t + 1) / number, 0, count});
       return;
@@ -430,36 +434,19 @@ void for_each_scalar(const Work<S>& work, const Tile& tile, const F& f) {
     for (int64_t i = first.offset; i < end; ++i) f(row * work.plan.row_size + i, i / work.width);
 }
 
-template <int Lanes, class S>
-double fold(const S* values) {
-  double sums[Lanes];
-  std::copy_n(values, Lanes, sums);
-  for (int half = Lanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
-}
-
 // Adds the sums of a tile's entries, which lie one after the other, to the sums of their groups, always in the same order.
 // Returns false if a sum is not finite although the coefficients of its group are.
 template <class S>
 bool fold_entries(const Work<S>& work, int64_t first, int64_t last, const S* vectors, double* to) {
   const double unscale = work.coefficients.n > 0 ? std::ldexp(1.0, -scale<S>) : 1.0;
+  std::vector<double> sums(work.sums);
   for (int64_t entry = first; entry <= last; ++entry) {
     const int64_t* group = &work.groups_of_lanes[entry * work.lanes];
     const S* from = vectors + (entry + 1) * work.sums * work.lanes;
-    for (int k = 0; k < work.sums; ++k, from += work.lanes) {
-      if (work.mixed[entry]) {
-        for (int lane = 0; lane < work.lanes;) {
-          const int64_t g = group[lane];
-          double sum = 0;
-          for (; lane < work.lanes && group[lane] == g; ++lane) sum += from[lane];
-          to[g * work.sums + k] += sum * unscale;
-        }
-      } else {
-        const double sum =
-            work.lanes == 16 ? fold<16>(from) : work.lanes == 8 ? fold<8>(from) : work.lanes == 4 ? fold<4>(from) : fold<2>(from);
-        to[group[0] * work.sums + k] += sum * unscale;
-      }
+    for (int64_t lane = 0, end = 0; lane < work.lanes; lane = end) {  // lanes of one group
+      end = work.mixed[entry] ? std::upper_bound(group + lane, group + work.lanes, group[lane]) - group : work.lanes;
+      kernels().fold(work.storage, from, work.sums, lane, end, sums.data());
+      for (int k = 0; k < work.sums; ++k) to[group[lane] * work.sums + k] += sums[k] * unscale;
     }
   }
   for (int64_t g = work.groups_of_lanes[first * work.lanes]; g <= work.groups_of_lanes[(last + 1) * work.lanes - 1]; ++g)

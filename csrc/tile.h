@@ -141,10 +141,6 @@ GRKAN_INLINE void store(T* p, const Real<Arithmetic<T>>* x) {
   }
 }
 
-// How far ahead the backward prefetches, in scalars. An address beyond the end does no harm.
-template <class T>
-constexpr int64_t ahead = 2048 / sizeof(T);
-
 // A buffer for the rest of a row after its last whole unit.
 template <class T>
 struct Partial {
@@ -277,20 +273,30 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
 // small, because memory is fastest row after row.
 GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
 
-// The same for the backward, where sums stay in registers meanwhile: as many rows as a few kilobytes hold, but at least a
-// quarter of what may be summed, or there would be too many such sums to add in S.
+// The same for the backward, where sums stay in registers meanwhile: about as many rows as 32 KB hold, but at least a quarter
+// of what may be summed, or there would be too many such sums to add in S. A tile has as many rows in each of its parts.
 template <class T>
-GRKAN_INLINE int64_t rows_summed_together(const Run& run, int64_t row_size) {
-  const int64_t of_row = (run.units + (run.tail > 0)) * vectors<T>, near = 8192 / (row_size * int64_t(sizeof(T)));
-  const int64_t most = kVectorsTogether / of_row, least = (kVectorsTogether / 4 + of_row - 1) / of_row;
-  const int64_t rows = near < least ? least : near, bounded = rows < most ? rows : most;
-  return bounded < 1 ? 1 : bounded;
+GRKAN_INLINE int64_t rows_summed_together(const Run& run, int64_t row_size, int64_t rows) {
+  const int64_t of_row = (run.units + (run.tail > 0)) * vectors<T>, near = 32768 / (row_size * int64_t(sizeof(T)));
+  const int64_t most = of_row < kVectorsTogether ? kVectorsTogether / of_row : 1;
+  const int64_t least = (kVectorsTogether / 4 + of_row - 1) / of_row, wanted = near < least ? least : near;
+  const int64_t at_most = rows / wanted, at_least = (rows + most - 1) / most, parts = at_most > at_least ? at_most : at_least;
+  return (rows + parts - 1) / parts;
+}
+
+// Fetches what lies `ahead` scalars behind p into the second-level cache; the first one could not hold it until it is needed.
+// An address beyond the end does no harm. Rows that are processed together are read run by run, in steps of a row, which the
+// processor does not foresee; so while it works on some rows, the next ones are fetched: as many scalars ahead.
+template <bool Write, class T>
+GRKAN_INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead, Write, 2);
 }
 
 template <class T, bool Absolute, class O>
 static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, const T* x, T* y, const O& o) {
   typedef Arithmetic<T> S;
   Bits<S> largest = {};
+  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
   auto one = [&](const T* from, T* to, const Real<S>* c) __attribute__((always_inline)) {
     Real<S> z[vectors<T>];
     load(from, z);
@@ -301,7 +307,6 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
     }
     store(to, z);
   };
-  const int64_t size = plan.row_size, together = rows_together(plan.runs[tile.first_run]);
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
@@ -317,7 +322,13 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
         const T* from = x + row * size + run.offset;
         T* to = y + row * size + run.offset;
         const int64_t whole = run.units * unit<T>;
-        for (int64_t i = 0; i < whole; i += unit<T>) one(from + i, to + i, c);
+        for (int64_t i = 0; i < whole; i += unit<T>) {
+          if (together > 1) {  // two streams in the order of memory need no help
+            prefetch<false>(from + i, together * size);
+            prefetch<true>(to + i, together * size);
+          }
+          one(from + i, to + i, c);
+        }
         if (run.tail) {
           Partial<T> buffer;
           __builtin_memcpy(buffer.values, from + whole, run.tail * sizeof(T));
@@ -360,7 +371,8 @@ static bool backward_order(
     store(dx, g);
     if constexpr (Output) store(y, f);
   };
-  const int64_t size = plan.row_size, together = rows_summed_together<T>(plan.runs[tile.first_run], size);
+  const int64_t size = plan.row_size, together = rows_summed_together<T>(plan.runs[tile.first_run], size, tile.last_row - tile.first_row);
+  const int64_t ahead = together > 1 ? together * size : 2048 / int64_t(sizeof(T));
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
@@ -372,13 +384,9 @@ static bool backward_order(
       for (int64_t row = first; row < last; ++row) {
         const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
         for (int64_t i = start; i < end; i += unit<T>) {
-          // The processor cannot prefetch three streams of a few kilobytes per row of a tile by itself. Types of 16 bits
-          // need only half the memory bandwidth, and these instructions would cost them 3 % for nothing.
-          if constexpr (sizeof(T) > 2) {
-            __builtin_prefetch(grad + i + ahead<T>);
-            __builtin_prefetch(x + i + ahead<T>);
-            __builtin_prefetch(dx + i + ahead<T>, 1);
-          }
+          prefetch<false>(grad + i, ahead);
+          prefetch<false>(x + i, ahead);
+          prefetch<true>(dx + i, ahead);
           one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
         }
         if (run.tail) {
@@ -467,7 +475,47 @@ static bool backward(
   }
 }
 
-static const Kernels kernels = {lanes<float>, lanes<double>, forward, backward};
+// Adds the upper half of the lanes to the lower half until one is left.
+template <int Bytes>
+GRKAN_INLINE double total(const void* doubles) {
+  if constexpr (Bytes == sizeof(double)) {
+    return *static_cast<const double*>(doubles);
+  } else {
+    typedef double Half __attribute__((vector_size(Bytes / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, doubles, sizeof halves);
+    halves[0] += halves[1];
+    return total<Bytes / 2>(halves);
+  }
+}
+
+template <class S>
+static void fold_type(const void* vectors, int64_t count, int64_t first, int64_t last, double* to) {
+  typedef S Half __attribute__((vector_size(GRKAN_BYTES / 2)));
+  Bits<S> lane, inside;
+  for (int i = 0; i < lanes<S>; ++i) lane[i] = i;
+  inside = (lane >= decltype(lane[0] + 0)(first)) & (lane < decltype(lane[0] + 0)(last));
+  for (int64_t k = 0; k < count; ++k) {
+    const Bits<S> bits = static_cast<const Bits<S>*>(vectors)[k] & inside;
+    if constexpr (sizeof(S) == 8) {
+      to[k] = total<GRKAN_BYTES>(&bits);
+    } else {
+      Half halves[2];
+      __builtin_memcpy(halves, &bits, sizeof halves);
+      const Real<double> sums = __builtin_convertvector(halves[0], Real<double>) + __builtin_convertvector(halves[1], Real<double>);
+      to[k] = total<GRKAN_BYTES>(&sums);
+    }
+  }
+}
+
+static void fold(Storage type, const void* vectors, int64_t count, int64_t first, int64_t last, double* to) {
+  if (type == Storage::float64)
+    fold_type<double>(vectors, count, first, last, to);
+  else
+    fold_type<float>(vectors, count, first, last, to);
+}
+
+static const Kernels kernels = {lanes<float>, lanes<double>, forward, backward, fold};
 
 }  // namespace GRKAN_ISA
 }  // namespace grkan

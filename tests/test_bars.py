@@ -6,6 +6,7 @@ import json
 import pytest
 
 import bars
+import tables
 from grkan.bench import deploy, kernels, suites
 from grkan.bench.report import kernels_as_json
 from grkan.bench.rivals import INFERENCE
@@ -177,3 +178,30 @@ def test_figures_of_a_gpu_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         bars.main([str(path)])
     assert "the bars are those of a CPU" in capsys.readouterr().err
+
+
+def test_the_tables_of_a_page_are_replaced(tmp_path):
+    report = report_of("layers", lambda job, name: 0.6 if name == "GRKAN" else 1.0)
+    report |= {"cores": 2, "processor": "P", "vectors": "AVX2", "torch": "2.14.1+cpu", "date": "2026-01-02T03:04:05"}
+    for contest in report["contests"]:
+        contest["baseline"] = "Mlp"
+        for measured in contest["rivals"].values():
+            measured["median"] = 2 * measured["seconds"][0]
+            measured["ratio"] = {"median": measured["seconds"][0], "low": 0.5, "high": 11.0, "minima": 1.0}
+    (tmp_path / "layers.json").write_text(json.dumps(report))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- layers -->\nold\n<!-- end -->\nbetween\n<!-- bars -->\n<!-- end -->\nafter\n")
+    for _ in range(2):  # the marks stay
+        tables.main([str(page), str(tmp_path / "layers.json")])
+    text = page.read_text()
+    assert text.startswith(
+        "before\n<!-- layers -->\nMeasured by `grkan bench layers` on 2 cores of an P (AVX2), torch 2.14.1, "
+    )
+    assert "| GRKAN | 1.2 s, 0.60 (0.50-11.00) | 1.2 s, 0.60 (0.50-11.00) |" in text
+    assert "| bytes kept, GRKAN / Mlp; 192; forward + backward | ≤ 0.6 | 0.6 | met |\n" in text
+    assert "old" not in text
+    assert text.endswith("<!-- end -->\nafter\n")
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="the page has no place for layers"):
+        tables.main([str(page), str(tmp_path / "layers.json")])
+    assert page.read_text() == "no marks"

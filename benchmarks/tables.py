@@ -1,0 +1,105 @@
+"""Write the figures of benchmarks into a page: python benchmarks/tables.py docs/benchmarks.md FILE...
+
+Each FILE is what `grkan bench SUITE --json FILE` wrote. Its tables replace the lines between `<!-- SUITE -->` and
+`<!-- end -->` in the page, and the bars of all files those between `<!-- bars -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bars
+from grkan.bench.report import RATE_COLUMNS
+
+COLUMNS = {"ops": "shape", "layers": "pass", "models": "pass", "deploy": "batch"}
+"""The part of a contest's job that has a column for each of its values; the other parts have a table each."""
+
+
+def tables(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where a report was measured, then its tables, in Markdown."""
+    machine = f"{report['cores']} cores of an {report['processor']} ({report['vectors']})"
+    torch, date = report["torch"].partition("+")[0], report["date"].partition("T")[0]
+    yield f"Measured by `{report['command']}` on {machine}, torch {torch}, {date}."
+    column = COLUMNS[report["suite"]]
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for contest in report["contests"]:
+        title = ", ".join(_words(key, value) for key, value in contest["job"].items() if key != column)
+        grouped.setdefault(title, []).append(contest)
+    for title, contests in grouped.items():
+        baseline = contests[0]["baseline"]
+        yield f"{title}: the median time, and the ratio to {baseline} with its quartiles"
+        heads = [_words(column, contest["job"][column]) for contest in contests]
+        rivals = list(dict.fromkeys(name for contest in contests for name in contest["rivals"]))
+        rows = [[name, *(_time(contest["rivals"].get(name)) for contest in contests)] for name in rivals]
+        yield _table(["", *heads], rows)
+        facts = _facts(contests[-1]["rivals"])
+        if facts:
+            yield _table(
+                ["", *(f"{fact}, {heads[-1]}" for fact in facts)],
+                [[name, *(column[name] for column in facts.values())] for name in rivals],
+            )
+
+
+def _words(key: str, value: Any) -> str:
+    return f"{key} {value}" if isinstance(value, int) else str(value)
+
+
+def _time(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    seconds, ratio = measured["median"], measured["ratio"]
+    unit, factor = next((u, f) for u, f in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
+    time = f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+    if ratio["median"] >= 10:
+        return f"{time}, {ratio['median']:.0f}"
+    return f"{time}, {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def _facts(rivals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return what is known of the rivals besides their times: fact, rival, text."""
+    facts: dict[str, dict[str, str]] = {}
+    for name, measured in rivals.items():
+        for fact, value in measured.items():
+            if fact not in ("median", "minimum", "ratio", "seconds", "calls", *RATE_COLUMNS):
+                facts.setdefault(fact, {})[name] = f"{value:,}" if isinstance(value, int) else f"{value:.2g}"
+    return {fact: {name: column.get(name, "") for name in rivals} for fact, column in facts.items()}
+
+
+def bars_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the bars of all reports in Markdown."""
+    rows = [[verdict.what, verdict.limit, *verdict.result] for report in reports for verdict in bars.judge(report)]
+    return _table(["", "bar", "figure", ""], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+
+
+def replace(page: str, name: str, text: str) -> str:
+    """Return the page with the text between the marks of that name."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"the page has no place for {name}: <!-- {name} --> ... <!-- end -->")
+    return pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("page", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    args = parser.parse_args(arguments)
+    reports = [json.loads(file.read_text()) for file in args.files]
+    page = args.page.read_text()
+    for report in reports:
+        if report["suite"] in COLUMNS:
+            page = replace(page, report["suite"], "\n\n".join(tables(report)))
+    args.page.write_text(replace(page, "bars", bars_table(reports)))
+
+
+if __name__ == "__main__":
+    main()
