@@ -596,6 +596,18 @@ def test_export(run, tmp_path, capsys, monkeypatch, onnxruntime):
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
 
 
+def test_export_overwrites_neither_the_model_nor_its_own_file(run, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model.safetensors"
+    model.write_bytes((run / "best.safetensors").read_bytes())
+    line = _fails(capsys, ["export", model, "--output", tmp_path / "." / "model.safetensors"])
+    assert "--output must not be the model itself" in line
+    grkan.load_model(model)
+    monkeypatch.setattr(grkan, "onnx_library", lambda: tmp_path / "lib" / "libgrkan.so", raising=False)
+    line = _fails(capsys, ["export", model, "--output", tmp_path / "libgrkan.so", "--with-library"])
+    assert "--output must not have the name of the library beside it" in line
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_export_of_a_run_for_timm(run, tmp_path, capsys):
     assert main(["export", str(run), "--format=timm", f"--output={tmp_path / 'kat'}"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'kat'}\n"

@@ -443,17 +443,22 @@ def _export(options: argparse.Namespace) -> None:
     from .export import FORMATS, export
     from .rational.arguments import check_choice
     from .train.model import load_weights
+    from .train.start import model_file
     from .writing import write_bytes
 
     check_choice("--format", options.format, FORMATS)
-    library = None
+    output, library = Path(options.output), None
+    if output.resolve() == model_file(options.model).resolve():
+        raise GrkanValueError(f"--output must not be the model itself; got {options.output}")
     if options.with_library:
         if options.format != "onnx":
             raise GrkanValueError(f"--with-library is for --format onnx, not {options.format}")
         from . import onnx_library
 
         library = Path(onnx_library())
-    written = [export(load_weights(options.model), options.output, format=options.format, int8=options.int8)]
+        if output.name == library.name:
+            raise GrkanValueError(f"--output must not have the name of the library beside it; got {options.output}")
+    written = [export(load_weights(options.model), output, format=options.format, int8=options.int8)]
     if library is not None:
         written.append(written[0].with_name(library.name))
         write_bytes(written[1], library.read_bytes())

@@ -79,6 +79,9 @@ def test_deploy_leaves_out_what_is_not_there(monkeypatch):
     suite = suites.deploy()
     assert jobs(suite) == [("ExecuTorch", "float32", 1)]
     assert "ONNX Runtime int8 is left out, for it needs a thing" in suite.notes
+    assert not any(note.startswith("OpenVINO compiles") for note in suite.notes)
+    monkeypatch.setattr(deploy, "missing", lambda runtime: None)
+    assert any(note.startswith("OpenVINO compiles") for note in suites.deploy().notes)
     with pytest.raises(ValueError, match="deploy runs on the CPU; got device 'cuda'"):
         suites.deploy("cuda")
 

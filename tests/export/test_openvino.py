@@ -12,6 +12,9 @@ openvino = pytest.importorskip("openvino", reason="the format openvino needs Ope
 for package in ("onnx", "onnxruntime", "onnxscript", "timm"):
     pytest.importorskip(package)
 
+from grkan.export.job import Call  # noqa: E402
+from grkan.export.openvino import runner  # noqa: E402
+
 SPEC = importlib.util.spec_from_file_location("export_models", Path(__file__).parent / "models.py")
 models = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(models)
@@ -28,6 +31,10 @@ def test_any_batch(tmp_path, arguments):
     assert compiled.input("x").partial_shape.to_string() == "[?,1,8,8]"
     for x in (images(1), images(5)):
         agree(compiled({"x": x.numpy()})["output"], model(x))
+    fixed = runner(path, threads=1, fixed=Call((images(3),)))
+    agree(fixed(Call((images(3),)))[0], model(images(3)))
+    with pytest.raises(RuntimeError):
+        fixed(Call((images(2),)))
     read = openvino.Core().read_model(path)
     assert read.get_rt_info(["grkan", "model"]).astype(str) == "kat_micro_patch2_8"
 

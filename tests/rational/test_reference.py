@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 
-from grkan.rational import op
+from grkan.rational import cpu
 from grkan.rational.reference import FORMS, rational, rational_backward
 
 mpmath.mp.dps = 60
@@ -36,6 +36,12 @@ COEFFICIENTS = {
     "order (7, 7)": ([0.1, 0.9, -0.4, 0.3, 0.2, 0.05, -0.02, 0.01], [0.3, -0.5, 0.2, 0.07, 0.1, 0.02, 0.3]),
 }
 GRADIENTS = [1e-38, 1e-20, 1.0, 1e38]
+KERNELS = {}  # the CPU kernel if it is built, with every instruction set
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_kernel(instruction_sets):
+    KERNELS.update(instruction_sets)
 
 
 def exact(x, a, b, form):
@@ -130,11 +136,12 @@ def every_way(x, a, b, form, dtype):
     gradients = torch.autograd.grad(y, (x, a, b), allow_unused=True, materialize_grads=True)
     closed = rational_backward(torch.ones_like(y), x, a, b, form)
     found = {"autograd": (y, *gradients), "closed form": (y, *closed)}
-    if kernel := op.KERNELS.get("cpu"):
-        inputs = [t.detach() for t in (x, a, b)]
-        dx, da, db, y2 = kernel.backward(torch.ones_like(inputs[0]), *inputs, form, 1, True)
-        found["the kernel's forward"] = (kernel.forward(*inputs, form, 1), dx, da, db)
-        found["the kernel's backward"] = (y2, dx, da, db)
+    inputs = [t.detach() for t in (x, a, b)]
+    for name, computing in KERNELS.items():
+        with computing():
+            dx, da, db, y2 = cpu.backward(torch.ones_like(inputs[0]), *inputs, form, 1, True)
+            found[f"the kernel's forward, {name}"] = (cpu.forward(*inputs, form, 1), dx, da, db)
+            found[f"the kernel's backward, {name}"] = (y2, dx, da, db)
     for name, (y, dx, da, db) in found.items():
         yield name, y.item(), dx.item(), da[0].tolist(), db[0].tolist()
 
@@ -273,8 +280,9 @@ def test_infinite_x_gives_the_limits(a, b, limits, slopes, form, dtype):
     gradients = torch.autograd.grad(y.sum(), (x, a, b), allow_unused=True, materialize_grads=True)
     closed = rational_backward(torch.ones_like(y), x, a, b, form)
     found = [gradients, closed]
-    if kernel := op.KERNELS.get("cpu"):
-        *of_kernel, y = kernel.backward(*(t.detach() for t in (torch.ones_like(y), x, a, b)), form, 2, True)
+    for computing in KERNELS.values():
+        with computing():
+            *of_kernel, y = cpu.backward(*(t.detach() for t in (torch.ones_like(y), x, a, b)), form, 2, True)
         assert y.tolist() == [list(limits)]
         found.append(of_kernel)
     for dx, da, db in found:

@@ -26,34 +26,37 @@ WITH_LIBRARY = ", with grkan's library"
 
 @dataclass(frozen=True)
 class Runtime:
-    """How to make and run a file. open(path, threads, library) returns a runner of Calls; `packages` are required."""
+    """How to make and run a file.
+
+    open(path, threads, library, call) returns a runner of Calls with the sizes of `call`; `packages` are required.
+    """
 
     packages: Sequence[str]
     ending: str
     arguments: dict[str, Any]
-    open: Callable[[Path, int, Path | None], Callable[[Call], Any]]
+    open: Callable[[Path, int, Path | None, Call], Callable[[Call], Any]]
 
 
-def _onnx(path: Path, threads: int, library: Path | None) -> Callable[[Call], Any]:
+def _onnx(path: Path, threads: int, library: Path | None, call: Call) -> Callable[[Call], Any]:
     from ..export.onnx import runner
 
     return runner(path, library, threads)
 
 
-def _openvino(path: Path, threads: int, library: Path | None) -> Callable[[Call], Any]:
+def _openvino(path: Path, threads: int, library: Path | None, call: Call) -> Callable[[Call], Any]:
     from ..export.openvino import runner
 
-    return runner(path, threads)
+    return runner(path, threads, fixed=call)
 
 
-def _aoti(path: Path, threads: int, library: Path | None) -> Callable[[Call], Any]:
+def _aoti(path: Path, threads: int, library: Path | None, call: Call) -> Callable[[Call], Any]:
     import torch._inductor
 
     model = torch._inductor.aoti_load_package(str(path))
     return lambda call: [call.of(model)]
 
 
-def _executorch(path: Path, threads: int, library: Path | None) -> Callable[[Call], Any]:
+def _executorch(path: Path, threads: int, library: Path | None, call: Call) -> Callable[[Call], Any]:
     from executorch.runtime import Runtime as Program
 
     method = Program.get().load_program(path).load_method("forward")
@@ -123,7 +126,7 @@ def rivals(files: Files, runtime: tuple[str, str], batch: int) -> dict[str, Riva
     found = {}
     for title, name, loaded in entries:
         path = files.path(name, runtime)
-        run = RUNTIMES[runtime].open(path, threads, loaded)
+        run = RUNTIMES[runtime].open(path, threads, loaded, call)
         facts: dict[str, float] = {"difference": _difference(run(call)[0], files.model(name)(images))}
         if path.suffix == ".onnx":
             facts["nodes"] = _nodes(path)

@@ -111,6 +111,8 @@ def deploy(
         for batch in batches if runtime[0] != rivals.EXECUTORCH else (1,):  # its sizes are fixed
             job = {"runtime": runtime[0], "precision": runtime[1], "batch": batch}
             contests.append(Contest(job, names[0], partial(rivals.rivals, files, runtime, batch)))
+        if runtime[0] == rivals.OPENVINO:
+            notes.append("OpenVINO compiles for the batch of the contest; files that take any batch are slower there")
     if rivals.onnx_library() is None:
         notes.append("this installation has no library for ONNX Runtime")
     return Suite(contests, notes)

@@ -26,14 +26,24 @@ def write_openvino(job: Job, path: Path) -> None:
         job.check(f"the OpenVINO file, in OpenVINO {openvino.__version__},", runner(file))
 
 
-def runner(file: Path, threads: int = 0) -> Any:
-    """Return a function that runs a file for a Call, in float32, because some processors would choose bfloat16."""
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    model = openvino.Core().compile_model(file, "CPU", settings)
+def runner(file: Path, threads: int = 0, fixed: Call | None = None) -> Any:
+    """Return a function that runs a file for a Call, in float32, because some processors would choose bfloat16.
+
+    Args:
+        file: the .xml file.
+        threads: 0: as many as OpenVINO chooses.
+        fixed: a call whose sizes all calls have. OpenVINO joins more operations if it knows the sizes.
+    """
+    core = openvino.Core()
+    model = core.read_model(file)
     names = [value.any_name for value in model.inputs]
+    if fixed is not None:
+        model.reshape({name: list(array.shape) for name, array in feeds(names, fixed).items()})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = core.compile_model(model, "CPU", settings)
 
     def run(call: Call) -> Sequence[Any]:
-        result = model(feeds(names, call))
-        return [result[output] for output in model.outputs]
+        result = compiled(feeds(names, call))
+        return [result[output] for output in compiled.outputs]
 
     return run

@@ -35,21 +35,31 @@ def load() -> bool:
     global _forward, _backward, _parallel_for
     if not LIBRARY.exists():
         return False
-    library = ctypes.CDLL(str(LIBRARY))
+    forward, backward = functions_of(LIBRARY)
+    # torch._C is linked with libtorch_cpu, so the symbol is found through it, wherever that library lies.
+    threads: Any = ctypes.CDLL(torch._C.__file__).torch_parallel_for  # of PyTorch's stable C interface, since 2.10
+    _forward, _backward, _parallel_for = forward, backward, ctypes.cast(threads, ctypes.c_void_p).value or 0
+    return True
+
+
+def functions_of(path: Path) -> tuple[Callable[..., bytes | None], Callable[..., bytes | None]]:
+    """Load a library of the kernel, and return its functions `grkan_forward` and `grkan_backward`.
+
+    Raises:
+        OSError: it cannot be used; the message says why.
+    """
+    library = ctypes.CDLL(str(path))
     try:
         interface, forward, backward = library.grkan_interface(), library.grkan_forward, library.grkan_backward
     except AttributeError as error:
         raise OSError(str(error)) from error
     if interface != _INTERFACE:
-        raise OSError(f"{LIBRARY} was built for another version of grkan")
+        raise OSError(f"{path} was built for another version of grkan")
     for function, count in ((forward, 15), (backward, 19)):
         # Pass every 64-bit value as an address: ctypes converts those twice as fast as integers.
         function.argtypes = [ctypes.c_void_p] * count
         function.restype = ctypes.c_char_p
-    # torch._C is linked with libtorch_cpu, so the symbol is found through it, wherever that library lies.
-    threads: Any = ctypes.CDLL(torch._C.__file__).torch_parallel_for  # of PyTorch's stable C interface, since 2.10
-    _forward, _backward, _parallel_for = forward, backward, ctypes.cast(threads, ctypes.c_void_p).value or 0
-    return True
+    return forward, backward
 
 
 def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
