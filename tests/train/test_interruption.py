@@ -1,7 +1,6 @@
 """A run that is killed at any point and resumed ends like one that was left alone."""
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -45,16 +44,14 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts a process that imported everything already, and waits for its end; returns the exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grkan.train.loop", "grkan.plot"])
+def start(forkserver):
+    """Starts a process and waits for its end; returns the exit status."""
     script = str(Path(__file__).with_name("killed_run.py"))
 
     def run(folder, settings, **ended_by):
         ways = dict.fromkeys(("kill_at_step", "kill_at_rename", "notice_at_step", "notice_at_test"))
         given = {"folder": str(folder), "settings": settings, **ways, **ended_by}
-        process = context.Process(target=runpy.run_path, args=(script, given))
+        process = forkserver.Process(target=runpy.run_path, args=(script, given))
         process.start()
         process.join(120)
         return process.exitcode
@@ -176,6 +173,7 @@ def test_resuming_a_finished_run_says_so(undisturbed, capsys):
 
 
 @pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.usefixtures("pictures")
 def test_a_finished_run_without_its_metrics(undisturbed, tmp_path, kept):
     shutil.copytree(undisturbed, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
