@@ -139,7 +139,7 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
             yield folder, _train_or_resume(config)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Forking a process with running threads is not safe. This forks one that has nothing but the imports.
+    # Forking a process with threads, or one that has used a GPU, is not safe. This server has its imports alone.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     console = make_console()
