@@ -53,7 +53,7 @@ def start(forkserver):
         given = {"folder": str(folder), "settings": settings, **ways, **ended_by}
         process = forkserver.Process(target=runpy.run_path, args=(script, given))
         process.start()
-        process.join(120)
+        process.join(300)
         return process.exitcode
 
     return run
@@ -83,9 +83,7 @@ def _assert_same_outcome(folder, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workers", "save_every", "seed"), [(0, 0, 1), (0, 2, 2), (0, 1, 3), (2, 3, 4)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("workers", "save_every", "seed"), [(0, 0, 1), (2, 2, 4)], ids=lambda value: str(value))
 def test_killed_at_random_steps_and_resumed(start, undisturbed, tmp_path, workers, save_every, seed):
     folder = tmp_path / "run"
     settings = {**SETTINGS, "workers": workers, "save_every": save_every}
@@ -114,9 +112,12 @@ def test_killed_while_writing_and_resumed(start, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("workers", "notices"),
     [
-        (0, [("step", 1), ("test", 1), ("step", 8)]),
         (2, [("step", 3), ("test", 2)]),
-        pytest.param(0, [("step", step) for step in range(1, STEPS + 1)], marks=pytest.mark.slow),
+        pytest.param(
+            0,
+            [*(("step", step) for step in range(1, 6)), ("test", 1), *(("step", step) for step in range(6, STEPS + 1))],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_sigterm_saves_the_state_and_the_same_call_goes_on(start, undisturbed, tmp_path, workers, notices):
@@ -180,7 +181,7 @@ def test_a_finished_run_without_its_metrics(undisturbed, tmp_path, kept):
     expected = resume(undisturbed)
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:kept]))
     for name in ("curves.png", "functions.png"):
-        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).unlink(missing_ok=True)
     assert {**resume(tmp_path / "run"), "output": expected["output"]} == expected
     assert b"\0" not in metrics.read_bytes()
     assert (tmp_path / "run" / "functions.png").exists()
