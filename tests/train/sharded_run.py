@@ -1,4 +1,4 @@
-"""A sharded training of two processes, one of which SIGTERM stops; torchrun starts it for test_processes.py."""
+"""A sharded training of two processes, one of which SIGTERM stops; test_processes.py starts it."""
 
 import json
 import os
@@ -33,5 +33,5 @@ try:
     loop.train(make_config(json.loads(sys.argv[1])))
 except TrainingStopped as stop:
     print(stop)
-    sys.exit(0)
-sys.exit("the run was not stopped")
+else:
+    sys.exit("the run was not stopped")

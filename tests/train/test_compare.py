@@ -171,10 +171,11 @@ def _descendants(pid):
 
 
 def test_ctrl_c_is_for_the_process_that_started_the_others():
-    with module._handling(signal.SIGINT, signal.SIG_IGN):
-        os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    with module._handling(signal.SIGINT, signal.default_int_handler):  # a shell ignores it for what runs behind
+        with module._handling(signal.SIGINT, signal.SIG_IGN):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,11 @@ def test_ctrl_c_is_for_the_process_that_started_the_others():
 def test_runs_that_are_none(content, message):
     with pytest.raises(ValueError, match=message):
         make_runs(content, None, {})
+
+
+def test_a_model_that_is_named_twice():
+    with pytest.raises(ValueError, match="--models must name each model once; got a twice"):
+        make_runs({}, ["a", "b", "a"], {})
 
 
 def test_settings_of_all_of_one_and_given_ones():

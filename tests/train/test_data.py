@@ -181,10 +181,10 @@ def test_a_class_of_one_image_is_learned_not_tested(image_folder):
 
 
 def test_what_has_test_images_is_not_split(image_folder):
-    with pytest.raises(ValueError, match=r"val_split is for a folder without test images; .*images has val$"):
+    with pytest.raises(ValueError, match=r"val_split is for a data set without test images; .*images has val$"):
         find_source(str(image_folder), 0.1).load("train")
     for data in ("digits", "fashion-mnist"):
-        with pytest.raises(ValueError, match=f"val_split is for a folder without test images; {data} has some"):
+        with pytest.raises(ValueError, match=f"val_split is for a data set without test images; {data} has some"):
             find_source(data, 0.1)
 
 

@@ -1,6 +1,7 @@
 """Hugging Face's data sets are the images of a folder, too."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,21 @@ def test_a_run(hub_folder, tiny):
     assert train(make_config(settings))["epochs"] == 2
 
 
+def test_a_part_of_the_training_images_is_kept_for_the_test(image_folder, hub_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"val_split is for a data set without test images; hfds:\S+ has validation$"):
+        find_source(f"hfds:{hub_folder}", 0.3).load("train")
+    train = datasets.load_dataset(str(hub_folder))["train"]
+    datasets.DatasetDict({"train": train}).save_to_disk(tmp_path / "train")
+    shutil.rmtree(image_folder / "val")
+    hub, folder = (find_source(data, 0.3, seed=1) for data in (f"hfds:{tmp_path / 'train'}", str(image_folder)))
+    for split, count in (("train", 8), ("test", 4)):
+        ours, theirs = hub.load(split), folder.load(split)
+        assert len(ours) == count
+        assert (ours.labels == theirs.labels).all()
+        for i in range(count):
+            assert np.array_equal(np.asarray(ours.open(i)), np.asarray(theirs.open(i)))
+
+
 def test_labels_without_names(hub_folder, tmp_path):
     rows = datasets.load_dataset(str(hub_folder))["train"]
     for values, classes in (([3] * 6 + [7] * 6, ("3", "7")), (["b"] * 6 + ["a"] * 6, ("a", "b"))):
@@ -64,7 +80,7 @@ def test_what_is_wrong_is_named(hub_folder, tmp_path, monkeypatch):
         find_source(f"hfds:{tmp_path / 'empty'}").load("train")
     loaded = datasets.load_dataset(str(hub_folder))
     datasets.DatasetDict({"train": loaded["train"]}).save_to_disk(tmp_path / "train")
-    with pytest.raises(ValueError, match=r"has no split val or validation or test or testing; it has train$"):
+    with pytest.raises(ValueError, match=r"has no split val or .* or testing; it has train \(grkan train --val-split"):
         find_source(f"hfds:{tmp_path / 'train'}").load("test")
     for name, column in (("no_images", "image"), ("no_labels", "label")):
         loaded.remove_columns(column).save_to_disk(tmp_path / name)

@@ -1,7 +1,6 @@
 """A run that is killed at any point and resumed ends like one that was left alone."""
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -45,18 +44,16 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts a process that imported everything already, and waits for its end; returns the exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grkan.train.loop", "grkan.plot"])
+def start(forkserver):
+    """Starts a process and waits for its end; returns the exit status."""
     script = str(Path(__file__).with_name("killed_run.py"))
 
     def run(folder, settings, **ended_by):
         ways = dict.fromkeys(("kill_at_step", "kill_at_rename", "notice_at_step", "notice_at_test"))
         given = {"folder": str(folder), "settings": settings, **ways, **ended_by}
-        process = context.Process(target=runpy.run_path, args=(script, given))
+        process = forkserver.Process(target=runpy.run_path, args=(script, given))
         process.start()
-        process.join(120)
+        process.join(300)
         return process.exitcode
 
     return run
@@ -86,9 +83,7 @@ def _assert_same_outcome(folder, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workers", "save_every", "seed"), [(0, 0, 1), (0, 2, 2), (0, 1, 3), (2, 3, 4)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("workers", "save_every", "seed"), [(0, 0, 1), (2, 2, 4)], ids=lambda value: str(value))
 def test_killed_at_random_steps_and_resumed(start, undisturbed, tmp_path, workers, save_every, seed):
     folder = tmp_path / "run"
     settings = {**SETTINGS, "workers": workers, "save_every": save_every}
@@ -117,9 +112,12 @@ def test_killed_while_writing_and_resumed(start, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("workers", "notices"),
     [
-        (0, [("step", 1), ("test", 1), ("step", 8)]),
         (2, [("step", 3), ("test", 2)]),
-        pytest.param(0, [("step", step) for step in range(1, STEPS + 1)], marks=pytest.mark.slow),
+        pytest.param(
+            0,
+            [*(("step", step) for step in range(1, 6)), ("test", 1), *(("step", step) for step in range(6, STEPS + 1))],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_sigterm_saves_the_state_and_the_same_call_goes_on(start, undisturbed, tmp_path, workers, notices):
@@ -176,13 +174,14 @@ def test_resuming_a_finished_run_says_so(undisturbed, capsys):
 
 
 @pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.usefixtures("pictures")
 def test_a_finished_run_without_its_metrics(undisturbed, tmp_path, kept):
     shutil.copytree(undisturbed, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     expected = resume(undisturbed)
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:kept]))
     for name in ("curves.png", "functions.png"):
-        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).unlink(missing_ok=True)
     assert {**resume(tmp_path / "run"), "output": expected["output"]} == expected
     assert b"\0" not in metrics.read_bytes()
     assert (tmp_path / "run" / "functions.png").exists()

@@ -189,6 +189,7 @@ def test_fine_tuning_gets_a_new_head(tiny, tmp_path, finished, image_folder):
     torch.testing.assert_close(after["patch_embed.proj.weight"], before["patch_embed.proj.weight"], atol=0.02, rtol=0)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_vit_of_timm_and_an_rgb_model_on_gray_images(tmp_path):
     arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
     settings = {"model": "vit_tiny_patch16_224", "model_args": arguments, "epochs": 1, "batch_size": 256}
@@ -229,6 +230,14 @@ def test_a_folder_of_pngs_has_the_losses_of_the_array(tiny, tmp_path):
     ("settings", "message"),
     [
         ({"model": "kat_mikro_patch2_8"}, r"unknown model 'kat_mikro_patch2_8'; did you mean kat_micro_patch2_8"),
+        (
+            {"model": "kat_micro_patch2_8.in1k"},
+            r"unknown model 'kat_micro_patch2_8.in1k'; did you mean kat_micro_patch2_8",
+        ),
+        (
+            {"model": "vit_tiny_patch16_224.orig"},
+            r"unknown model .*orig'; did you mean vit_tiny_patch16_224\.augreg_in21k",
+        ),
         ({"model_args": {"num_grups": 4}}, r"model_args do not fit kat_micro_patch2_8: .*num_grups"),
         ({"batch_size": 2000}, r"batch_size 2000 is more than the 1442 training images of digits"),
         ({"batch_size": 255, "accumulate": 2}, r"batch_size 255 must be a multiple of processes x accumulate, 1 x 2"),
@@ -412,6 +421,7 @@ def test_unreadable_images_are_counted(tiny, tmp_path, image_folder):
 
 
 @pytest.mark.parametrize("lost", [2, 6])
+@pytest.mark.usefixtures("pictures")
 def test_pictures_do_not_need_the_first_test_images(tiny, tmp_path, image_folder, lost, monkeypatch):
     # Where none is left, they became unreadable after the last test.
     if lost == 6:

@@ -1,6 +1,7 @@
 """Images in tar files are those of a folder, in the same order."""
 
 import io
+import shutil
 import tarfile
 
 import numpy as np
@@ -59,6 +60,22 @@ def test_a_run_is_that_of_the_folder(image_folder, shard_folder, tiny, tmp_path)
         train(make_config(settings, {"log_every": 1}))
         losses.append([line["train_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert losses[0] == losses[1]
+
+
+def test_a_part_of_the_training_images_is_kept_for_the_test(image_folder, shard_folder):
+    with pytest.raises(ValueError, match=r"val_split is for a data set without test images; wds:\S+ has val$"):
+        find_source(f"wds:{shard_folder}", 0.3).load("train")
+    for root in (image_folder, shard_folder):
+        shutil.rmtree(root / "val")
+    with pytest.raises(ValueError, match=r"of tar files; it has none \(grkan train --val-split 0\.1 tests on a part"):
+        find_source(f"wds:{shard_folder}").load("test")
+    tar, folder = (find_source(data, 0.3, seed=1) for data in (f"wds:{shard_folder}", str(image_folder)))
+    for split, name, count in (("train", "train", 8), ("test", "val", 4)):
+        ours, theirs = tar.load(split), folder.load(split)
+        assert len(ours) == len(tar.load_split(name)) == count
+        assert (ours.labels == theirs.labels).all()
+        for i in range(count):
+            assert np.array_equal(np.asarray(ours.open(i)), np.asarray(theirs.open(i)))
 
 
 def test_the_index_is_made_once_and_again_after_a_change(shard_folder, tmp_path, monkeypatch, capsys):

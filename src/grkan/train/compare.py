@@ -50,8 +50,10 @@ def make_runs(
         given: settings of the command line.
 
     Raises:
-        ValueError: `runs` does not map valid folder names to settings.
+        ValueError: `runs` does not map valid folder names to settings, or a model is named twice.
     """
+    if twice := [name for i, name in enumerate(models or ()) if name in (models or ())[:i]]:
+        raise GrkanValueError(f"--models must name each model once; got {twice[0]} twice")
     common = {key: value for key, value in content.items() if key != "runs"}
     runs = content.get("runs") if models is None else {name: {"model": name} for name in models}
     if not isinstance(runs, Mapping) or not runs:
@@ -137,8 +139,9 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
             yield folder, _train_or_resume(config)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Forking a process with running threads is not safe.
-    context = multiprocessing.get_context("spawn")
+    # Forking a process with threads, or one that has used a GPU, is not safe. This server has its imports alone.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     console = make_console()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
@@ -178,6 +181,7 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _start_worker(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
 

@@ -86,7 +86,7 @@ class Config:
     )
     val_split: float | None = _setting(
         None,
-        "the part of each class's training images that is kept for the test, where a folder has no val; which ones, "
+        "the part of each class's training images that is kept for the test, where the data have no val; which ones, "
         "the seed decides",
         Interval(0, 1, open_low=True, open_high=True),
     )

@@ -33,7 +33,7 @@ from ..errors import GrkanValueError
 from ..models.metadata import Preprocessing
 from .config import Config, nearest
 from .files import Chosen, ImageFile, Paths
-from .hub import load_hub
+from .hub import hub_splits, load_hub
 from .images import UnreadableImageError, image_size, is_image_name, open_image
 from .interruption import shield_loading_process
 from .randomness import derive_seed, seeded
@@ -137,17 +137,18 @@ def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: 
 
     Args:
         data: as in `Config`.
-        val_split, seed: the part of each class to keep for the test, and the seed that selects the images, for a
-            folder without test images.
+        val_split, seed: the part of each class to keep for the test, and the seed that selects the images, for
+            data without test images.
         keep: a folder for an index if it cannot be written beside the data; None: the index is then not kept.
 
     Raises:
-        ValueError: data is neither a known name nor a folder, or val_split is given although there are test images.
+        ValueError: data is neither a known name nor a folder, or val_split is given although there are test images
+            (`load`, too, may raise this).
     """
     name, colon, folder = data.partition(":")
     fashion = name == "fashion-mnist" and bool(colon) == bool(folder)
     if val_split is not None and (data == "digits" or fashion):
-        raise GrkanValueError(f"val_split is for a folder without test images; {data} has some")
+        raise _has_test_images(data, "some")
     if data == "digits":
         return Source(_load_digits, shift=1, hflip=0.0, color_jitter=0.0, workers=0, normalisation=_digits_statistics)
     if fashion:
@@ -161,9 +162,7 @@ def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: 
             model="kat_micro_patch4_28",
         )
     if name in ("wds", "hfds") and folder:
-        if val_split is not None:
-            raise GrkanValueError(f"val_split is for a folder of images; got {val_split:g} for {data}")
-        return _find_shards(folder, keep) if name == "wds" else _find_on_hub(folder)
+        return _find_shards(folder, val_split, seed, keep) if name == "wds" else _find_on_hub(folder, val_split, seed)
     if not os.path.isdir(data):
         raise GrkanValueError(
             "--data must be digits, fashion-mnist, fashion-mnist:FOLDER, a folder of images, wds:FOLDER or hfds:NAME; "
@@ -174,23 +173,28 @@ def find_source(data: str, val_split: float | None = None, seed: int = 0, keep: 
 
 def _find_folder(root: Path, val_split: float | None, seed: int) -> Source:
     read = cache(_read_classes)
-
-    def load(split: str) -> ImageData:
-        return _load_folder(root, split, val_split, seed, read)
+    train, test = (_first_folder(root, names) for names in (TRAIN_SPLITS, TEST_SPLITS))
 
     def load_split(name: str) -> ImageData:
-        if name in ("train", *TEST_SPLITS) and val_split is not None:
-            return load("train" if name == "train" else "test")
         if not (root / name).is_dir() or name.startswith("."):
             splits = [entry.name for entry in _listed(root) if _kind(entry) == "folder"]
             raise GrkanValueError(f"{root} has no folder {name!r}; {nearest(name, splits)}")
         return read(root / name)
 
-    folder = next((root / name for name in TRAIN_SPLITS if (root / name).is_dir()), root)
-    return _suiting(_first_images(folder), load, load_split)
+    def load(split: str) -> ImageData:
+        return _load_folder(root, train, test, split, read)
+
+    def load_whole() -> ImageData:
+        return _with_all_classes(read(train or root))
+
+    first = _first_images(train or root)
+    if val_split is None:
+        return _suiting(first, load, load_split)
+    own = None if test is None else test.name
+    return _suiting(first, *_splitting(load_whole, load_split, lambda: own, str(root), val_split, seed))
 
 
-def _find_shards(folder: str, keep: Path | None) -> Source:
+def _find_shards(folder: str, val_split: float | None, seed: int, keep: Path | None) -> Source:
     check_local(folder)
     root = Path(folder)
 
@@ -198,22 +202,83 @@ def _find_shards(folder: str, keep: Path | None) -> Source:
         shards, labels, classes = load_shards(root, names, is_image_name, keep)
         return ImageData(shards, labels, classes, str(shards.folder))
 
+    def load(split: str) -> ImageData:
+        return load_split(*_SPLITS[split])
+
     first = first_files(root, TRAIN_SPLITS, is_image_name, _LOOKED_AT)
-    return _suiting(first, lambda split: load_split(*_SPLITS[split]), load_split)
+    if val_split is None:
+        return _suiting(first, load, load_split)
+    test = _first_folder(root, TEST_SPLITS)
+    own = None if test is None else test.name
+    return _suiting(
+        first, *_splitting(lambda: load("train"), load_split, lambda: own, f"wds:{folder}", val_split, seed)
+    )
 
 
-def _find_on_hub(name: str) -> Source:
+def _find_on_hub(name: str, val_split: float | None, seed: int) -> Source:
     read = cache(load_hub)
 
     def load_split(*names: str) -> ImageData:
         images, labels, classes = read(name, names)
         return ImageData(images, labels, classes, f"{name}, {images.split}")
 
+    def load(split: str) -> ImageData:
+        return load_split(*_SPLITS[split])
+
     def first() -> Iterator[Path | ImageFile]:
         images, _, _ = read(name, TRAIN_SPLITS)
         yield from (images[i] for i in range(0, len(images), max(1, len(images) // _LOOKED_AT)))
 
-    return _suiting(first(), lambda split: load_split(*_SPLITS[split]), load_split)
+    def own() -> str | None:
+        return next((split for split in hub_splits(name) if split in TEST_SPLITS), None)
+
+    if val_split is None:
+        return _suiting(first(), load, load_split)
+    return _suiting(first(), *_splitting(lambda: load("train"), load_split, own, f"hfds:{name}", val_split, seed))
+
+
+def _splitting(
+    whole: Callable[[], ImageData],
+    load_split: Callable[[str], ImageData],
+    own: Callable[[], str | None],
+    name: str,
+    val_split: float,
+    seed: int,
+) -> tuple[Callable[[str], ImageData], Callable[[str], ImageData]]:
+    """Return `load` and `load_split` of a `Source` whose test images are a part of the training images of each class.
+
+    Args:
+        whole: loads all training images.
+        load_split: loads any other split.
+        own: returns the name of the data's own test split, which it must not have, or None.
+        name: the name of the data in messages.
+        val_split, seed: as for `find_source`.
+    """
+
+    def load(split: str) -> ImageData:
+        if (test := own()) is not None:
+            raise _has_test_images(name, test)
+        data = whole()
+        chosen = _stratified(data, val_split, seed)
+        part = data.choose(np.flatnonzero(chosen == (split == "test")))
+        if split != "test":
+            return part
+        return replace(part, where=f"{val_split:.3g} of each class of {data.where}, by seed {seed}", passed_over={})
+
+    def load_named(split: str) -> ImageData:
+        if split in (*TRAIN_SPLITS, *TEST_SPLITS):
+            return load("train" if split in TRAIN_SPLITS else "test")
+        return load_split(split)
+
+    return load, load_named
+
+
+def _has_test_images(name: str, own: str) -> GrkanValueError:
+    return GrkanValueError(f"val_split is for a data set without test images; {name} has {own}")
+
+
+def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def _suiting(
@@ -321,24 +386,9 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
 
 
 def _load_folder(
-    root: Path, split: str, val_split: float | None, seed: int, read: Callable[[Path], ImageData]
+    root: Path, train: Path | None, test: Path | None, split: str, read: Callable[[Path], ImageData]
 ) -> ImageData:
-    """Load FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE, or a part of FOLDER/train or of FOLDER/CLASS/IMAGE.
-
-    For the test, FOLDER may also hold the classes directly.
-    """
-    train, test = (
-        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_SPLITS, TEST_SPLITS)
-    )
-    if val_split is not None:
-        if test is not None:
-            raise GrkanValueError(f"val_split is for a folder without test images; {root} has {test.name}")
-        whole = _with_all_classes(read(train or root))
-        chosen = _stratified(whole, val_split, seed)
-        part = whole.choose(np.flatnonzero(chosen == (split == "test")))
-        if split != "test":
-            return part
-        return replace(part, where=f"{val_split:.3g} of each class of {whole.where}, by seed {seed}", passed_over={})
+    """Load FOLDER/train/CLASS/IMAGE or FOLDER/val/CLASS/IMAGE; for the test, FOLDER may also be a folder of classes."""
     folder = train if split == "train" else test
     if folder is None and split == "train":
         raise GrkanValueError(

@@ -45,6 +45,11 @@ class HubImages(Sequence[ImageFile]):
         return ImageFile(stored["bytes"], f"{self.name}, {self.split}: {name}")
 
 
+def hub_splits(name: str) -> list[str]:
+    """Return the names of the splits that a data set has; `name` as for `load_hub`."""
+    return list(_load(name))
+
+
 def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, tuple[str, ...]]:
     """Return images, labels and class names of a split.
 
@@ -63,7 +68,10 @@ def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, t
     loaded = _load(name)
     split = next((split for split in splits if split in loaded), None)
     if split is None:
-        raise GrkanValueError(f"--data hfds:{name} has no split {' or '.join(splits)}; it has {', '.join(loaded)}")
+        advice = " (grkan train --val-split 0.1 tests on a part of train)" if "train" in loaded else ""
+        raise GrkanValueError(
+            f"--data hfds:{name} has no split {' or '.join(splits)}; it has {', '.join(loaded)}{advice}"
+        )
     rows = loaded[split]
     columns = {kind: [key for key, feature in rows.features.items() if isinstance(feature, kind)]
                for kind in (datasets.Image, datasets.ClassLabel)}  # fmt: skip

@@ -39,11 +39,17 @@ _NOT_THE_ARGUMENTS = (ImportError, torch.AcceleratorError, torch.OutOfMemoryErro
 
 
 def check_model_name(name: str) -> None:
-    """Raise ValueError, with the nearest names, if timm's registry has no such model."""
+    """Raise ValueError, with the nearest names, if timm's registry has no such model, or none with this tag."""
     if not timm.is_model(name):
         ours = timm.list_models("kat_*")
         others = [other for other in timm.list_models() if other not in ours]
         raise GrkanValueError(f"unknown model {name!r}; {nearest(name, ours + others, shown=len(ours))}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        plain = name.partition(".")[0]
+        tagged = timm.list_models(f"{plain}.*", include_tags=True)
+        raise GrkanValueError(f"unknown model {name!r}; {nearest(name, tagged or [plain])}") from error
 
 
 # Models to be trained

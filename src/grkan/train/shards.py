@@ -97,7 +97,8 @@ def load_shards(
     """
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
     if folder is None:
-        raise GrkanValueError(f"{root} must hold a folder {' or '.join(splits)} of tar files; it has none")
+        advice = " (grkan train --val-split 0.1 tests on a part of train)" if (root / "train").is_dir() else ""
+        raise GrkanValueError(f"{root} must hold a folder {' or '.join(splits)} of tar files; it has none{advice}")
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".tar", *_COMPRESSED)))
     if compressed := [path for path in files if path.suffix != ".tar"]:
         raise GrkanValueError(
