@@ -13,7 +13,7 @@ import torch
 
 import grkan
 
-for _package in ("httpx", "uvicorn", "onnxruntime", "onnxscript", "timm"):
+for _package in ("uvicorn", "onnxruntime", "onnxscript", "timm"):
     pytest.importorskip(_package)
 fastapi = pytest.importorskip("fastapi")
 TestClient = pytest.importorskip("fastapi.testclient").TestClient
