@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--trainable", choices=("all", "lora", "functions"), default="lora")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--lr", type=float, help="default: 5e-5 for all, 1e-3 otherwise")
+    parser.add_argument("--function-lr", type=float, default=1e-5, help="of the functions (1e-5)")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
     options = parser.parse_args()
 
@@ -82,13 +83,15 @@ def main() -> None:
         per_device_train_batch_size=16,
         learning_rate=options.lr or (5e-5 if options.trainable == "all" else 1e-3),
         lr_scheduler_type="cosine",
-        weight_decay=0.01,  # grkan keeps it away from the coefficients
         save_strategy="no",
         report_to=[],
     )
+    # A step of Adam changes a coefficient by its learning rate, and at x = 10 a change of 1e-5 in that of x^5 is 1.
+    groups = grkan.param_groups(model, 0.01, lr=arguments.learning_rate, coefficient_lr=options.function_lr)
     trainer = Trainer(
         model,
         arguments,
+        optimizers=(torch.optim.AdamW(groups), None),
         train_dataset=encode(tokenizer, *train, classes),
         eval_dataset=encode(tokenizer, *test, classes),
         data_collator=DataCollatorWithPadding(tokenizer),
