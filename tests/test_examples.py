@@ -72,7 +72,7 @@ def encoder(tmp_path):
 @pytest.mark.parametrize("trainable", ["all", "lora", "functions"])
 def test_finetune_encoder(trainable, encoder, tmp_path):
     files = ["--train", tmp_path / "train.tsv", "--test", tmp_path / "test.tsv", "--output", tmp_path / "out"]
-    rates = ["--lr", 1e-2, "--function-lr", 1e-2]
+    rates = ["--lr", 3e-3 if trainable == "all" else 1e-2, "--function-lr", 1e-2]
     output = run("finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 32, *rates)
     assert "converted 2 MLPs" in output
     assert float(output.split()[-1]) > (0.75 if trainable == "functions" else 0.9)  # one half at the start
