@@ -27,6 +27,9 @@ import grkan
 
 def read(path: Path) -> tuple[list[str], list[str]]:
     lines = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    for number, line in enumerate(lines, 1):
+        if len(line) != 2:
+            raise SystemExit(f"{path}: entry {number} has no tab between sentence and label: {line[0]!r}")
     return [text for text, _ in lines], [label for _, label in lines]
 
 
@@ -64,9 +67,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
     options = parser.parse_args()
 
+    for option in ("train", "test"):
+        if not getattr(options, option).is_file():
+            parser.error(f"--{option}: there is no file {getattr(options, option)}")
+
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, test = read(options.train), read(options.test)
     classes = sorted(set(train[1]))
+    if unknown := sorted(set(test[1]) - set(classes)):
+        parser.error(f"--test has labels that --train does not have: {', '.join(unknown)}")
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(classes))
 
     # The functions are fitted to what the model sees: some of the text that it is to be trained on will do.
