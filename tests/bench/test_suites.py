@@ -79,7 +79,7 @@ def test_deploy_leaves_out_what_is_not_there(monkeypatch):
     suite = suites.deploy()
     assert jobs(suite) == [("ExecuTorch", "float32", 1)]
     assert "ONNX Runtime int8 is left out, for it needs a thing" in suite.notes
-    with pytest.raises(ValueError, match="deploy runs on the CPU; got device 'cuda'"):
+    with pytest.raises(ValueError, match="device must be 'cpu' for deploy; got 'cuda'"):
         suites.deploy("cuda")
 
 
