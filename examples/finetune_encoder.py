@@ -27,6 +27,9 @@ import grkan
 
 def read(path: Path) -> tuple[list[str], list[str]]:
     lines = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    for number, line in enumerate(lines, 1):
+        if len(line) != 2:
+            raise SystemExit(f"{path}: entry {number} has no tab between sentence and label: {line[0]!r}")
     return [text for text, _ in lines], [label for _, label in lines]
 
 
@@ -60,12 +63,19 @@ def main() -> None:
     parser.add_argument("--trainable", choices=("all", "lora", "functions"), default="lora")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--lr", type=float, help="default: 5e-5 for all, 1e-3 otherwise")
+    parser.add_argument("--function-lr", type=float, default=1e-5, help="of the functions (1e-5)")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
     options = parser.parse_args()
+
+    for option in ("train", "test"):
+        if not getattr(options, option).is_file():
+            parser.error(f"--{option}: there is no file {getattr(options, option)}")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, test = read(options.train), read(options.test)
     classes = sorted(set(train[1]))
+    if unknown := sorted(set(test[1]) - set(classes)):
+        parser.error(f"--test has labels that --train does not have: {', '.join(unknown)}")
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(classes))
 
     # The functions are fitted to what the model sees: some of the text that it is to be trained on will do.
@@ -82,13 +92,15 @@ def main() -> None:
         per_device_train_batch_size=16,
         learning_rate=options.lr or (5e-5 if options.trainable == "all" else 1e-3),
         lr_scheduler_type="cosine",
-        weight_decay=0.01,  # grkan keeps it away from the coefficients
         save_strategy="no",
         report_to=[],
     )
+    # A step of Adam changes a coefficient by its learning rate, and at x = 10 a change of 1e-5 in that of x^5 is 1.
+    groups = grkan.param_groups(model, 0.01, lr=arguments.learning_rate, coefficient_lr=options.function_lr)
     trainer = Trainer(
         model,
         arguments,
+        optimizers=(torch.optim.AdamW(groups), None),
         train_dataset=encode(tokenizer, *train, classes),
         eval_dataset=encode(tokenizer, *test, classes),
         data_collator=DataCollatorWithPadding(tokenizer),

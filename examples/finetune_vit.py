@@ -42,7 +42,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     folders = [options.data / split for split in ("train", "val")]
-    classes = sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir())
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        parser.error(f"--data: there is no folder {', '.join(missing)}")
+    classes, tested = (sorted(f.name for f in folder.iterdir() if f.is_dir()) for folder in folders)
+    if tested != classes:  # timm numbers the classes of each folder by itself
+        parser.error(f"--data: train and val must have the same classes; got {classes} and {tested}")
     model = timm.create_model(
         options.model, pretrained=not options.random, num_classes=len(classes), drop_path_rate=0.1
     )

@@ -99,6 +99,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    if options.width % 64 and options.width > 64:
+        parser.error(f"--width must be a multiple of 64, the width of a head; got {options.width}")
+    if missing := [str(path) for path in options.text if not path.is_file()]:
+        parser.error(f"--text: there is no file {', '.join(missing)}")
+
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     set_seed(options.seed)
 
@@ -111,6 +116,12 @@ def main() -> None:
         DataLoader(Windows(part, options.context), options.batch, shuffle=shuffle, drop_last=shuffle)
         for part, shuffle in ((tokens, True), (held_out, False))
     )
+
+    if not len(train) or not len(validation):
+        parser.error(
+            f"--text is too short: its {len(tokens):,} tokens, and {len(held_out):,} held out, must fill a batch of "
+            f"{options.batch} x {options.context} and a context of {options.context}"
+        )
 
     model = make_model(options.kind, len(tokenizer), options.width, options.layers, options.context, options.groups)
     # Matrices are decayed; biases, norms and the coefficients of the functions are not.

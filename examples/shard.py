@@ -7,6 +7,7 @@ It runs on GPUs, and on CPUs to try it. The model is made on the meta device, so
 """
 
 import argparse
+import os
 
 import timm
 import torch
@@ -46,6 +47,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
 
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it by torchrun, as above")
+    if int(os.environ["WORLD_SIZE"]) % options.tensor_parallel:
+        parser.error(
+            f"--tensor-parallel must divide the number of processes, {os.environ['WORLD_SIZE']}; "
+            f"got {options.tensor_parallel}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":

@@ -4,8 +4,8 @@
     python studies/few_labels.py --output runs/few_labels            start, or go on where it was
     python studies/few_labels.py --output runs/few_labels --report docs/language.md
 
-The 3000 labelled sentences are in npm's package `sentiment`, which `npm pack` fetches. A run is 200 steps, and writes
-its result to a file of its own.
+The 3000 labelled sentences are in npm's package `sentiment`, which `npm pack` fetches. Each run writes its result to
+a file of its own, and the report can be written at any time: seeds are run one after the other.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,10 @@ import grkan
 from grkan.writing import write_bytes
 
 PACKAGE = "sentiment@5.0.2"
-SIZES, SEEDS, STEPS, BATCH, HELD_OUT = (100, 300, 1000), 5, 200, 16, 1000
-RATES = {"all": (2e-5, 5e-5, 1.5e-4), "parts": (5e-4, 1.5e-3, 5e-3)}
+SIZES, SEEDS, STEPS, BATCH, HELD_OUT, MAX_TOKENS = (100, 300, 1000), 5, 60, 16, 1000, 32
+RATES = {"all": (5e-5, 1.5e-4), "lora": (1.5e-3, 5e-3), "few": (5e-3, 1.5e-2)}
 TUNED_WITH = 300
+FUNCTION_RATE = 1e-5  # Adam moves a coefficient by its rate at a step; 1e-5 more in that of x^5 is 1 more at x = 10
 MARKS = ("<!-- few labels -->\n", "<!-- end of few labels -->")
 
 
@@ -50,18 +52,18 @@ class Method:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        return RATES["all" if self.everything else "parts"]
+        return RATES["all" if self.everything else "lora" if self.lora else "few"]
 
 
-METHODS = {
+METHODS = {  # the order of the runs of a seed
     "head": Method("head alone", converted=False),
     "all": Method("all parameters", converted=False, everything=True),
     "lora": Method("LoRA", converted=False, lora=True),
     "kat-all": Method("KAT: all parameters", converted=True, everything=True, functions=True),
-    "kat-lora": Method("KAT: LoRA", converted=True, lora=True),
     "kat-lora-functions": Method("KAT: LoRA and functions", converted=True, lora=True, functions=True),
     "kat-functions": Method("KAT: functions", converted=True, functions=True),
 }
+PAIRS = (("kat-all", "all"), ("kat-lora-functions", "lora"), ("kat-functions", "lora"), ("kat-functions", "head"))
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,20 @@ class Run:
 
 
 def read_sentences(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Those to draw from, and those to test with: by their text, so always the same."""
+    """Return the sentences to draw from and those to test with, which a hash of their text decides."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{PACKAGE.replace('@', '-')}.tgz"
     if not archive.exists():
         subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    found = []
+    found = {}
     with tarfile.open(archive) as tar:
         for source in ("amazon", "imdb", "yelp"):
             file = tar.extractfile(f"package/test/fixtures/{source}.json")
             assert file is not None
-            found += [(entry["text"], int(entry["class"])) for entry in json.load(file)]
-    found.sort(key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-    return found[HELD_OUT:], found[:HELD_OUT]
+            # The last entry of each file is empty.
+            found.update((entry["text"], int(entry["class"])) for entry in json.load(file) if entry["text"])
+    pairs = sorted(found.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    return pairs[HELD_OUT:], pairs[:HELD_OUT]
 
 
 class Classifier(nn.Module):
@@ -126,7 +129,7 @@ def make_classifier(method: Method, encoder: nn.Module, batch: Any) -> Classifie
 
 
 def train(run: Run, output: Path, encoder_name: str) -> None:
-    """200 steps on as many sentences as the run has; the result is the accuracy on those that are held out."""
+    """Train on the sentences that the seed draws, and write the accuracy on those that are held out."""
     method = METHODS[run.method]
     pool, held_out = read_sentences(output)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(run.seed)).tolist()
@@ -135,17 +138,22 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
 
     def encode(pairs: list[tuple[str, int]]) -> tuple[Any, Tensor]:
         texts, labels = zip(*pairs, strict=True)
-        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         return batch, torch.tensor(labels)
 
+    # Sentences of similar length go together: half as much padding.
+    chosen.sort(key=lambda pair: len(pair[0]))
+    held_out.sort(key=lambda pair: len(pair[0]))
+
     torch.manual_seed(run.seed)
-    model = make_classifier(method, encoder, encode(chosen[:100])[0])
-    optimiser = torch.optim.AdamW(grkan.param_groups(model, 0.01), lr=run.rate)
+    model = make_classifier(method, encoder, encode(random.Random(run.seed).sample(chosen, min(run.size, 100)))[0])
+    optimiser = torch.optim.AdamW(grkan.param_groups(model, 0.01, lr=run.rate, coefficient_lr=FUNCTION_RATE))
     model.train()
     generator = torch.Generator().manual_seed(run.seed)
+    rates = [group["lr"] for group in optimiser.param_groups]
     for step, indices in zip(range(STEPS), _batches(run.size, generator), strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = run.rate * min((step + 1) / (STEPS // 10), 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * min((step + 1) / (STEPS // 10), 0.5 * (1 + math.cos(math.pi * step / STEPS)))
         batch, labels = encode([chosen[i] for i in indices])
         loss = F.cross_entropy(model(batch), labels)
         optimiser.zero_grad()
@@ -167,8 +175,11 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
 
 
 def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield indices into sentences sorted by length, epoch after epoch; each 4 batches are sorted before they split."""
     while True:
-        yield from (part.tolist() for part in torch.randperm(size, generator=generator).split(min(BATCH, size)))
+        for chunk in torch.randperm(size, generator=generator).split(4 * BATCH):
+            batches = chunk.sort().values.split(BATCH)
+            yield from (batches[i].tolist() for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
 def results(output: Path) -> dict[Run, dict[str, Any]]:
@@ -190,7 +201,12 @@ def best_rate(method: str, done: dict[Run, Any]) -> float:
 
 
 def table(done: dict[Run, Any]) -> str:
-    """Accuracies, and what each method has more than all parameters of the encoder as it was, seed by seed."""
+    """Return two tables: the accuracies, and the differences between pairs of methods, taken seed by seed."""
+
+    def accuracies(name: str, size: int) -> dict[int, float]:
+        runs = {seed: Run(name, size, best_rate(name, done), seed) for seed in range(SEEDS)}
+        return {seed: done[run]["accuracy"] for seed, run in runs.items() if run in done}
+
     text = [
         "| trained | parameters | learning rate | " + " | ".join(f"{size} sentences" for size in SIZES) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(SIZES),
@@ -198,19 +214,30 @@ def table(done: dict[Run, Any]) -> str:
     for name, method in METHODS.items():
         if any(Run(name, TUNED_WITH, rate, 0) not in done for rate in method.rates):
             continue
-        rate, cells, trained = best_rate(name, done), [], 0
+        rate = best_rate(name, done)
+        trained = done[Run(name, TUNED_WITH, rate, 0)]["trained"]
+        cells = " | ".join(_spread(list(accuracies(name, size).values())) for size in SIZES)
+        text.append(f"| {method.title} | {trained:,} | {rate:g} | {cells} |")
+    text += [
+        "",
+        "| difference, seed by seed | " + " | ".join(f"{size} sentences" for size in SIZES) + " |",
+        "| --- |" + " ---: |" * len(SIZES),
+    ]
+    for first, second in PAIRS:
+        cells = []
         for size in SIZES:
-            runs = [run for seed in range(SEEDS) if (run := Run(name, size, rate, seed)) in done]
-            cells.append(_spread([done[run]["accuracy"] for run in runs]))
-            trained = max([trained, *(done[run]["trained"] for run in runs)])
-        text.append(f"| {method.title} | {trained:,} | {rate:g} | {' | '.join(cells)} |")
+            ours, theirs = accuracies(first, size), accuracies(second, size)
+            cells.append(_spread([ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()], sign="+"))
+        text.append(f"| {METHODS[first].title} − {METHODS[second].title} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], sign: str = "") -> str:
+    """Return mean ± standard deviation (number of values)."""
     if not values:
         return ""
-    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.1f}{spread} ({len(values)})"
 
 
 def main() -> None:

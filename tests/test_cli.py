@@ -112,7 +112,10 @@ def test_eval_tells_of_each_class(run, tmp_path, capsys):
     assert list(result["per_class"].values()) == pytest.approx(100 * counts.diagonal() / counts.sum(axis=1))
     assert result["top1"] <= result["top5"] <= 100
     assert Image.open(picture).width > 500
-    for path, message in ((tmp_path / "m.doc", "a picture's file must end in"), (tmp_path / "no" / "m.json", "folder")):
+    for path, message in (
+        (tmp_path / "m.doc", "picture must end in"),
+        (tmp_path / "no" / "m.json", "folder"),
+    ):
         assert message in _fails(capsys, ["eval", run, "--data=digits", "--confusion", path])
 
 
@@ -242,8 +245,8 @@ def test_resume_of_a_finished_run(run, capsys):
         (["train", "--set=model_args.num_groups=7"], "num_groups"),
         (["train", "--config=nowhere.yaml"], "nowhere.yaml: No such file"),
         (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
-        (["train", "--resume=nowhere", "--config=x.yaml"], "--config does not go with --resume"),
-        (["train", "--resume=nowhere", "--auto-resume"], "--auto-resume does not go with --resume"),
+        (["train", "--resume=nowhere", "--config=x.yaml"], "--config cannot be used with --resume"),
+        (["train", "--resume=nowhere", "--auto-resume"], "--auto-resume cannot be used with --resume"),
         (["train", "--lr", "fast"], "lr must be a number; got 'fast'"),
         (["eval", "nowhere", "--data=digits"], "nowhere does not exist"),
         (["info", "kat_tini_patch16_224"], "did you mean kat_tiny_patch16_224"),
@@ -295,7 +298,7 @@ def test_a_run_whose_output_nobody_reads_can_go_on(tmp_path, capsys, monkeypatch
     _close_reader(monkeypatch)
     folder = tmp_path / "a run"
     line = _fails(capsys, ["train", *TINY, "--epochs=2", f"--output={folder}"])
-    assert line == f"grkan: nobody reads the output any more; go on with: grkan train --resume '{folder}'"
+    assert line == f"grkan: the reader of the output has closed it; go on with: grkan train --resume '{folder}'"
     monkeypatch.undo()
     assert main(["train", "--resume", str(folder)]) == 0
 
@@ -389,7 +392,7 @@ def test_a_missing_package_is_named(module, package, capsys, monkeypatch):
     [
         (MemoryError(), "grkan: there is not enough memory"),
         (MemoryError("8 TiB"), "grkan: there is not enough memory: 8 TiB"),
-        (torch.OutOfMemoryError("CUDA"), "grkan: the GPU has not enough memory; a lower --batch-size, or a higher"),
+        (torch.OutOfMemoryError("CUDA"), "grkan: the GPU ran out of memory; lower --batch-size, or raise"),
     ],
 )
 def test_memory_that_is_not_there_is_told_in_one_line(error, line, capsys, monkeypatch):
@@ -403,7 +406,7 @@ def test_memory_that_is_not_there_is_told_in_one_line(error, line, capsys, monke
 def test_a_killed_loading_process_is_told_in_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(data._Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     line = _fails(capsys, ["eval", run, "--data=digits", "--workers=1"])
-    assert line == "grkan: a process that loads images was killed, perhaps for lack of memory; try fewer --workers"
+    assert line == "grkan: a process that loads images was killed, perhaps because memory ran out; try fewer --workers"
 
 
 @pytest.mark.parametrize(
@@ -541,8 +544,8 @@ def test_mistakes_of_convert_get_one_line(arguments, message, tmp_path, capsys, 
     ("options", "message"),
     [
         (["--output", "."], ".: is a folder, not a file"),
-        (["--output", "kat.safetensors", "--plot", "fits.docx"], "a picture's file must end in .png, .svg or .pdf"),
-        (["--output", "kat.safetensors", "--plot", "fits"], "a picture's file must end in .png, .svg or .pdf"),
+        (["--output", "kat.safetensors", "--plot", "fits.docx"], "the name of a picture must end in .png, .svg, .pdf"),
+        (["--output", "kat.safetensors", "--plot", "fits"], "the name of a picture must end in .png, .svg, .pdf"),
         (["--output", "kat.safetensors", "--data", "images"], "--data images has no readable image"),
     ],
 )

@@ -1,5 +1,6 @@
-"""Every program of examples/ runs on tiny data, as a user starts it, and does what it says."""
+"""Every program of examples/ runs on tiny data and does what it says; a mistake ends it with one clear line."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,12 +14,32 @@ import grkan
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, *arguments, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a program of examples/ in this process, and return what it printed."""
+
+    def start(name, *arguments):
+        spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return start
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Run it with a mistake, and return the last line on standard error."""
+
+    def start(name, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            run(name, *arguments)
+        assert stopped.value.code
+        return stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+
+    return start
 
 
 @pytest.fixture
@@ -29,7 +50,7 @@ def text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_language_model(kind, text, tmp_path):
+def test_language_model(kind, run, text, tmp_path):
     for package in ("transformers", "tokenizers", "accelerate"):
         pytest.importorskip(package)
     sizes = ["--vocabulary", 300, "--width", 32, "--layers", 1, "--groups", 4, "--context", 128, "--batch", 2]
@@ -69,12 +90,19 @@ def encoder(tmp_path):
     return folder
 
 
+def test_mistakes_in_the_text_of_a_language_model(fails, text, tmp_path):
+    for package in ("transformers", "tokenizers", "accelerate"):
+        pytest.importorskip(package)
+    assert "--text: there is no file" in fails("language_model.py", "--text", tmp_path / "none.txt")
+    assert "--text is too short" in fails("language_model.py", "--text", text, "--batch", 512)
+    assert "--width must be a multiple of 64" in fails("language_model.py", "--text", text, "--width", 100)
+
+
 @pytest.mark.parametrize("trainable", ["all", "lora", "functions"])
-def test_finetune_encoder(trainable, encoder, tmp_path):
+def test_finetune_encoder(trainable, run, encoder, tmp_path):
     files = ["--train", tmp_path / "train.tsv", "--test", tmp_path / "test.tsv", "--output", tmp_path / "out"]
-    output = run(
-        "finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 32, "--lr", 1e-2
-    )
+    rates = ["--lr", 3e-3 if trainable == "all" else 1e-2, "--function-lr", 1e-2]
+    output = run("finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 32, *rates)
     assert "converted 2 MLPs" in output
     assert float(output.split()[-1]) > (0.75 if trainable == "functions" else 0.9)  # one half at the start
     if trainable == "functions":
@@ -86,7 +114,17 @@ def test_finetune_encoder(trainable, encoder, tmp_path):
         assert any(isinstance(module, grkan.GroupRational) for module in model.modules())
 
 
-def test_finetune_vit(tmp_path):
+def test_mistakes_in_the_files_of_an_encoder(fails, encoder, tmp_path):
+    train, wrong = tmp_path / "train.tsv", tmp_path / "wrong.tsv"
+    files = ["finetune_encoder.py", "--model", encoder, "--train", train, "--test", wrong]
+    assert "--test: there is no file" in fails(*files)
+    wrong.write_text("a film\tperhaps\n")
+    assert "--test has labels that --train does not have: perhaps" in fails(*files)
+    wrong.write_text("a fine film\tyes\na film yes\n")
+    assert "entry 2 has no tab" in fails(*files)
+
+
+def test_finetune_vit(run, fails, tmp_path):
     pytest.importorskip("timm")
     image = pytest.importorskip("PIL.Image")
     for split in ("train", "val"):
@@ -99,16 +137,34 @@ def test_finetune_vit(tmp_path):
     output = run("finetune_vit.py", *arguments, "--epochs", 4, "--lr", 1e-3, "--output", tmp_path / "kat.safetensors")
     assert "converted" in output
     assert float(output.split()[-2]) > 90
+    (tmp_path / "data/val/dark").rename(tmp_path / "data/val/black")
+    assert "must have the same classes" in fails("finetune_vit.py", *arguments)
+    assert "there is no folder" in fails("finetune_vit.py", "--data", tmp_path / "none")
     model = grkan.load_model(tmp_path / "kat.safetensors")
     assert any(isinstance(module, grkan.GroupRational) for module in model.modules())
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_shard(tensor_parallel):
+def test_shard():
     pytest.importorskip("timm")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = ["--model", "kat_micro_patch2_8", "--tensor-parallel", tensor_parallel, "--steps", 11]
-    output = run("shard.py", *arguments, launcher=launcher)
-    losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
-    assert losses[-1] < losses[0]
-    assert output.count("holds") == 2
+
+    def start(*arguments):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        arguments = ["--model", "kat_micro_patch2_8", "--steps", 11, *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launcher, str(EXAMPLES / "shard.py"), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    for tensor_parallel in (1, 2):
+        done = start("--tensor-parallel", tensor_parallel)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+        assert losses[-1] < losses[0]
+        assert done.stdout.count("holds") == 2
+
+
+def test_mistakes_in_sharding(fails, monkeypatch):
+    assert "start it by torchrun" in fails("shard.py")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--tensor-parallel must divide the number of processes, 2; got 3" in fails(
+        "shard.py", "--tensor-parallel", 3
+    )

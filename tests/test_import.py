@@ -157,7 +157,7 @@ def test_a_timm_that_lacks_what_the_models_need_warns_once(tmp_path):
     )
     assert stdout.strip() == "made"
     assert stderr.count("RuntimeWarning") == 1
-    assert "grkan cannot be used with this timm" in stderr
+    assert "grkan does not work with this version of timm" in stderr
 
 
 def test_public_names():

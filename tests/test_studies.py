@@ -97,7 +97,7 @@ def few_labels(monkeypatch):
     small = {"SIZES": (4, 8), "SEEDS": 2, "STEPS": 10, "HELD_OUT": 12, "TUNED_WITH": 8}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "RATES", {"all": (1e-3,), "parts": (1e-2, 1e-3)})
+    monkeypatch.setattr(module, "RATES", {"all": (1e-3,), "lora": (1e-2, 1e-3), "few": (1e-2,)})
     return module
 
 
@@ -135,4 +135,4 @@ def test_the_study_of_few_labels(few_labels, tmp_path, monkeypatch):
     assert trained["kat-all"] == trained["all"] + 2 * 8 * 10
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--report", str(page)])
     few_labels.main()
-    assert page.read_text().count("±") == 2 * len(few_labels.METHODS)
+    assert page.read_text().count("±") == 2 * (len(few_labels.METHODS) + len(few_labels.PAIRS))

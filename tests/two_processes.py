@@ -220,7 +220,7 @@ def groups_that_the_ranks_do_not_divide_are_refused():
     layer = grkan.GRKAN(30, 60, num_groups=3)
     with pytest.raises(GrkanValueError, match=r"num_groups.* multiple of the number of ranks, 2.*got 3"):
         parallelize_module(layer, mesh, PLAN)
-    with pytest.raises(GrkanTypeError, match=r"GroupParallel is for a GroupRational.*Linear"):
+    with pytest.raises(GrkanTypeError, match=r"GroupParallel must be applied to a GroupRational.*Linear"):
         parallelize_module(layer, mesh, {"fc1": grkan.GroupParallel()})
 
 

@@ -58,15 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(f"there is not enough memory{f': {error}' if str(error) else ''}")
     except torch.OutOfMemoryError:
-        return _fail("the GPU has not enough memory; a lower --batch-size, or a higher --accumulate, takes less")
+        return _fail("the GPU ran out of memory; lower --batch-size, or raise --accumulate")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        return _fail("a process that loads images was killed, perhaps for lack of memory; try fewer --workers")
+        return _fail("a process that loads images was killed, perhaps because memory ran out; try fewer --workers")
     except BrokenPipeError:  # the reader of the output, such as `head`, has had enough
         _give_up_output()
         way_on = _way_on(options)
-        return _fail(f"nobody reads the output any more{way_on}") if way_on else 1
+        return _fail(f"the reader of the output has closed it{way_on}") if way_on else 1
     except OSError as error:
         where = error.filename
         try:
@@ -131,19 +131,22 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "train a model on labelled images")
-    sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML; the command line overrides them")
-    sub.add_argument("--resume", type=_name, metavar="DIR", help="go on with the interrupted run in this folder")
+    sub.add_argument("--config", type=_name, metavar="FILE", help="settings as YAML; the command line overrides them")
+    sub.add_argument("--resume", type=_name, metavar="DIR", help="continue the interrupted run in this folder")
     sub.add_argument(
         "--auto-resume",
         action="store_true",
-        help="go on with the run if its folder holds one, or else start it: the same command for both",
+        help="continue the run if its folder holds one, otherwise start it",
     )
     add_training_options(sub)
 
     sub = command("eval", _eval, "test a trained model; the last line is JSON")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument(
-        "--data", type=_name, required=True, help="as for train; a folder may hold the classes' folders itself"
+        "--data",
+        type=_name,
+        required=True,
+        help="as for train; a folder may also hold the folders of the classes directly",
     )
     sub.add_argument(
         "--confusion",
@@ -151,42 +154,72 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="write the confusion matrix, as JSON (.json) or a picture; may be given for both",
+        help="write the confusion matrix as JSON (.json) or as a picture; give it twice for both",
     )
-    sub.add_argument("--split", type=_name, metavar="NAME", help="train, val or another (what runs are tested on)")
-    sub.add_argument("--val-split", type=float, metavar="X", help="as for train (the run's, on the run's data)")
-    sub.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of --val-split (%(default)s)")
+    sub.add_argument(
+        "--split", type=_name, metavar="NAME", help="train, val or another (the one that runs are tested on)"
+    )
+    sub.add_argument(
+        "--val-split", type=float, metavar="X", help="as for train (by default that of the run, for the same data)"
+    )
+    sub.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="seed for --val-split (%(default)s)")
     sub.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="images at a time (%(default)s)")
     sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images")
 
-    sub = command("predict", _predict, "classify images; one line for each, with an error where it cannot be read")
+    sub = command("predict", _predict, "classify images; print a line for each, with the error if it cannot be read")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("images", type=_name, nargs="+", metavar="IMAGE|FOLDER", help="of folders, all images below")
-    sub.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to tell of each (%(default)s)")
+    sub.add_argument(
+        "images",
+        type=_name,
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="image files, or folders, which are searched for images",
+    )
+    sub.add_argument(
+        "--top",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="the number of classes to print for each image (%(default)s)",
+    )
     sub.add_argument("--format", choices=("jsonl", "csv"), default="jsonl", help="JSON lines (default) or CSV")
     sub.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (%(default)s)")
-    sub.add_argument("--workers", type=_not_negative, metavar="N", help="processes that load images (by their number)")
-
-    sub = command("compare", _compare, "train several models, or variants of one, and put them side by side")
-    sub.add_argument("--config", type=_name, metavar="FILE", help="settings in YAML, those of train, and `runs`")
-    sub.add_argument("--models", nargs="+", metavar="NAME", help="one run for each, in place of the file's runs")
-    sub.add_argument("--output", type=_name, required=True, metavar="DIR", help="the folder of all")
     sub.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="runs at a time, of fewer threads (%(default)s)"
+        "--workers",
+        type=_not_negative,
+        metavar="N",
+        help="processes that load images (depends on the number of images)",
+    )
+
+    sub = command("compare", _compare, "train several models, or variants of one, and compare them")
+    sub.add_argument("--config", type=_name, metavar="FILE", help="settings as YAML: those of train, and `runs`")
+    sub.add_argument(
+        "--models", nargs="+", metavar="NAME", help="one run for each model, instead of the runs in the file"
+    )
+    sub.add_argument("--output", type=_name, required=True, metavar="DIR", help="the folder for all runs")
+    sub.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="runs at a time, which share the threads (%(default)s)"
     )
     add_training_options(sub, without=("model", "output"))
 
     sub = command("convert", _convert, "turn a pretrained Vision Transformer into a KAT that computes the same")
-    sub.add_argument("--model", metavar="NAME", help="a name of timm's registry (that of the checkpoint)")
+    sub.add_argument("--model", metavar="NAME", help="a name in timm's registry (by default that of the checkpoint)")
     sub.add_argument(
-        "--checkpoint", type=_name, metavar="FILE", help="its weights: a run's folder, a model file, or one of timm's"
+        "--checkpoint",
+        type=_name,
+        metavar="FILE",
+        help="its weights: a run's folder, a model file, or a checkpoint of timm",
     )
     sub.add_argument(
-        "--data", type=_name, help="training images to fit the functions to, as for train (none: from the weights)"
+        "--data",
+        type=_name,
+        help="training images to fit the functions to, as for train (by default the weights decide)",
     )
-    sub.add_argument("--images", type=_positive, default=256, metavar="N", help="how many of them (%(default)s)")
     sub.add_argument(
-        "--num-groups", type=_positive, default=8, metavar="N", help="at most so many groups (%(default)s)"
+        "--images", type=_positive, default=256, metavar="N", help="the number of training images to use (%(default)s)"
+    )
+    sub.add_argument(
+        "--num-groups", type=_positive, default=8, metavar="N", help="the largest number of groups (%(default)s)"
     )
     _add_function_options(sub)
     sub.add_argument(
@@ -194,23 +227,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--plot", type=_name, metavar="FILE", help="save a picture of the worst fits")
 
-    sub = command(
-        "export", _export, "write a model for programs that have no grkan: ONNX, OpenVINO, PyTorch's packages"
-    )
+    sub = command("export", _export, "write a model for programs without grkan: ONNX, OpenVINO, PyTorch's packages")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
-    sub.add_argument("--output", type=_name, required=True, metavar="FILE", help="the file; for timm a folder")
+    sub.add_argument(
+        "--output", type=_name, required=True, metavar="FILE", help="the file to write; for timm, a folder"
+    )
     sub.add_argument("--format", default="onnx", help="onnx (default), openvino, pt2, aoti, executorch or timm")
     sub.add_argument(
         "--with-library", action="store_true", help="for onnx: put grkan's kernel for ONNX Runtime beside the file"
     )
     sub.add_argument("--int8", action="store_true", help="for onnx: weights in 8 bits")
 
-    sub = command("plot", _plot, "draw the learned functions of a model, each against its initial one, or make a page")
+    sub = command("plot", _plot, "plot each learned function of a model with its initial function, or make a web page")
     sub.add_argument("model", type=_name, metavar="DIR|FILE", help="a run's folder or a model file")
     sub.add_argument(
         "--data",
         type=_name,
-        help="show the histogram of each function's inputs for test images of this data set (a page: the run's own)",
+        help="show a histogram of each function's inputs on test images of "
+        "this data set (a page: by default the run's)",
     )
     sub.add_argument(
         "--output",
@@ -220,23 +254,27 @@ def _parser() -> argparse.ArgumentParser:
         help="a .png, .svg or .pdf file; or .html, a page with the functions, the curves and the confusion matrix",
     )
 
-    sub = command("info", _info, "count a model's parameters and operations, next to its Vision Transformer's")
-    sub.add_argument("model", type=_name, help="a name of timm's registry, a run's folder or a model file")
+    sub = command("info", _info, "count a model's parameters and operations, and those of its Vision Transformer")
+    sub.add_argument("model", type=_name, help="a name in timm's registry, a run's folder or a model file")
 
     sub = command("fit", _fit, "fit a rational function to a named function")
     sub.add_argument("name", help="gelu, silu, relu, tanh, ...")
-    sub.add_argument("--interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="where (the table's interval)")
+    sub.add_argument(
+        "--interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="the interval of the fit (that of the table)"
+    )
     _add_function_options(sub)
     sub.add_argument("--output", type=_name, metavar="FILE", help="save a picture of target, fit and error")
 
-    sub = command("bench", _bench, "time the function, the layer or the model against its rivals, in turn in one run")
+    sub = command("bench", _bench, "time the function, the layer or the model against its rivals, which take turns")
     sub.add_argument(
         "suite", choices=("ops", "layers", "models", "deploy", "kernels"), metavar="ops|layers|models|deploy|kernels"
     )
-    sub.add_argument("--rounds", type=_positive, metavar="N", help="turns of each rival (15)")
-    sub.add_argument("--threads", type=_positive, metavar="N", help="threads of PyTorch (its own choice)")
+    sub.add_argument("--rounds", type=_positive, metavar="N", help="the number of turns of each rival (15)")
+    sub.add_argument(
+        "--threads", type=_positive, metavar="N", help="the number of PyTorch's threads (PyTorch's default)"
+    )
     sub.add_argument("--device", choices=("cpu", "cuda"), help="cpu (default), or cuda, a GPU")
-    sub.add_argument("--json", metavar="FILE", help="write all that was measured")
+    sub.add_argument("--json", metavar="FILE", help="write all measurements")
     return parser
 
 
@@ -275,9 +313,11 @@ def _whole(text: str, low: int) -> int:
 def _train(options: argparse.Namespace) -> None:
     if options.resume is not None:
         if options.config is not None:
-            raise GrkanValueError("--config does not go with --resume: the run's own configuration is used")
+            raise GrkanValueError("--config cannot be used with --resume, which uses the configuration of the run")
         if options.auto_resume:
-            raise GrkanValueError("--auto-resume does not go with --resume: it takes the command that starts the run")
+            raise GrkanValueError(
+                "--auto-resume cannot be used with --resume; give it to the command that starts the run"
+            )
         from .train.loop import resume
 
         _set_way_on(options, options.resume)

@@ -55,13 +55,15 @@ def shard_groups_(module: nn.Module, name: str, mesh: DeviceMesh, source: int | 
         source: the rank whose coefficients count; None: all ranks have the same.
     """
     if not isinstance(module, GroupRational):
-        raise GrkanTypeError(f"GroupParallel is for a GroupRational, such as act2; got a {type(module).__name__}")
+        raise GrkanTypeError(
+            f"GroupParallel must be applied to a GroupRational, such as act2; got a {type(module).__name__}"
+        )
     if mesh.ndim != 1:
-        raise GrkanValueError(f"GroupParallel needs a mesh of one dimension, such as mesh['tp']; got {mesh}")
+        raise GrkanValueError(f"GroupParallel needs a mesh with one dimension, such as mesh['tp']; got {mesh}")
     if module.num_groups % mesh.size():
         raise GrkanValueError(
-            f"GroupParallel needs num_groups to be a multiple of the number of ranks, {mesh.size()}, so that each has "
-            f"whole groups; got {module.num_groups}"
+            f"num_groups must be a multiple of the number of ranks, {mesh.size()}, so that each rank has whole groups; "
+            f"got {module.num_groups}"
         )
     parameter = getattr(module, name)
     placement = Replicate() if name == "numerator" and module.share_numerator else Shard(0)

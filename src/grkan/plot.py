@@ -327,7 +327,7 @@ def check_picture(path: str | Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in known:
         raise GrkanValueError(
-            f"a picture's file must end in .png, .svg or .pdf, or one of {', '.join(known)}; got {path}"
+            f"the name of a picture must end in .png, .svg, .pdf, or one of {', '.join(known)}; got {path}"
         )
 
 

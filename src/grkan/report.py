@@ -46,7 +46,9 @@ def make_report(
         ValueError: the model has no rational functions, or confusion is not square with one row per class.
     """
     if confusion is not None and {len(classes)} != {len(confusion), *(len(row) for row in confusion)}:
-        raise GrkanValueError(f"confusion must be {len(classes)} x {len(classes)}, a row for each class")
+        raise GrkanValueError(
+            f"confusion must be {len(classes)} x {len(classes)}, with a row for each class; got {len(confusion)} rows"
+        )
     functions = learned_functions(model, inputs)
     data = {
         "title": title,

@@ -82,7 +82,7 @@ def test_deploy_leaves_out_what_is_not_there(monkeypatch):
     assert not any(note.startswith("OpenVINO compiles") for note in suite.notes)
     monkeypatch.setattr(deploy, "missing", lambda runtime: None)
     assert any(note.startswith("OpenVINO compiles") for note in suites.deploy().notes)
-    with pytest.raises(ValueError, match="deploy runs on the CPU; got device 'cuda'"):
+    with pytest.raises(ValueError, match="device must be 'cpu' for deploy; got 'cuda'"):
         suites.deploy("cuda")
 
 

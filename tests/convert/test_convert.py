@@ -384,7 +384,7 @@ def test_recipes_that_are_none(recipe, error):
         (lambda layer: layer.update(layout="grkan"), "linear and activation in .* must be 1.fc1 and 1.act for"),
         (lambda layer: layer["act2"].update(form="sum"), "at 1: form must be"),
         (lambda layer: layer["act2"].update(order=[7, 6]), "at 1: the numerator of init must have shape"),
-        (lambda layer: layer["act1"].update(num_groups=5), "at 1: width must be divisible by num_groups; got 16 and 5"),
+        (lambda layer: layer["act1"].update(num_groups=5), "at 1: width must be divisible by num_groups, 5; got 16"),
         (lambda layer: layer["act1"].update(width=24), "1.0 takes 16 channels instead of 24"),
         (lambda layer: layer["act2"].update(channel_dim=7), "channel_dim must be -1 or 1"),
         (lambda layer: layer["act2"].update(init=3), "init in act2 in layer 1 of recipe must be a string; got 3"),

@@ -34,13 +34,13 @@ class Never(torch.nn.Module):
         ({"model": "kat"}, TypeError, r"model must be a torch\.nn\.Module; got 'kat'"),
         ({}, ValueError, "example must be given"),
         ({"example": "x"}, TypeError, "example must be a Tensor, a tuple of arguments or a mapping"),
-        ({"example": ()}, ValueError, "example must hold a tensor"),
+        ({"example": ()}, ValueError, "example must contain a tensor"),
         (
             {"model": torch.nn.Linear(3, 2), "example": torch.ones(2, 4)},
             ValueError,
             r"float32 \(2, 4\) it raises Runtime",
         ),
-        ({"model": torch.nn.Linear(3, 2, device="meta")}, ValueError, "it is on the meta device"),
+        ({"model": torch.nn.Linear(3, 2, device="meta")}, ValueError, "they are on the meta device"),
     ],
 )
 def test_mistakes(arguments, kind, message, tmp_path, monkeypatch):

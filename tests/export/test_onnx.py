@@ -311,7 +311,7 @@ def test_a_file_that_computes_something_else_does_not_appear(tmp_path, monkeypat
 def test_the_old_file_stays_if_the_new_one_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "old.onnx").write_bytes(b"old")
     monkeypatch.setattr(exporter, "runner", lambda file: lambda call: [torch.zeros(1)])
-    with pytest.raises(RuntimeError, match=r"shape \(1,\) for inputs of shape \(2, 16\), and PyTorch \(2, 16\)"):
+    with pytest.raises(RuntimeError, match=r"shape \(1,\) for inputs of shape .*, but PyTorch returns \(2, 16\)"):
         grkan.export(layer(), tmp_path / "old.onnx", example=ROWS)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 

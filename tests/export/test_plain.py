@@ -121,7 +121,7 @@ def test_mistakes():
         grkan.plain("kat")
     layer = grkan.RationalLinear(8, 8)
     layer.act.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"without hooks.* act has some"):
+    with pytest.raises(ValueError, match=r"must not have hooks.* act has some"):
         grkan.plain(layer)
-    with pytest.raises(ValueError, match=r"without hooks.* it has some"):
+    with pytest.raises(ValueError, match=r"must not have hooks.* it has some"):
         grkan.plain(layer.act)

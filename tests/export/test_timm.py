@@ -87,7 +87,7 @@ def test_a_folder_of_which_timm_makes_another_model_does_not_appear(tmp_path, mo
 
     model = made("kat_micro_patch2_8")
     monkeypatch.setattr(timm, "create_model", wrong)
-    with pytest.raises(RuntimeError, match=r"makes another model of the folder: head\.bias differs"):
+    with pytest.raises(RuntimeError, match=r"builds a different model from the folder: head\.bias differs"):
         grkan.export(model, tmp_path / "kat", format="timm")
     assert list(tmp_path.iterdir()) == []
 

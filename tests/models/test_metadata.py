@@ -52,10 +52,10 @@ def test_preprocessing_may_say_more_or_less():
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "its metadata are no JSON"),
-        ('{"format_version": 1', "its metadata are no JSON"),
-        ("[" * 100_000, "its metadata are no JSON"),
-        ('{"format_version": ' + "1" * 5_000 + "}", "its metadata are no JSON"),
+        ("", "its metadata is not JSON"),
+        ('{"format_version": 1', "its metadata is not JSON"),
+        ("[" * 100_000, "its metadata is not JSON"),
+        ('{"format_version": ' + "1" * 5_000 + "}", "its metadata is not JSON"),
         ("[]", r"its metadata must be an object; got \[\]"),
         ("{}", "its metadata lack format_version, grkan_version, model, arguments, classes"),
         (json.dumps({k: v for k, v in COMPLETE.items() if k != "forms"}), "its metadata lack forms$"),
@@ -117,5 +117,5 @@ def test_a_newer_version_is_told_before_its_fields_are_read():
 def test_an_argument_that_holds_itself():
     endless = []
     endless.append(endless)
-    with pytest.raises(TypeError, match="depth must be JSON"):
+    with pytest.raises(TypeError, match="depth must be valid JSON"):
         describe_model(nn.Linear(2, 2), None, None, {"depth": endless})

@@ -405,11 +405,11 @@ def test_compiles_without_a_break():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"in_features": 12}, ValueError, "in_features must be divisible by num_groups; got 12 and 8"),
+        ({"in_features": 12}, ValueError, "in_features must be divisible by num_groups, 8; got 12"),
         ({"in_features": 0}, ValueError, "in_features must be at least 1; got 0"),
         ({"in_features": 8.0}, TypeError, "in_features must be an int; got 8.0"),
         ({"in_features": "a"}, TypeError, "in_features must be an int; got 'a'"),
-        ({"hidden_features": 20}, ValueError, "hidden_features must be divisible by num_groups; got 20 and 8"),
+        ({"hidden_features": 20}, ValueError, "hidden_features must be divisible by num_groups, 8; got 20"),
         ({"hidden_features": 0}, ValueError, "hidden_features must be at least 1; got 0"),
         ({"out_features": 0}, ValueError, "out_features must be at least 1; got 0"),
         ({"act_init": "swish"}, ValueError, "act_init must be a pair"),
@@ -422,8 +422,8 @@ def test_compiles_without_a_break():
         ({"weight_init": "xavier"}, ValueError, "weight_init must be .* got 'xavier'"),
         ({"weight_init": 3}, TypeError, "weight_init must be .* got 3"),
         ({"form": "A"}, ValueError, "form must be"),
-        ({"norm_layer": 3}, TypeError, "norm_layer must give a module .* got 3"),
-        ({"norm_layer": lambda width: width}, TypeError, "norm_layer must give a module"),
+        ({"norm_layer": 3}, TypeError, "norm_layer must return a module .* got 3"),
+        ({"norm_layer": lambda width: width}, TypeError, "norm_layer must return a module"),
     ],
 )
 def test_errors(arguments, error, match):

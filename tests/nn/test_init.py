@@ -92,11 +92,11 @@ def test_the_default_device_and_dtype_do_not_matter():
         ((np.zeros_like,), ValueError, r"positive and finite"),
         (([0.0, 0.0], [1.0]), ValueError, r"positive and finite"),
         ((lambda x: x * np.inf,), ValueError, r"positive and finite"),
-        ((lambda x: x[:2],), ValueError, r"shape of its argument"),
+        ((lambda x: x[:2],), ValueError, r"same shape as its argument"),
         (([0.0, 1.0],), TypeError, r"numerator with its denominator"),
         (("gelu", [0.5]), TypeError, r"numerator must be numbers; got 'gelu'"),
         (("swich",), ValueError, r"^function_or_numerator must be one of .*'swish'"),
-        ((torch.nn.GELU,), TypeError, "what function_or_numerator returns must be numbers; got GELU"),
+        ((torch.nn.GELU,), TypeError, "the result of function_or_numerator must be numbers; got GELU"),
         ((torch.ones(2, 3), torch.ones(3, 2)), ValueError, r"\(2, 3\) and \(3, 2\)"),
     ],
 )

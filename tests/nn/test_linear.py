@@ -266,7 +266,7 @@ def test_another_width_is_refused():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="in_features must be divisible by num_groups; got 12 and 8"):
+    with pytest.raises(ValueError, match="in_features must be divisible by num_groups, 8; got 12"):
         RationalLinear(12, 4)
     with pytest.raises(ValueError, match="out_features must be at least 1; got 0"):
         RationalLinear(16, 0)

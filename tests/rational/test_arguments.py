@@ -97,15 +97,15 @@ def broken(x):
 @pytest.mark.parametrize(
     ("function", "error", "match"),
     [
-        (nn.GELU, TypeError, "what f returns must be numbers; got GELU"),
-        (lambda x: nn.Sequential(nn.GELU()), TypeError, "what f returns must be numbers; got Sequential"),
+        (nn.GELU, TypeError, "the result of f must be numbers; got GELU"),
+        (lambda x: nn.Sequential(nn.GELU()), TypeError, "the result of f must be numbers; got Sequential"),
         (nn.Tanh, TypeError, "f must take a float64 array or tensor; got .*positional argument"),
-        (lambda x: "a", TypeError, "what f returns must be numbers; got 'a'"),
-        (lambda x: x + 1j, TypeError, "what f returns must be numbers"),
+        (lambda x: "a", TypeError, "the result of f must be numbers; got 'a'"),
+        (lambda x: x + 1j, TypeError, "the result of f must be numbers"),
         (lambda x: x.nonsense(), TypeError, "'numpy.ndarray' object has no .*'Tensor' object has no attribute"),
-        (nn.Linear(3, 3), TypeError, "f must take a float64 array or tensor; got .* to a tensor"),
-        (lambda x: x[:-1], ValueError, r"f must return an array of the shape of its argument, \(7,\); got \(6,\)"),
-        (lambda x: 1.0, ValueError, r"f must return an array of the shape of its argument, \(7,\); got \(\)"),
+        (nn.Linear(3, 3), TypeError, "f must take a float64 array or tensor; got .* for a tensor"),
+        (lambda x: x[:-1], ValueError, r"f must return an array of the same shape as its argument, \(7,\); got \(6,\)"),
+        (lambda x: 1.0, ValueError, r"f must return an array of the same shape as its argument, \(7,\); got \(\)"),
         (broken, KeyError, "the user's own"),
     ],
 )

@@ -470,8 +470,8 @@ def test_a_fit_prints_its_order_errors_and_coefficients():
     [
         ({"target": "gellu"}, ValueError, r"^target must be one of .* got 'gellu'; did you mean 'gelu'\?"),
         ({"target": 3}, TypeError, "target must be a name or a callable on numpy arrays; got int"),
-        ({"target": lambda x: x[:-1]}, ValueError, "target must return an array of the shape of its argument"),
-        ({"target": torch.nn.GELU}, TypeError, "what target returns must be numbers; got GELU"),
+        ({"target": lambda x: x[:-1]}, ValueError, "target must return an array of the same shape as its argument"),
+        ({"target": torch.nn.GELU}, TypeError, "the result of target must be numbers; got GELU"),
         ({"target": lambda x: x / (x < 5)}, ValueError, "target must be finite where it is fitted; got inf at x = "),
         ({"order": 5}, TypeError, r"order must be a pair \(m, n\) of ints, m >= 0 and n >= 0; got 5"),
         ({"order": "54"}, TypeError, r"order must be a pair .* got '54'"),
@@ -490,19 +490,23 @@ def test_a_fit_prints_its_order_errors_and_coefficients():
         (
             {"target": "relu", "interval": (-1e-99, 1e-99)},
             ValueError,
-            r"order \(5, 4\) needs coefficients beyond float64 for \|x\| to 1e-99 and \|target\| to 1e-99; bring both",
+            r"order \(5, 4\) needs .* of float64 for \|x\| up to 1e-99 and \|target\| up to 1e-99; scale both",
         ),
         (
             {"target": "relu", "interval": (0, 1e200), "samples": [0, 1e200, 1e199]},
             ValueError,
-            r"order \(5, 4\) needs coefficients beyond float64 for \|x\| to 1e\+200",
+            r"order \(5, 4\) needs coefficients outside the range of float64 for \|x\| up to 1e\+200",
         ),
-        ({"weights": [1.0]}, ValueError, "weights belong to samples; got weights and no samples"),
+        ({"weights": [1.0]}, ValueError, "weights need samples; got weights without samples"),
         ({"samples": []}, ValueError, r"samples must be 1-D and not empty; got shape \(0,\)"),
         ({"samples": [[1.0]]}, ValueError, r"samples must be 1-D and not empty; got shape \(1, 1\)"),
         ({"samples": "abc"}, TypeError, "samples must be a 1-D array of numbers; got str"),
         ({"samples": [1.0, math.nan]}, ValueError, "samples must be finite; got nan at index 1"),
-        ({"samples": [1.0, 2.0], "weights": [1.0]}, ValueError, "weights must be as many as samples, 2; got 1"),
+        (
+            {"samples": [1.0, 2.0], "weights": [1.0]},
+            ValueError,
+            "one value for each of the 2 samples; got 1",
+        ),
         (
             {"samples": [1.0, 2.0], "weights": [1.0, -2.0]},
             ValueError,

@@ -825,7 +825,7 @@ def test_jagged_tensors_of_other_kinds():
     y = grkan.group_rational(nested.transpose(1, 2), A, B, channel_dim=1)
     torch.testing.assert_close(y.transpose(1, 2).unbind()[1], grkan.group_rational(nested.unbind()[1], A, B))
     for channel_dim in (0, 1, 3):
-        with pytest.raises(ValueError, match="channel_dim must be a dimension of the parts"):
+        with pytest.raises(ValueError, match="channel_dim must be a dimension in which all parts"):
             grkan.group_rational(nested, A, B, channel_dim=channel_dim)
 
 

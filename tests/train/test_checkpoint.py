@@ -35,7 +35,7 @@ def test_a_truncated_state_is_named(state, tmp_path, keep):
 
 def test_a_foreign_state_is_named(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is no training state of this version"):
+    with pytest.raises(ValueError, match=r"other\.pt is not a training state of this version"):
         load_state(tmp_path / "other.pt")
 
 
@@ -54,7 +54,7 @@ def test_a_state_cannot_run_code(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"format": Evil()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(ValueError, match="damaged or no training state"):
+        with pytest.raises(ValueError, match="damaged, or not a training state"):
             load_state(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -89,7 +89,7 @@ def test_a_folder_is_one_runs_as_long_as_it_lives(tmp_path):
     child = int(holder.stdout.readline())
     try:
         lock = RunLock(folder)
-        with pytest.raises(RuntimeError, match=rf"another run is at work in .*/run: process {holder.pid} on \S+; wait"):
+        with pytest.raises(RuntimeError, match=rf"another run is using .*/run: process {holder.pid} on \S+; wait"):
             lock.acquire()
         holder.kill()
         holder.wait()

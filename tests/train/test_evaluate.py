@@ -112,9 +112,9 @@ def test_every_image_gets_its_line(trained, tmp_path, batch_size, workers):
     assert [result["path"] for result in results] == files
     assert [result.get("error") for result in results] == [
         *[None] * 3,
-        "it holds no image of a known format",
+        "it is not an image of a known format",
         *[None] * 4,
-        "it holds no image of a known format",
+        "it is not an image of a known format",
         "No such file or directory",
         None,
     ]

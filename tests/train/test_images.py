@@ -202,8 +202,8 @@ def test_an_opened_file_and_an_image_in_memory(tmp_path):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"<html></html>", "it holds no image of a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "it holds no image of a known format"),
+        (b"<html></html>", "it is not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "it is not an image of a known format"),
         (None, "No such file or directory"),
     ],
 )

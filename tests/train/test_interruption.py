@@ -204,7 +204,7 @@ def test_neither_the_start_nor_the_place_of_the_data_is_needed(undisturbed, imag
     assert read_yaml("../run/config.yaml")["data"] == str(tmp_path / "elsewhere" / "moved")
     assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
     next(Path("moved/train/cat").iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"is of another run: training images was 12 there, and is 11"):
+    with pytest.raises(ValueError, match=r"belongs to another run: training images was 12 there, and is 11"):
         resume("../run", {"data": "moved"})
 
 
@@ -221,12 +221,12 @@ def test_a_state_of_another_run_is_refused(undisturbed, tmp_path):
     (folder / "state" / "state.pt").write_bytes((undisturbed / "state" / "state.pt").read_bytes())
     config = (undisturbed / "config.yaml").read_text().replace("embed_dim: 16", "embed_dim: 24")
     (folder / "config.yaml").write_text(config)
-    with pytest.raises(ValueError, match=r"state\.pt is of another run: model_args was"):
+    with pytest.raises(ValueError, match=r"state\.pt belongs to another run: model_args was"):
         resume(folder)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no run to resume"):
+    with pytest.raises(ValueError, match="has no run to resume"):
         resume(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_everything_but_coefficients_can_be_trained(tiny, tmp_path, finished):
 
 @pytest.mark.parametrize("trainable", ["coefficients", "weights"])
 def test_choosing_between_coefficients_and_weights_needs_both(tiny, trainable):
-    with pytest.raises(ValueError, match=f"trainable: {trainable}; grkan_vit_micro_patch2_8 has no rational functions"):
+    with pytest.raises(ValueError, match=f"because grkan_vit_micro.* has no rational functions; got {trainable}"):
         train(make_config({"model": "grkan_vit_micro_patch2_8", "trainable": trainable, "output": tiny["output"]}))
 
 
@@ -308,9 +308,7 @@ def test_starting_from_another_model_is_refused(finished, tiny, tmp_path):
 def test_a_first_step_that_fails_leaves_nothing_in_the_way(tiny, tmp_path, caplog):
     settings = {"epochs": 1, "batch_size": 1442, "warmup_epochs": 0}
     for _ in range(2):
-        with pytest.raises(
-            TrainingError, match=r"the test loss is nan at step 1 \(epoch 1\); no epoch had been finished"
-        ):
+        with pytest.raises(TrainingError, match=r"the test loss is nan at step 1 \(epoch 1\); no epoch was finished"):
             train(make_config(tiny, settings, {"lr": 1e20}))
         assert not list((tmp_path / "run").rglob("*.safetensors"))
     assert train(make_config(tiny, settings))["last_loss"] > 0
@@ -336,7 +334,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
         return loss
 
     monkeypatch.setattr(loop._Run, "_optimise", spoils)
-    with pytest.raises(TrainingError, match=what + r"; .*last\.safetensors is of the last good epoch"):
+    with pytest.raises(TrainingError, match=what + r"; .*last\.safetensors is from the last good epoch"):
         train(make_config(tiny, settings))
     state = load_state(tmp_path / "run" / "state" / "state.pt")
     saved = load_file(tmp_path / "run" / "last.safetensors")
@@ -384,7 +382,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tiny, tmp_path, monkeypatc
         return result
 
     monkeypatch.setattr(loop._Run, "_optimise", spoiled)
-    with pytest.raises(TrainingError, match=what + "; no epoch had been finished"):
+    with pytest.raises(TrainingError, match=what + "; no epoch was finished"):
         train(make_config(tiny, settings))
     assert len(weights) == 4  # one step more was begun
     assert all(t.isfinite().all() for tensors in weights for t in tensors)

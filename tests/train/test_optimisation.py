@@ -197,5 +197,5 @@ def test_checkpointing_changes_memory_not_gradients(model):
 
 
 def test_a_model_that_cannot_compute_again_is_named():
-    with pytest.raises(ValueError, match="checkpointing: None cannot do it"):
+    with pytest.raises(ValueError, match="checkpointing must be off, because None does not support it"):
         prepare_model_(torch.nn.Linear(2, 2), Config(checkpointing=True))

@@ -209,7 +209,7 @@ def test_a_file_of_timms_with_the_name_of_its_model(tmp_path):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "vit.pth")
     start = _start(tmp_path / "vit.pth", ("a", "b"), model="grkan_vit_micro_patch2_8")
     torch.testing.assert_close(start.model.forward_features(IMAGES), model.forward_features(IMAGES))
-    with pytest.raises(ValueError, match=r"vit\.pth holds no released KAT.*--model NAME"):
+    with pytest.raises(ValueError, match=r"vit\.pth is not a released KAT.*--model NAME"):
         _start(tmp_path / "vit.pth", ("a", "b"))
     (tmp_path / "vit.pth").write_text("no weights")
     with pytest.raises(ValueError, match=r"vit\.pth holds no weights of a grkan_vit_micro_patch2_8"):

@@ -201,11 +201,11 @@ def _gpu() -> ModuleType:
         if problem := op.why_too_old(triton.__version__):
             raise GrkanImportError(problem)
         if triton.knobs.runtime.interpret:
-            raise GrkanRuntimeError("Triton's interpreter is on, in which nothing is compiled; unset TRITON_INTERPRET")
+            raise GrkanRuntimeError("Triton's interpreter is on, and compiles nothing; unset TRITON_INTERPRET")
         from ..rational import gpu
     except ImportError as error:
         raise GrkanImportError(
-            f"grkan bench kernels needs Triton; install it by: {op.TRITON_COMMAND} ({error})"
+            f"grkan bench kernels needs Triton; install it with: {op.TRITON_COMMAND} ({error})"
         ) from error
     return gpu
 

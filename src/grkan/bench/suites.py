@@ -99,14 +99,14 @@ def deploy(
 ) -> Suite:
     """Compare a Vision Transformer with the KAT of its size outside of Python, in every installed runtime."""
     if device != "cpu":
-        raise GrkanValueError(f"deploy runs on the CPU; got device {device!r}")
+        raise GrkanValueError(f"device must be 'cpu' for deploy; got {device!r}")
     from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
     from . import deploy as rivals
 
     files, contests, notes = rivals.Files(names), [], _notes(device)
     for runtime in runtimes or rivals.RUNTIMES:
         if package := rivals.missing(runtime):
-            notes.append(f"{' '.join(runtime)} is left out, for it needs {package}")
+            notes.append(f"{' '.join(runtime)} is left out: it needs {package}")
             continue
         for batch in batches if runtime[0] != rivals.EXECUTORCH else (1,):  # its sizes are fixed
             job = {"runtime": runtime[0], "precision": runtime[1], "batch": batch}

@@ -408,8 +408,8 @@ class _Finder:
         around = [child for child in parent.children() if linear_width(child) is not None]
         odd = sorted({type(child).__name__ for child in around if linear_kind(child) is None})
         if odd and not any(isinstance(child, nn.Conv2d) for child in around):
-            raise _NotFoundError(f"the linear layers beside it are no plain ones, but {', '.join(odd)}")
-        raise _NotFoundError("no two linear layers around it whose widths match")
+            raise _NotFoundError(f"the layers next to it are not plain linear layers, but {', '.join(odd)}")
+        raise _NotFoundError("there are no two linear layers around it whose widths match")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """Match a module that consists only of fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
@@ -459,7 +459,7 @@ class _Finder:
         before = keys[: keys.index(slot)][-1:]
         behind = [key for key in keys[keys.index(slot) + 1 :] if not _is_norm(children[key])][:1]
         if any(linear_kind(children[key]) is None for key in before + behind) or not (before and behind):
-            raise _NotFoundError("its neighbours are no plain linear layers")
+            raise _NotFoundError("the layers next to it are not plain linear layers")
         inner, outer = linear_width(children[before[0]]), linear_width(children[behind[0]])
         if inner is None or outer is None or inner[1] != outer[0]:
             raise _NotFoundError("the widths of the linear layers around it do not match")
@@ -640,7 +640,7 @@ def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
             with contextlib.suppress(Exception), evaluating(module), watched:  # it may need more arguments
                 module(x)
             if any(x.dim() < -site.channel_dim or x.shape[site.channel_dim] != site.width for x in seen):
-                raise _NotFoundError(f"it is used for inputs of other shapes, too: {tuple(seen[-1].shape)}")
+                raise _NotFoundError(f"it is also used for inputs of other shapes: {tuple(seen[-1].shape)}")
             if watched.calls and (site.second is None or watched.followed or watched.strangers):
                 return watched.agrees
     return None

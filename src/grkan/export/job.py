@@ -99,15 +99,17 @@ class Job:
                 got = torch.as_tensor(found).double()
                 if got.shape != wanted.shape:
                     raise GrkanRuntimeError(
-                        f"{what} gives {name} of shape {tuple(got.shape)} for inputs of shape {shapes}, and PyTorch "
+                        f"{what} returns {name} of shape {tuple(got.shape)} for inputs "
+                        f"of shape {shapes}, but PyTorch returns "
                         f"{tuple(wanted.shape)}; nothing was written"
                     )
                 scale = float(wanted.double().abs().max()) if wanted.numel() else 0.0
                 difference = float((got - wanted.double()).abs().max()) / (scale or 1.0) if wanted.numel() else 0.0
                 if not difference <= tolerance:
                     raise GrkanRuntimeError(
-                        f"{what} does not compute what PyTorch does: {name} differs by {difference:.2g} of its largest "
-                        f"number, for inputs of shape {shapes}; {tolerance:g} is allowed; nothing was written"
+                        f"{what} computes something else than PyTorch: for inputs of shape {shapes}, {name} differs by "
+                        f"{difference:.2g} of its largest number, more than the tolerance "
+                        f"{tolerance:g}; nothing was written"
                     )
                 worst = max(worst, difference)
         return worst
@@ -123,7 +125,7 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: b
     """
     original = unwrap(check_module("model", model))
     if any(t.is_meta for t in original.state_dict().values()):
-        raise GrkanValueError("model must hold data; it is on the meta device")
+        raise GrkanValueError("model must have its weights in memory; they are on the meta device")
     metadata = describe_model(original, None, None, None)
     copied = copy.deepcopy(original).cpu().eval().requires_grad_(False)
     config: Any = getattr(copied, "config", None)
@@ -131,11 +133,11 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: b
         config.use_cache = False
     dtype = _dtype(copied)
     if dtype not in TOLERANCE:
-        raise GrkanTypeError(f"model must be of a floating dtype; got {dtype}")
+        raise GrkanTypeError(f"model must have a floating dtype; got {dtype}")
     given = _default_example(copied, metadata, dtype, batch) if example is None else _as_call(example)
     given = given.map(lambda t: t.detach().cpu())
     if not given.tensors():
-        raise GrkanValueError(f"example must hold a tensor; got {example!r}")
+        raise GrkanValueError(f"example must contain a tensor; got {example!r}")
     resizes = resizes and getattr(copied, "dynamic_img_size", False)
     varying = [_sizes(t, resizes) if dynamic else {} for t in given.tensors()]
     calls = [given]
@@ -177,7 +179,7 @@ def _run(model: nn.Module, call: Call) -> Any:
     except Exception as error:  # a model may raise any error
         shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in call.tensors())
         raise GrkanValueError(
-            f"example must be what the model takes; for {shapes} it raises {one_line(error)}"
+            f"example must be an input that the model accepts; for {shapes} it raises {one_line(error)}"
         ) from error
 
 
@@ -252,8 +254,8 @@ def _default_example(model: Any, metadata: ModelMetadata, dtype: torch.dtype, ba
             kwargs.setdefault("attention_mask", mask)
         return Call((), kwargs)
     raise GrkanValueError(
-        "example must be given, what the model is called with: it is neither of timm's models, which say the size of "
-        "their images, nor has it dummy_inputs, as those of transformers"
+        "example must be given, an input of the model: the model is not one of timm's, which know the size of their "
+        "images, and has no dummy_inputs, as the models of transformers do"
     )
 
 

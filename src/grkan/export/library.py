@@ -24,7 +24,7 @@ def onnx_library() -> Path:
     """
     if not cpu.LIBRARY.exists():
         raise GrkanRuntimeError(
-            "this installation of grkan has no compiled kernel, and so no library for ONNX Runtime, which runs the "
-            f"model without it, too; to build it, in the folder of grkan's source: {op.BUILD_COMMAND}"
+            "this installation of grkan has no compiled kernel, and therefore no library for ONNX Runtime, which can "
+            f"also run the model without it; to build it, run this in the folder of grkan's source: {op.BUILD_COMMAND}"
         )
     return cpu.LIBRARY

@@ -70,8 +70,8 @@ def _check_plain(name: str, act: GroupRational) -> None:
     )
     if hooks or "forward" in vars(act):
         raise GrkanValueError(
-            "model must have rational functions without hooks and without a forward of their own, which its plain "
-            f"copy would leave out; {name} has some"
+            "the rational functions of model must not have hooks or a forward of their own, because a plain copy loses "
+            f"them; {name} has some"
         )
 
 

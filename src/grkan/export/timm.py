@@ -95,9 +95,7 @@ def write_timm(model: Any, path: Path) -> None:
     """
     original = unwrap(check_module("model", model))
     if getattr(original, "pretrained_cfg", None) is None:
-        raise GrkanValueError(
-            f"model must be one of timm's registry for format 'timm'; got a {type(original).__name__}"
-        )
+        raise GrkanValueError(f"model must be in timm's registry for format 'timm'; got a {type(original).__name__}")
     record = describe_model(original, None, None, None)
     results: Results | None = getattr(original, "grkan_results", None)
     with new_folder(path) as folder:
@@ -148,6 +146,6 @@ def _check(model: nn.Module, folder: Path) -> None:
     different = [name for name, t in wanted.items() if name not in state or not torch.equal(state[name], t.cpu())]
     if different or len(state) != len(wanted):
         raise GrkanRuntimeError(
-            f"timm {timm.__version__} makes another model of the folder: "
+            f"timm {timm.__version__} builds a different model from the folder: "
             f"{(different or sorted(state.keys() - wanted.keys()))[0]} differs; nothing was written"
         )

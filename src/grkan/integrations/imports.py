@@ -108,7 +108,7 @@ def _act(module: ModuleType) -> None:
             action(module)
         except Exception as error:
             warnings.warn(
-                f"grkan cannot be used with this {name.partition('.')[0]}: {type(error).__name__}: {error}",
+                f"grkan does not work with this version of {name.partition('.')[0]}: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -63,8 +63,8 @@ def grkan_converted(
     """
     if grkan is None:
         raise GrkanValueError(
-            f"{_NAME} is the architecture of models that were saved by timm.models.save_for_hf, and made from there by "
-            "timm.create_model('local-dir:FOLDER'); it has none of its own"
+            f"{_NAME} can only be made from a saved model: save one with timm.models.save_for_hf, and load it with "
+            "timm.create_model('local-dir:FOLDER')"
         )
     name, recipe = grkan["architecture"], check_recipe(grkan["conversion"])
     if isinstance(pretrained_cfg, Mapping):

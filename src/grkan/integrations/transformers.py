@@ -107,8 +107,8 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if (recipe := getattr(model.config, _FIELD, None)) and recipe_of(model) is None:
             raise GrkanValueError(
-                f"{cls.__name__} has none of the modules that grkan has converted in the model that was saved, as "
-                f"{recipe['layers'][0]['name']}; load that model, and take the part of it"
+                f"{cls.__name__} has none of the modules that were converted in the saved model, such as "
+                f"{recipe['layers'][0]['name']}; load the class that was saved, and take the part that you need"
             )
         return loaded
 

@@ -133,7 +133,9 @@ def _check_path(path: Any) -> Path:
 
 def _check_data(state: Mapping[str, Tensor]) -> None:
     if meta := [name for name, t in state.items() if t.is_meta]:
-        raise GrkanValueError(f"model must hold data; {meta[0]} and {len(meta) - 1} others are on the meta device")
+        raise GrkanValueError(
+            f"model must have its weights in memory; {meta[0]} and {len(meta) - 1} others are on the meta device"
+        )
 
 
 class _Weights:
@@ -152,8 +154,8 @@ def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weig
         state = _plain_names(unwrap(model).state_dict())
         if sharded := [name for name, t in state.items() if is_sharded(t) or "_flat_param" in name]:
             raise GrkanValueError(
-                f"model must hold its weights whole, and its {sharded[0]} is sharded; gather a state dict in all "
-                "processes, and save in one of them: save_model(model, path, state_dict)"
+                f"model must not be sharded, but {sharded[0]} is sharded; gather a state dict in all processes, and "
+                "call save_model(model, path, state_dict) in one of them"
             )
     else:
         if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
@@ -165,8 +167,9 @@ def _weights(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> _Weig
             expected = _plain_names(unwrap(model).state_dict()).keys()
             if wrong := expected ^ state.keys():
                 raise GrkanValueError(
-                    f"state_dict must have the names of the model; {min(wrong)} and {len(wrong) - 1} others are in one "
-                    "of them alone"
+                    f"state_dict must have the same names as the model; {min(wrong)} "
+                    f"and {len(wrong) - 1} others are in "
+                    "only one of the two"
                 )
     _check_data(state)
     return _Weights(_without_padding(state))
@@ -206,9 +209,9 @@ def _read(path: Path, tensors: bool) -> tuple[ModelMetadata, dict[str, Tensor]]:
             entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise GrkanValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        raise GrkanValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
     if _KEY not in entries:
-        raise GrkanValueError(f"{path} was not written by grkan.save_model: it lacks its metadata")
+        raise GrkanValueError(f"{path} was not written by grkan.save_model: it has no metadata of grkan")
     try:
         metadata = parse_metadata(entries[_KEY])
     except GrkanValueError as error:
@@ -222,13 +225,15 @@ def _build(metadata: ModelMetadata, path: Path) -> nn.Module:
     """Build the module that the metadata describe, on the CPU; its weights do not matter yet."""
     name = metadata["model"]
     if name is None:
-        raise GrkanValueError(f"{path} does not say how to build its model; pass one: load_model(path, model=...)")
+        raise GrkanValueError(
+            f"{path} does not say how to build its model; pass the model: load_model(path, model=...)"
+        )
     from . import kat  # noqa: F401  registers the models
 
     timm = import_module("timm")
     if not timm.is_model(name):
         raise GrkanValueError(
-            f"{path} holds a {name!r}, which timm does not have; pass one: load_model(path, model=...)"
+            f"{path} holds a {name!r}, which timm does not know; pass the model: load_model(path, model=...)"
         )
     arguments = {key: value for key, value in metadata["arguments"].items() if key not in NOT_ARCHITECTURE}
     # The initial weights are not used, and the mimetic start takes a minute.

@@ -82,12 +82,14 @@ class KAT(VisionTransformer):
         kwargs["mlp_layer"] = partial(mlp_layer, **arguments)
         if check_choice("attn_init", attn_init, (None, "mimetic")):
             if "attn_layer" in kwargs:
-                raise GrkanValueError(f"attn_init 'mimetic' has its own attn_layer; got {kwargs['attn_layer']!r}")
+                raise GrkanValueError(
+                    f"attn_layer must be left out with attn_init='mimetic', which sets it; got {kwargs['attn_layer']!r}"
+                )
             kwargs["attn_layer"] = MimeticAttention
         super().__init__(*args, **kwargs)
         if self.blocks and not no_weight_decay(self):
             raise GrkanValueError(
-                f"block_fn must use mlp_layer: no block has a rational function; got {kwargs.get('block_fn')!r}"
+                f"block_fn must use mlp_layer, and no block has a rational function; got {kwargs.get('block_fn')!r}"
             )
 
     @torch.jit.ignore

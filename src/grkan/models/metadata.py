@@ -107,11 +107,11 @@ def parse_metadata(text: str) -> ModelMetadata:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:  # also for a number with too many digits, or too many brackets
-        raise GrkanValueError(f"is damaged: its metadata are no JSON ({error})") from error
+        raise GrkanValueError(f"is damaged: its metadata is not JSON ({error})") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise GrkanValueError(
-            f"has format {version}, this version of grkan reads up to {FORMAT_VERSION}: upgrade grkan"
+            f"has format {version}, but this version of grkan reads only formats up to {FORMAT_VERSION}: upgrade grkan"
         )
     if problem := _metadata_problem(fields):
         raise GrkanValueError(f"is damaged: {problem}")
@@ -190,8 +190,8 @@ def _as_json(name: str, value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):  # ValueError: it contains itself
         raise GrkanTypeError(
-            f"{name} must be JSON to be written to a file (numbers, strings, lists); got {value!r}; "
-            "save_model(..., arguments=...) replaces what a model remembers"
+            f"{name} must be valid JSON (numbers, strings, lists), to be written to a file; got {value!r}; "
+            "save_model(..., arguments=...) overrides the arguments that the model was made with"
         ) from None
 
 

@@ -65,7 +65,7 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
         with torch.no_grad(), counter:
             twin(torch.empty(1, *input_size, dtype=torch.float32, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise GrkanValueError(f"the model does not take an input of input_size {input_size}: {error}") from error
+        raise GrkanValueError(f"input_size must fit the model; got {input_size}: {error}") from error
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "paper_operations": paper,

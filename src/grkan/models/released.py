@@ -61,11 +61,13 @@ def load_released_checkpoint(
     """
     check_flag("use_ema", use_ema)
     if others := sorted({*NOT_ARCHITECTURE} & {*model_args}):
-        raise GrkanValueError(f"model_args must say what the model is, as num_classes does; got {', '.join(others)}")
+        raise GrkanValueError(
+            f"model_args must describe the architecture, as num_classes does; got {', '.join(others)}"
+        )
     state, source = _read(path_or_state_dict, use_ema)
     name, arguments = _architecture(state, source)
     if model_args.get("form", _FORM) != _FORM:
-        raise GrkanValueError(f"form must be {_FORM!r}, for which the released weights are; got {model_args['form']!r}")
+        raise GrkanValueError(f"form must be {_FORM!r}, the form of the released weights; got {model_args['form']!r}")
     arguments |= {"form": _FORM}
     try:
         model = build_model(name, {**arguments, **model_args}, right=arguments)
@@ -79,7 +81,7 @@ def load_released_checkpoint(
     elif model_args.get("num_classes") == 0:
         state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
     if unknown := [key for key in state if key.replace(".weight_", ".") not in own]:
-        raise GrkanValueError(f"{source} does not fit a {name}: {unknown[0]} is unknown")
+        raise GrkanValueError(f"{source} does not fit a {name}, which has no weight {unknown[0]}")
     state = checkpoint_filter_fn(state, model)  # position embeddings for another img_size
     try:
         model.load_state_dict(state)
@@ -108,12 +110,14 @@ def save_released_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> 
     state = dict(model.state_dict())
     for name, module in functions.items():
         if module.form != _FORM:
-            raise GrkanValueError(f"the released layout holds the form {_FORM!r} alone; {name} has {module.form!r}")
+            raise GrkanValueError(f"the released layout supports only the form {_FORM!r}; {name} has {module.form!r}")
         if module.order != (5, 4):
-            raise GrkanValueError(f"the released layout holds the order (5, 4) alone; {name} has {module.order}")
+            raise GrkanValueError(f"the released layout supports only the order (5, 4); {name} has {module.order}")
         numerator, denominator = (rows.detach() for rows in module.coefficients())
         if not torch.equal(numerator, numerator[:1].expand_as(numerator)):
-            raise GrkanValueError(f"the released layout has one numerator for all groups; those of {name} differ")
+            raise GrkanValueError(
+                f"the released layout has one numerator for all groups, but the groups of {name} have different ones"
+            )
         state[f"{name}.weight_numerator"] = numerator[:1].clone()
         state[f"{name}.weight_denominator"] = denominator.clone()
         for own in ("numerator", "denominator", "_extra_state"):
@@ -152,12 +156,12 @@ def _read(source: Any, use_ema: bool) -> tuple[dict[str, Tensor], str]:
         except Exception as error:  # zipfile, pickle, PyTorch and safetensors each raise their own
             reason = " ".join(str(error).split()).partition(" No automatic")[0][:200]
             raise GrkanValueError(
-                f"{label} is damaged, no checkpoint, or would have to run code: {type(error).__name__}: {reason}"
+                f"{label} is damaged, is not a checkpoint, or needs to run code: {type(error).__name__}: {reason}"
             ) from error
     else:
         raise GrkanTypeError(f"path_or_state_dict must be a path or a mapping; got {type(source).__name__}")
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise GrkanValueError(f"{label} must hold weights by name; it holds something else")
+        raise GrkanValueError(f"{label} must hold a mapping of names to tensors; it holds something else")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, label
 
 
@@ -171,17 +175,24 @@ def _architecture(state: dict[str, Tensor], source: str) -> tuple[str, dict[str,
 
     numerator, denominator = (shape(f"blocks.0.mlp.act1.weight_{part}", 2) for part in ("numerator", "denominator"))
     if 0 in numerator or 0 in denominator:
-        kind = ": it looks like a Vision Transformer; grkan.convert_ makes a KAT of one" if "cls_token" in state else ""
+        kind = (
+            "; it looks like a Vision Transformer, which grkan.convert_ turns into a KAT"
+            if "cls_token" in state
+            else ""
+        )
         raise GrkanValueError(
-            f"{source} holds no released KAT, which has blocks.0.mlp.act1.weight_numerator and weight_denominator{kind}"
+            f"{source} is not a released KAT, because it lacks blocks.0.mlp.act1.weight_numerator or "
+            f"blocks.0.mlp.act1.weight_denominator{kind}"
         )
     width, patch, positions = shape("cls_token", 3), shape("patch_embed.proj.weight", 4), shape("pos_embed", 3)
     name = _MODELS.get(width[-1])
     side = round(max(positions[1] - 1, 0) ** 0.5)
     if name is None or patch[2:] != (_PATCH, _PATCH) or side * side != positions[1] - 1:
         raise GrkanValueError(
-            f"{source} must hold a KAT of width {', '.join(map(str, _MODELS))} with patches of {_PATCH}, a class token "
-            f"and positions for a square; its cls_token, patch_embed.proj.weight and pos_embed have shapes {width}, "
+            f"{source} must hold a KAT of width {', '.join(map(str, _MODELS))} "
+            f"with patches of {_PATCH} pixels, a class "
+            "token, and positions for a square image; its cls_token, "
+            f"patch_embed.proj.weight and pos_embed have shapes {width}, "
             f"{patch} and {positions}"
         )
     blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}

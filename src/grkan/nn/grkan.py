@@ -81,7 +81,7 @@ class GRKAN(nn.Module):
         bias1, bias2 = check_pair("bias", bias, check_flag)
         drop1, drop2 = check_pair("drop", drop, check_probability)
         if isinstance(act_init, str) or not isinstance(act_init, Sequence) or len(act_init) != 2:
-            raise GrkanValueError(f"act_init must be a pair, the init of act1 and that of act2; got {act_init!r}")
+            raise GrkanValueError(f"act_init must be a pair: the init of act1 and the init of act2; got {act_init!r}")
         for init in act_init:
             if isinstance(init, str):
                 table.canonical_name(init, "act_init")
@@ -156,5 +156,5 @@ def _norm(norm_layer: Any, features: int, placed: dict[str, Any]) -> nn.Module:
         return check_module("what norm_layer returns", norm)
     except (AttributeError, TypeError) as error:
         raise GrkanTypeError(
-            f"norm_layer must give a module for norm_layer({features}); got {norm_layer!r}: {error}"
+            f"norm_layer must return a module for norm_layer({features}); got {norm_layer!r}: {error}"
         ) from error

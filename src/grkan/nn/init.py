@@ -69,7 +69,7 @@ def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: 
     fine, coarse = torch.trapezoid(integrand, z), torch.trapezoid(integrand[..., ::2], z[::2])
     power = ((4 * fine - coarse) / 3).mean().item()
     if not 0 < power < float("inf"):
-        raise GrkanValueError(f"E[F(z)^2] must be positive and finite, or there is no gain; got {power}")
+        raise GrkanValueError(f"E[F(z)^2] must be positive and finite, because the gain is its inverse; got {power}")
     return 1.0 / power
 
 

@@ -41,15 +41,16 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
     while (kind := _kind(inner)) is not None:
         if kind not in _OPEN:
             raise GrkanValueError(
-                f"model must be converted before it is wrapped: {kind} keeps a list of its parameters; convert what is "
-                f"inside, .{_WRAPPERS[kind]}, and wrap that anew"
+                f"model must be converted before it is wrapped, because {kind} keeps a list of the parameters; convert "
+                f"the module inside, .{_WRAPPERS[kind]}, and wrap it again"
             )
         inner = getattr(inner, _WRAPPERS[kind])
     for name, module in inner.named_modules():
         if (kind := _kind(module)) is not None and kind not in _OPEN:
             raise GrkanValueError(
-                f"model must be converted before its parts are wrapped: {name} is a {kind}, which keeps a list of its "
-                "parameters"
+                "model must be converted before its modules are wrapped, because "
+                f"{kind} keeps a list of the parameters; "
+                f"{name} is wrapped"
             )
     if sharded := [name for name, parameter in inner.named_parameters() if is_sharded(parameter)]:
         raise GrkanValueError(f"model must be converted before it is sharded; its {sharded[0]} is a DTensor")

@@ -100,7 +100,7 @@ def check_groups(name: str, features: int, num_groups: int) -> int:
     """Return the number of features, after checking that num_groups divides it."""
     features, num_groups = check_positive(name, features), check_positive("num_groups", num_groups)
     if features % num_groups:
-        raise GrkanValueError(f"{name} must be divisible by num_groups; got {features} and {num_groups}")
+        raise GrkanValueError(f"{name} must be divisible by num_groups, {num_groups}; got {features}")
     return features
 
 
@@ -140,13 +140,14 @@ def evaluate(name: str, function: Callable[[Any], Any], x: Tensor) -> Tensor:
                 values = function(x.clone())
             except Exception as of_tensors:
                 raise GrkanTypeError(
-                    f"{name} must take a float64 array or tensor; got {_short(function)}, which says "
-                    f"{str(of_arrays)!r} to an array and {str(of_tensors)!r} to a tensor"
+                    f"{name} must take a float64 array or tensor; got {_short(function)}, which raises "
+                    f"{str(of_arrays)!r} for an array and {str(of_tensors)!r} for a tensor"
                 ) from of_tensors
-    result = to_float64(f"what {name} returns", values)
+    result = to_float64(f"the result of {name}", values)
     if result.shape != x.shape:
         raise GrkanValueError(
-            f"{name} must return an array of the shape of its argument, {tuple(x.shape)}; got {tuple(result.shape)}"
+            f"{name} must return an array of the same shape as its argument, "
+            f"{tuple(x.shape)}; got {tuple(result.shape)}"
         )
     return result
 

@@ -144,7 +144,7 @@ def fit(
         bounds = (float(x.min()), float(x.max())) if interval is None else _checked_interval(interval)
         return next(local_fits(target, (m, n), form, x, w, bounds))
     if weights is not None:
-        raise GrkanValueError("weights belong to samples; got weights and no samples")
+        raise GrkanValueError("weights need samples; got weights without samples")
     if interval is not None:
         bounds, guarded = _checked_interval(interval), False
     elif isinstance(target, str):
@@ -641,8 +641,9 @@ def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array
     lost = ~np.isfinite(unscaled) | (np.abs(p) > 1e-8) & (np.abs(unscaled) < np.finfo(np.float64).tiny)
     if lost.any():
         raise GrkanValueError(
-            f"order ({m}, {len(p) - m - 1}) needs coefficients beyond float64 for |x| to {scale:g} and |target| to "
-            f"{size:g}; bring both nearer to 1"
+            f"order ({m}, {len(p) - m - 1}) needs coefficients outside the "
+            f"range of float64 for |x| up to {scale:g} and "
+            f"|target| up to {size:g}; scale both closer to 1"
         )
     return unscaled[: m + 1], unscaled[m + 1 :]
 
@@ -714,7 +715,7 @@ def _measured(f: Function, a: Array, b: Array, form: str, interval: tuple[float,
 
     largest, _ = _extrema(error, low, high, scale * _narrow_places(b * scale ** np.arange(1.0, len(b) + 1), form))
     if not math.isfinite(largest):
-        raise GrkanValueError(f"interval must not reach beyond what F and target can be computed for; got {interval}")
+        raise GrkanValueError(f"interval must lie where F and target can be computed; got {interval}")
     x = _grid(low, high, 2001)
     relative = error(x) / (largest or 1.0)
     rms = largest * (math.sqrt(trapezoid(np.square(relative), x) / (high - low)) if low < high else 1.0)
@@ -758,7 +759,7 @@ def _checked_samples(samples: ArrayLike, weights: ArrayLike | None) -> tuple[Arr
         return x, np.full(len(x), 1 / len(x))
     w = _checked_vector("weights", weights)
     if len(w) != len(x):
-        raise GrkanValueError(f"weights must be as many as samples, {len(x)}; got {len(w)}")
+        raise GrkanValueError(f"weights must hold one value for each of the {len(x)} samples; got {len(w)}")
     if w.min() < 0:
         raise GrkanValueError(f"weights must not be negative; got {w.min():g} at index {w.argmin()}")
     if w.max() == 0:

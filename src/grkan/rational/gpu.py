@@ -509,7 +509,7 @@ def try_out() -> None:
     """Compile and run the smallest case on the current GPU, so that a broken setup fails here."""
     x, a = torch.ones(1, device="cuda"), torch.ones(1, 2, device="cuda")
     if not abs(forward(x, a, a[:, :1], "abs_of_sum", 1).item() - 1.0) < 1e-6:
-        raise GrkanRuntimeError("its kernel gives a wrong result")
+        raise GrkanRuntimeError("the compiled kernel gives a wrong result")
 
 
 def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:

@@ -124,8 +124,8 @@ def _load_cpu_kernel() -> None:
             KERNELS["cpu"] = Kernel(cpu.forward, cpu.backward)
     except OSError as error:
         warnings.warn(
-            f"grkan's kernel cannot be loaded, so F is computed by plain PyTorch operations: {error}; to build it "
-            f"anew, in the folder of grkan's source: {BUILD_COMMAND}",
+            f"grkan's kernel cannot be loaded, so plain PyTorch operations compute F: {error}; to rebuild the kernel, "
+            f"run this in the folder of grkan's source: {BUILD_COMMAND}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -194,7 +194,7 @@ class set_backend:
             for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
             raise GrkanRuntimeError(
                 "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
-                f"'reference', or build it, in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
+                f"'reference', or build the kernel: run this in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
             )
         self.name = name
         # Until `__enter__` runs, a block looks like a plain call. Then it removes itself, whatever other threads do.
@@ -244,15 +244,15 @@ def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
     how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
     if _backend() == "native":
         raise GrkanRuntimeError(
-            f"backend 'native' has no kernel for x on device {device_type}; it has {sorted(KERNELS)}{how}"
+            f"backend 'native' has no kernel for x on device {device_type}; it has kernels for {sorted(KERNELS)}{how}"
         )
     if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend() == "auto":
         _noticed.add(device_type)
         if device_type == "cpu":
-            how = f"; to build it, with a C++ compiler, in the folder of grkan's source: {BUILD_COMMAND}"
+            how = f"; to build it, you need a C++ compiler; run this in the folder of grkan's source: {BUILD_COMMAND}"
         warnings.warn(
-            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so F is "
-            f"computed by plain PyTorch operations, some ten times slower{how}",
+            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so plain "
+            f"PyTorch operations compute F, about ten times slower{how}",
             RuntimeWarning,
             stacklevel=stacklevel,
         )
@@ -363,14 +363,14 @@ def _call(
     groups = max(of_a[0], of_b[0])
     if min(of_a[0], of_b[0]) not in (1, groups):
         raise GrkanValueError(
-            f"numerator and denominator must have the same number of rows, or one of them a single row; "
+            f"numerator and denominator must have the same number of rows, or one of them must have a single row; "
             f"got {of_a[0]} and {of_b[0]}"
         )
     if group_width is not None and shape[channel_dim:][:1] != (groups * group_width,):
         raise GrkanValueError(
-            f"x must have {groups * group_width} channels in dimension {channel_dim}, those that this function was "
-            f"made for; got shape {tuple(shape)}. If that is this rank's part of the channels, as in tensor "
-            "parallelism, the plan needs grkan.GroupParallel() for this function"
+            f"x must have {groups * group_width} channels in dimension {channel_dim}, as many as this function was "
+            f"made for; got shape {tuple(shape)}. If x is this rank's shard of the channels, as in tensor "
+            "parallelism, add grkan.GroupParallel() for this function to the plan"
         )
     if not shape:
         raise GrkanValueError("x must have at least one dimension; got a scalar tensor")
@@ -1157,7 +1157,7 @@ def _over_nested(function: Callable[[Tensor, int], Tensor], x: Any, channel_dim:
     dim = channel_dim % x.dim() if -x.dim() <= channel_dim < x.dim() else 0
     if dim == 0 or (jagged and dim == x._ragged_idx):
         raise GrkanValueError(
-            "channel_dim must be a dimension of the parts of a nested tensor in which they are alike; "
+            "channel_dim must be a dimension in which all parts of the nested tensor have the same size; "
             f"got {channel_dim} for {x.dim()} dimensions"
         )
     if not jagged:

@@ -71,10 +71,10 @@ def load_state(path: str | Path) -> State:
         raise
     except Exception as error:  # zipfile, pickle and PyTorch raise different errors for different kinds of damage
         raise GrkanValueError(
-            f"{path} is damaged or no training state; a run of another --output starts afresh"
+            f"{path} is damaged, or not a training state; choose another --output to start again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise GrkanValueError(f"{path} is no training state of this version of grkan")
+        raise GrkanValueError(f"{path} is not a training state of this version of grkan")
     if missing := State.__annotations__.keys() - state.keys():
         raise GrkanValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return cast(State, state)
@@ -119,7 +119,7 @@ class RunLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(descriptor)
                 raise GrkanRuntimeError(
-                    f"another run is at work in {self.folder}{f': {owner}' if owner else ''}; wait for its end, or "
+                    f"another run is using {self.folder}{f': {owner}' if owner else ''}; wait until it ends, or "
                     "choose another --output"
                 ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

@@ -142,7 +142,7 @@ def resume(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Summ
         found = (folder / "config.yaml").is_file()
         check_all_see(folder, found)
         if not found:
-            raise GrkanValueError(f"{folder} holds no run to resume (no config.yaml)")
+            raise GrkanValueError(f"{folder} has no run to resume (there is no config.yaml)")
         config = make_config(read_yaml(folder / "config.yaml"), changes, {"output": str(folder)})
         return _run(dataclasses.replace(config, data=absolute(config.data)), resumed=True)
 
@@ -229,8 +229,8 @@ def _connect() -> None:
     started = int(os.environ.get("WORLD_SIZE", state.num_processes))
     if started != state.num_processes:
         raise GrkanRuntimeError(
-            f"{started} processes were started (WORLD_SIZE), but Accelerate connects {state.num_processes} on "
-            f"{state.device.type}; start one, or let them use the CPU: ACCELERATE_USE_CPU=true"
+            f"{started} processes were started (WORLD_SIZE), but Accelerate connects only {state.num_processes} on "
+            f"{state.device.type}; start one process, or use the CPU: ACCELERATE_USE_CPU=true"
         )
     if started > 1 and not connected:
         # Keep the group for later runs of this process, but destroy it before the interpreter exits, or it may abort.
@@ -597,7 +597,7 @@ class _Run:
 
     def _diverged(self, what: str, step: int) -> TrainingError:
         kept = self.folder / "last.safetensors"
-        left = f"{kept} is of the last good epoch" if kept.exists() else "no epoch had been finished"
+        left = f"{kept} is from the last good epoch" if kept.exists() else "no epoch was finished"
         return TrainingError(
             f"{what} at step {step} (epoch {self.epoch + 1}); {left}; "
             "a lower --lr, a longer warmup_epochs or clip_grad may help"
@@ -800,4 +800,4 @@ class _Run:
         for key, value in self._fingerprint().items():
             if recorded.get(key) != value:
                 was, now = reprlib.repr(recorded.get(key)), reprlib.repr(value)
-                raise GrkanValueError(f"{path} is of another run: {key} was {was} there, and is {now}")
+                raise GrkanValueError(f"{path} belongs to another run: {key} was {was} there, and is {now} here")

@@ -29,7 +29,9 @@ def choose_trainable(model: nn.Module, config: Config, new_head: bool) -> None:
         return
     coefficients = no_weight_decay(model)
     if not coefficients:
-        raise GrkanValueError(f"trainable: {config.trainable}; {config.model} has no rational functions")
+        raise GrkanValueError(
+            f"trainable must be all, because {config.model} has no rational functions; got {config.trainable}"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_((name in coefficients) == (config.trainable == "coefficients"))
     if new_head:
@@ -47,7 +49,7 @@ def prepare_model_(model: nn.Module, config: Config) -> None:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:  # timm asserts that a model supports it
-            raise GrkanValueError(f"checkpointing: {config.model} cannot do it") from error
+            raise GrkanValueError(f"checkpointing must be off, because {config.model} does not support it") from error
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
 
@@ -80,12 +82,12 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     except Exception as error:  # a package or a GPU is missing, or an argument is not supported
         reason = " ".join(str(error).split()) or type(error).__name__
         given = f" with betas {config.betas}" if betas else ""
-        raise GrkanValueError(f"the optimizer {config.optimizer} cannot be made{given}: {reason}") from error
+        raise GrkanValueError(f"the optimizer {config.optimizer} cannot be created{given}: {reason}") from error
     if betas and "betas" not in optimizer.defaults:
         raise GrkanValueError(f"the optimizer {config.optimizer} has no betas; got {config.betas}")
     if getattr(optimizer, "is_second_order", False):
         raise GrkanValueError(
-            f"the optimizer {config.optimizer} needs second derivatives, which the loop does not take"
+            f"the optimizer {config.optimizer} needs second derivatives, which the training loop does not compute"
         )
     return optimizer
 

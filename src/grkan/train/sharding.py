@@ -40,7 +40,7 @@ def shard_model_(model: nn.Module, device: torch.device, precision: str) -> None
         ValueError: the precision is another one.
     """
     if precision not in ("no", "bf16"):
-        raise GrkanValueError(f"shard goes with precision no or bf16; got {precision}")
+        raise GrkanValueError(f"precision must be no or bf16 with shard; got {precision}")
     if not dist.is_initialized():  # one process, which can finish a run that several have begun
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
@@ -85,7 +85,7 @@ def load_parts(path: Path, model: nn.Module, optimizer: Any, averaged: nn.Module
     try:
         dcp.load(parts, checkpoint_id=path)
     except (dist.checkpoint.CheckpointException, OSError) as error:
-        raise GrkanValueError(f"{path} is damaged; a run of another --output starts afresh") from error
+        raise GrkanValueError(f"{path} is damaged; choose another --output to start again") from error
     set_model_state_dict(model, parts["model"])
     set_optimizer_state_dict(model, optimizer, parts["optimizer"])
     if averaged is not None:

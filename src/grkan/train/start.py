@@ -52,7 +52,7 @@ def model_file(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     if path.is_dir():
-        raise GrkanValueError(f"{path} holds no best.safetensors; a run writes it at the end of its first epoch")
+        raise GrkanValueError(f"{path} has no best.safetensors, which a run writes at the end of its first epoch")
     raise GrkanValueError(f"{path} does not exist; give a run's folder or a .safetensors file")
 
 
@@ -85,7 +85,7 @@ def find_start(init: str, model: str | None) -> tuple[str, str, dict[str, Any]]:
     if is_model_file(path):
         metadata = read_metadata(path)
         if metadata["model"] is None:
-            raise GrkanValueError(f"init must hold a model of timm's registry; {path} does not say which")
+            raise GrkanValueError(f"init must hold a model of timm's registry, but {path} does not say which one")
         name, arguments = metadata["model"], _without_classes(metadata)
     elif _is_for_timm(model):
         name, arguments = model or "", {}
@@ -256,7 +256,7 @@ def _load_released(path: Path) -> nn.Module:
     try:
         return load_released_checkpoint(path)
     except (GrkanValueError, GrkanTypeError) as error:
-        raise GrkanValueError(f"{error}; a file of timm's needs the name of its model: --model NAME") from error
+        raise GrkanValueError(f"{error}; a checkpoint of timm needs the name of its model: --model NAME") from error
 
 
 def _describe(label: str, model: nn.Module) -> Weights:
