@@ -364,3 +364,38 @@ def test_nothing_is_kept_of_a_run():
     assert len(seen.places) == 1
     assert not any(isinstance(m, GroupRational) for m in model.modules())
     assert type(model[1]) is Functional
+
+
+class NoTokens(nn.Module):
+    """Experts, one of which gets no token."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Functional(), Functional()])
+
+    def forward(self, x):
+        return torch.cat([self.experts[0](x), self.experts[1](self.experts[0].fc1(x)[:0].reshape(0, 2, 16))[:, 0]])
+
+
+def test_an_expert_without_tokens_hides_nothing():
+    torch.manual_seed(0)
+    model = NoTokens()
+    report = convert_(model, calibration=[data()[0]])
+    assert [layer["name"] for layer in report.layers] == ["experts.0"]
+
+
+class Unobservable(Functional):
+    def forward(self, x):
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("no mode, please")
+        return super().forward(x)
+
+
+def test_a_run_that_cannot_be_observed_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(Unobservable(), with_activation(nn.GELU()))
+    report = convert_(model, calibration=data())
+    assert [layer["name"] for layer in report.layers] == ["1"]
+    ((name, reason),) = report.skipped
+    assert name == ""
+    assert reason.endswith("functions inside `forward` are not seen: RuntimeError: no mode, please")
