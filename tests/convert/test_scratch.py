@@ -85,8 +85,9 @@ def assert_preserves_the_variance(model):
     assert all(0.8 < ratio < 1.25 for ratio in found), found
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
+    """A converted model, which no test changes."""
     model = build(request.param)
     report = convert_(model, start="scratch")
     assert sum(bool(layer["gains"]) for layer in report.recipe["layers"]) == 2

@@ -91,13 +91,14 @@ def _stacks(site: Site) -> tuple[int, list[str], str] | None:
     Whether a weight is (experts, inputs, outputs) or (experts, outputs, inputs) is what transformers says about its
     experts, or else what fits the number of channels.
     """
-    shapes = [(name, tuple(p.shape[1:])) for name, p in site.parent._parameters.items() if is_stack(p)]
+    stacks = [(name, p) for name, p in site.parent.named_parameters(recurse=False) if is_stack(p)]
+    shapes = [(name, (p.shape[1], p.shape[2])) for name, p in stacks]
     if site.shared or not shapes:
         return None
     transposed = getattr(site.parent, "is_transposed", None)
     found = []
     for inputs in (1, 2) if transposed is None else (1 if transposed else 2,):
-        layers = [(name, shape if inputs == 1 else shape[::-1]) for name, shape in shapes]
+        layers = [(name, (a, b) if inputs == 1 else (b, a)) for name, (a, b) in shapes]
         pair = _around(layers, site.width)
         sizes = dict(layers)
         if pair is not None and all(sizes[name][0] == sizes[pair[1]][1] for name in pair[0]):
