@@ -148,6 +148,18 @@ class SpatialGate(nn.Module):
         return self.fc2(u * self.spatial(self.norm(v).mT).mT)
 
 
+class Parallel(MLP):
+    """Attention and an MLP that share the last linear layer, as in Flux."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.out = nn.GELU(), nn.Linear(48, 16)
+
+    def forward(self, x):
+        attended = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        return self.out(torch.cat([attended, self.act(self.fc1(x))], -1))
+
+
 class Three(nn.Module):
     def __init__(self):
         super().__init__()
@@ -183,6 +195,7 @@ MODELS = {
     "Conv1d": (Transposed, "activation", "gelu", 8),
     "gate as wide as its input": (Gate, "activation", "silu", 8),
     "gMLP": (SpatialGate, "activation", "gelu", 8),
+    "parallel with attention": (Parallel, "activation", "gelu", 8),
     "two widths": (Three, "activation", "gelu", 1),
 }  # fmt: skip
 

@@ -401,9 +401,14 @@ def _leads_astray(node: _Node) -> str:
     """Say why the output of an activation does not go only into linear layers; "" if it does."""
     ahead, known, arrived = [node], {id(node)}, False
     while ahead:
-        for name, result, foreign in ahead.pop().users:
+        node = ahead.pop()
+        for name, result, foreign in node.users:
             if result.fresh:
                 arrived = True
+            elif name == "cat" or (name == "view" and node.origin == result.origin):  # its channels stay apart
+                if id(result) not in known:
+                    known.add(id(result))
+                    ahead.append(result)
             elif result.origin not in ("linear", "input"):
                 return f"its output meets that of {foreign} in {name}" if foreign else f"its output goes into {name}"
             elif id(result) not in known:
