@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 import warnings
@@ -64,6 +65,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_rope_head_dim"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "attention_head_size"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k"), 2),
+    **dict.fromkeys(("num_selected_experts", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     "vocab_size": 128, "image_size": 64, "max_source_positions": 64, "n_positions": 128, "max_position_embeddings": 128,
 }  # fmt: skip
@@ -122,9 +126,9 @@ def shrink(config: Any, keys: tuple[str, ...]) -> None:
                 layers = 2 if "layers" in key else layers
         elif keys and key == "vocab_size" and value is None:
             config.vocab_size = SIZES[key]
-        elif keys and key in TOKENS and isinstance(value, int):
+        elif keys and key.endswith(("token_id", "token_index")) and isinstance(value, int):
             with contextlib.suppress(Exception):
-                setattr(config, key, TOKENS[key])
+                setattr(config, key, TOKENS.get(key, 3))
         elif key == "depths" and keys and isinstance(value, (list, tuple)):
             config.depths = [min(int(depth), 2) for depth in value]
     for key in ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers"):
@@ -163,6 +167,7 @@ def inputs(model: Any, config: Any) -> Iterator[Any]:
     makers = {
         "input_ids": [lambda s: also({"input_ids": ids(s)}, s),
                       lambda s: {"input_ids": ids(s), "pixel_values": random(s, 4, channels, *sides)},
+                      lambda s: {"input_ids": ids(s), "pixel_values": random(s, 4, 1, channels, *sides)},
                       lambda s: {"input_ids": ids(s), "bbox": torch.zeros(4, 24, 4, dtype=torch.long)}],
         "pixel_values": [lambda s: {"pixel_values": random(s, 4, channels, *sides)},
                          lambda s: {"pixel_values": random(s, 2, 16, channels, *sides)},
@@ -240,7 +245,7 @@ def run(model: Any, batch: Any) -> Any:
         return first_float(model(**batch) if isinstance(batch, dict) else model(batch))
 
 
-def measure(family: str) -> dict[str, Any]:
+def measure(family: str, groups: int) -> dict[str, Any]:
     """What becomes of a family."""
     import torch
 
@@ -259,7 +264,7 @@ def measure(family: str) -> dict[str, Any]:
     row["model"] = type(model).__name__
     start = time.perf_counter()
     try:
-        report = grkan.convert_(model, calibration=[make(0)])
+        report = grkan.convert_(model, calibration=[make(0)], num_groups=groups)
     except Exception as error:
         return {**row, "refused": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
     row["seconds"] = round(time.perf_counter() - start, 1)
@@ -294,24 +299,25 @@ def passes(row: dict[str, Any]) -> bool:
     return "error" in row and row["error"] <= (KINKED if kinked else SMOOTH) and not row.get("silent")
 
 
-def in_time(family: str, seconds: float) -> dict[str, Any]:
-    """`measure`, in a process that ends after a while."""
+def in_time(family: str, seconds: float, groups: int) -> dict[str, Any]:
+    """`measure`, in a process that ends after so many seconds of computing."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
     def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
         warnings.filterwarnings("ignore")
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        there.send(measure(family))
+        there.send(measure(family, groups))
 
     process = context.Process(target=work, daemon=True)
     process.start()
     there.close()
     try:
-        row = here.recv() if here.poll(seconds) else {"family": family, "not_built": f"more than {seconds:.0f} s"}
+        row = here.recv()
     except EOFError:
-        row = {"family": family, "not_built": "the process ended, probably for want of memory"}
+        row = {"family": family, "not_built": f"it takes more than {seconds:.0f} s, or more memory than there is"}
     process.kill()
     process.join()
     return row
@@ -360,7 +366,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", help="families that match a pattern, as 'timm/*'; several times")
     parser.add_argument("--skip", action="append", default=[], help="none that match")
     parser.add_argument("--json", type=Path, help="a file that gets one line for each family; those in it are done")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each family")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of computing, for each family")
+    parser.add_argument("--groups", type=int, default=8, help="at most, for each function; fewer take less time")
     parser.add_argument("--table", action="store_true", help="write the table of the file's rows, and run nothing")
     chosen = parser.parse_args(arguments)
     rows = []
@@ -369,10 +376,15 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.table:
         print(table(sorted(rows, key=lambda row: row["family"])))
         return 0
-    import timm  # noqa: F401  # before the fork, so that it is there for all
-    import transformers  # noqa: F401
+    # Before the fork, so that they are there for all.
+    import timm  # noqa: F401
+    from transformers.models.auto import modeling_auto  # noqa: F401
+    from transformers.models.bert import modeling_bert  # noqa: F401
+    from transformers.models.mixtral import modeling_mixtral  # noqa: F401
+    from transformers.models.vit import modeling_vit  # noqa: F401
 
     import grkan.convert.convert  # noqa: F401
+    from grkan.convert import calibrate, compare, observe, trial  # noqa: F401
 
     done = {row["family"] for row in rows}
     for family in families():
@@ -380,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         if family in done or any(fnmatch.fnmatch(family, pattern) for pattern in chosen.skip):
             continue
-        rows.append(in_time(family, chosen.seconds))
+        rows.append(in_time(family, chosen.seconds, chosen.groups))
         print(line(rows[-1]), flush=True)
         if chosen.json is not None:
             chosen.json.parent.mkdir(parents=True, exist_ok=True)

@@ -518,10 +518,23 @@ def test_convert_takes_a_checkpoint_of_timm(tmp_path, capsys):
     assert grkan.load_model(output).num_classes == 4
 
 
+def test_convert_makes_an_architecture_a_kat_to_train(tmp_path, capsys):
+    output = tmp_path / "kat.safetensors"
+    arguments = ["--model", "grkan_vit_micro_patch2_8", "--start", "scratch", "--output", str(output)]
+    assert main(["convert", *arguments]) == 0
+    model = grkan.load_model(output)
+    assert model.blocks[0].mlp.act2.init_name == "swish"
+    width = model.blocks[0].mlp.fc2.in_features
+    alpha = grkan.variance_gain("swish")
+    assert float(model.blocks[0].mlp.fc2.weight.detach().var() * width) == pytest.approx(alpha, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --model, --checkpoint or both"),
+        (["--model", "grkan_vit_micro_patch2_8", "--start", "random"], "--start must be 'pretrained' or 'scratch'"),
+        (["--start", "scratch", "--plot", "fits.png"], "--start scratch fits none"),
         (["--model", "vit_micro"], "unknown model 'vit_micro'; did you mean"),
         (["--checkpoint", "none.pth"], "none.pth does not exist"),
         (

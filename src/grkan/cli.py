@@ -205,6 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "turn a pretrained Vision Transformer into a KAT that computes the same")
     sub.add_argument("--model", metavar="NAME", help="a name in timm's registry (by default that of the checkpoint)")
     sub.add_argument(
+        "--start",
+        default="pretrained",
+        help="pretrained: keep the weights (default); scratch: draw random ones, for a KAT to train",
+    )
+    sub.add_argument(
         "--checkpoint",
         type=_name,
         metavar="FILE",
@@ -448,19 +453,24 @@ def _compare(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
+    from .rational.arguments import check_choice
     from .train.data import calibration_images
     from .train.model import load_original
     from .writing import check_writable
 
+    pretrained = check_choice("--start", options.start, ("pretrained", "scratch")) == "pretrained"
+    if options.plot is not None and not pretrained:
+        raise GrkanValueError("--plot shows fitted functions; --start scratch fits none")
     check_writable(options.output)
     _check_picture(options.plot)
-    original = load_original(options.model, options.checkpoint, options.data)
+    original = load_original(options.model, options.checkpoint, options.data, pretrained)
     images = None
     if options.data is not None:
         batches = calibration_images(options.data, original.preprocessing, options.images)
         images = (batch.to(original.device) for batch in batches)
     report = convert_(
         original.model,
+        start=options.start,
         calibration=images,
         num_groups=options.num_groups,
         order=tuple(options.order),

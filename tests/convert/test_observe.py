@@ -148,6 +148,18 @@ class SpatialGate(nn.Module):
         return self.fc2(u * self.spatial(self.norm(v).mT).mT)
 
 
+class Parallel(MLP):
+    """Attention and an MLP that share the last linear layer, as in Flux."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.out = nn.GELU(), nn.Linear(48, 16)
+
+    def forward(self, x):
+        attended = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        return self.out(torch.cat([attended, self.act(self.fc1(x))], -1))
+
+
 class Three(nn.Module):
     def __init__(self):
         super().__init__()
@@ -183,6 +195,7 @@ MODELS = {
     "Conv1d": (Transposed, "activation", "gelu", 8),
     "gate as wide as its input": (Gate, "activation", "silu", 8),
     "gMLP": (SpatialGate, "activation", "gelu", 8),
+    "parallel with attention": (Parallel, "activation", "gelu", 8),
     "two widths": (Three, "activation", "gelu", 1),
 }  # fmt: skip
 
@@ -364,3 +377,38 @@ def test_nothing_is_kept_of_a_run():
     assert len(seen.places) == 1
     assert not any(isinstance(m, GroupRational) for m in model.modules())
     assert type(model[1]) is Functional
+
+
+class NoTokens(nn.Module):
+    """Experts, one of which gets no token."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Functional(), Functional()])
+
+    def forward(self, x):
+        return torch.cat([self.experts[0](x), self.experts[1](self.experts[0].fc1(x)[:0].reshape(0, 2, 16))[:, 0]])
+
+
+def test_an_expert_without_tokens_hides_nothing():
+    torch.manual_seed(0)
+    model = NoTokens()
+    report = convert_(model, calibration=[data()[0]])
+    assert [layer["name"] for layer in report.layers] == ["experts.0"]
+
+
+class Unobservable(Functional):
+    def forward(self, x):
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("no mode, please")
+        return super().forward(x)
+
+
+def test_a_run_that_cannot_be_observed_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(Unobservable(), with_activation(nn.GELU()))
+    report = convert_(model, calibration=data())
+    assert [layer["name"] for layer in report.layers] == ["1"]
+    ((name, reason),) = report.skipped
+    assert name == ""
+    assert reason.endswith("functions inside `forward` are not seen: RuntimeError: no mode, please")

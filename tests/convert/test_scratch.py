@@ -85,8 +85,9 @@ def assert_preserves_the_variance(model):
     assert all(0.8 < ratio < 1.25 for ratio in found), found
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
+    """A converted model, which no test changes."""
     model = build(request.param)
     report = convert_(model, start="scratch")
     assert sum(bool(layer["gains"]) for layer in report.recipe["layers"]) == 2
@@ -224,6 +225,70 @@ def test_a_gate_is_drawn_with_gain_one_and_what_is_behind_with_that_of_its_funct
     assert float(model.down.weight.detach().var() * 1024) == pytest.approx(alpha, rel=0.02)
     x = torch.randn(512, 256)
     assert float(model(x).detach().square().mean()) == pytest.approx(1.0, rel=0.05)
+
+
+class OfTwo(Gated):
+    """It cannot be run without knowing what it takes, so the channels of its activation are not known."""
+
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
+def test_layers_are_drawn_where_the_channels_are_not_known():
+    torch.manual_seed(0)
+    model = OfTwo()
+    report = convert_(model, start="scratch")
+    assert report.layers[0]["groups"] == 1
+    gains = recipe_of(model).layers[0].gains
+    assert gains == {"gate": 1.0, "up": 1.0, "down": pytest.approx(grkan.variance_gain("swish"), rel=1e-3)}
+
+
+class Experts(nn.Module):
+    """Two gated MLPs whose weights are stacked, as (experts, outputs, inputs) or transposed."""
+
+    def __init__(self, transposed=False):
+        super().__init__()
+        self.transposed = transposed
+        shapes = [(2, 512, 128), (2, 128, 256)]
+        shapes = [(a, c, b) for a, b, c in shapes] if transposed else shapes
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+        self.down_proj_bias, self.act = nn.Parameter(torch.randn(2, 128)), nn.SiLU()
+
+    def forward(self, x):
+        up, down = (w if self.transposed else w.mT for w in (self.gate_up_proj, self.down_proj))
+        gate, up = (x @ up).chunk(2, -1)
+        return (self.act(gate) * up) @ down + self.down_proj_bias[:, None]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_of_stacked_experts_preserves_the_variance(transposed):
+    torch.manual_seed(0)
+    model = Experts(transposed)
+    x = torch.randn(2, 512, 128)
+    recipe = convert_(model, start="scratch", calibration=x).recipe
+    assert list(recipe["layers"][0]["gains"]) == ["gate_up_proj", "down_proj"]
+    other = Experts(transposed)
+    apply_conversion_(other, json.loads(json.dumps(recipe)))
+    for experts in (model, pickle.loads(pickle.dumps(copy.deepcopy(other)))):
+        assert not experts.down_proj_bias.any()
+        assert experts(x).square().mean((1, 2)).tolist() == pytest.approx([1.0, 1.0], rel=0.1)
+    recipe["layers"][0]["gains"]["down_proj_bias"] = [1.0, 2]
+    with pytest.raises(ValueError, match="down_proj_bias is no parameter with the weights of several linear layers"):
+        apply_conversion_(Experts(transposed), recipe)
+
+
+def test_initialisers_that_run_afterwards_do_not_change_experts():
+    sizes = {**SIZES, "num_local_experts": 4, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = t.MixtralModel(t.MixtralConfig(vocab_size=99, **sizes))
+    convert_(model, start="scratch")
+    other = t.MixtralModel(model.config)
+    for made in (model, other):
+        made.apply(made._init_weights)
+        experts = made.layers[1].mlp.experts
+        assert float(experts.gate_up_proj.detach().var() * 64) == pytest.approx(1.0, rel=0.03)
+        alpha = grkan.variance_gain("swish")
+        assert float(experts.down_proj.detach().var() * 256) == pytest.approx(alpha, rel=0.03)
 
 
 class Odd(nn.Module):

@@ -250,7 +250,9 @@ def _parsed(code: CodeType) -> tuple[ast.FunctionDef, int]:
 
 def _name_of(kind: type, code: CodeType) -> str:
     """Return the name of the method that some code belongs to."""
-    for member in dict.fromkeys(name for k in kind.__mro__ for name in vars(k)):
+    # PyTorch's own methods call no activation, and other libraries may have replaced them.
+    own = [k for k in kind.__mro__ if k not in (nn.Module, object)]
+    for member in dict.fromkeys(name for k in own for name in vars(k)):
         attribute = next(vars(k)[member] for k in kind.__mro__ if member in vars(k))
         for function in _inner(attribute):
             if function.__code__.co_name == member and code in _codes(function.__code__):
@@ -258,12 +260,12 @@ def _name_of(kind: type, code: CodeType) -> str:
     raise GrkanValueError(f"{code.co_name} is no method of it, or is called through super()")
 
 
-def _inner(attribute: Any) -> Iterator[FunctionType]:
+def _inner(attribute: Any, known: tuple[Any, ...] = ()) -> Iterator[FunctionType]:
     """Yield a function, and the functions in its closure, which a decorator may have wrapped."""
-    if isinstance(attribute, FunctionType):
+    if isinstance(attribute, FunctionType) and attribute not in known:  # a function may call itself
         yield attribute
         for cell in attribute.__closure__ or ():
-            yield from _inner(_content(cell))
+            yield from _inner(_content(cell), (*known, attribute))
 
 
 def _content(cell: CellType) -> Any:
@@ -326,13 +328,17 @@ def _copy(function: FunctionType, code: CodeType, closure: tuple[CellType, ...])
     return new
 
 
-def _around(attribute: Any, old: FunctionType, new: FunctionType) -> Any:
+def _around(attribute: Any, old: FunctionType, new: FunctionType, outer: tuple[Any, ...] = ()) -> Any:
     """Wrap the new function as decorators wrapped the old one."""
     if attribute is old:
         return new
-    cells = attribute.__closure__
+    if attribute in outer:
+        raise GrkanValueError(f"a decorator of {old.__name__} calls itself")
+    cells, outer = attribute.__closure__, (*outer, attribute)
     changed = tuple(
-        CellType(_around(f, old, new)) if isinstance(f := _content(cell), FunctionType) and old in _inner(f) else cell
+        CellType(_around(f, old, new, outer))
+        if isinstance(f := _content(cell), FunctionType) and old in _inner(f)
+        else cell
         for cell in cells
     )
     wrapper = _copy(attribute, attribute.__code__, changed)

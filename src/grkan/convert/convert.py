@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, islice
@@ -148,8 +148,9 @@ def _convert(
     forward: Callable[[nn.Module, Any], Any] | None,
 ) -> ConversionReport:
     batches, trial = _trial(model, calibration, forward)
-    seen = _observe(model, trial)
+    seen, unseen = _observe(model, trial)
     sites, skipped = find_sites(model, seen, included or (), temporary)
+    skipped += unseen
     if not sites:
         raise _nothing_to_convert(model, skipped)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
@@ -193,7 +194,7 @@ def _convert(
         drawn = gains(site, first, second) if from_scratch else []
         if from_scratch and not drawn:
             skipped.append((site.name, "its weights stay, for it is not clear what its linear layers are"))
-        named = {names_of[id(module)]: gain for module, gain in drawn}
+        named = {f"{names_of[id(module)]}.{weight}".strip("."): gain for module, weight, gain in drawn}
         linear = None if first is None else site.parts["fc1"]
         act = site.parts["act"] or ""
         entries.append(LayerRecipe(site.name, site.layout, linear, act, first, second, named, site.call))
@@ -228,13 +229,19 @@ def _trial(
     return chain(first, batches), run
 
 
-def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> Observation | None:
-    """Observe a run of the model; None without a run. Errors of a batch are reported later, where it is used."""
+def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observation | None, list[tuple[str, str]]]:
+    """Observe a run of the model. Returns None without a run, and what to say in `skipped` about a run that failed.
+
+    A batch that the model does not take fails again, and raises, when it is used.
+    """
     if trial is None:
-        return None
-    with evaluating(model), suppress(Exception):
-        return observe(model, trial)
-    return None
+        return None, []
+    try:
+        with evaluating(model):
+            return observe(model, trial), []
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return None, [("", f"its run cannot be observed, so functions inside `forward` are not seen: {what}")]
 
 
 def _check_act_init(value: Any) -> tuple[Any, Any]:

@@ -145,7 +145,10 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         inputs = [(t, self.node(t)) for t in _tensors((*args, *(kwargs or {}).values()))]
-        made = _node(name, func, args, inputs, output)
+        try:
+            made = _node(name, args, inputs, output)
+        except Exception:  # an operation that is used in a way not thought of; what it makes is no linear layer's
+            made = _Node(name)
         results = list(_tensors((output,)))
         for tensor in results:
             channels = made.channels if made.channels is None or -made.channels <= tensor.dim() else None
@@ -206,7 +209,7 @@ def _is_relu(args: Any) -> bool:
     return len(args) > 1 and args[1] == 0 and (len(args) < 3 or args[2] is None)
 
 
-def _node(name: str, func: Any, args: Any, inputs: list[tuple[Tensor, _Node]], output: Any) -> _Node:
+def _node(name: str, args: Any, inputs: list[tuple[Tensor, _Node]], output: Any) -> _Node:
     """Return the node for the results of an operation."""
     if name == "embedding":
         return _Node("an embedding")
@@ -256,7 +259,7 @@ def _moved(name: str, args: Any, source: Tensor, channels: int, result: Tensor) 
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"):
         inner = source.shape[at + 1 :].numel()
         for d in range(result.dim()):  # channels may be split, for example into experts or heads
-            if source.shape[at] % result.shape[d] == 0 and result.shape[d + 1 :].numel() == inner:
+            if result.shape[d] and source.shape[at] % result.shape[d] == 0 and result.shape[d + 1 :].numel() == inner:
                 return d - result.dim()
         return None
     if name == "unsqueeze":
@@ -277,8 +280,8 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
     seen = Seen(name, owner, frame.f_code, frame.f_lasti, outer)
     try:
         method, node = calls.find(type(owner), frame.f_code, frame.f_lasti)
-    except ValueError as error:
-        seen.problem = str(error)
+    except Exception as error:  # the source may be anything
+        seen.problem = str(error) or type(error).__name__
         return seen
     seen.label = ast.unparse(node.func).rpartition(".")[2] if isinstance(node.func, ast.Attribute) else name
     target = node.func
@@ -398,9 +401,14 @@ def _leads_astray(node: _Node) -> str:
     """Say why the output of an activation does not go only into linear layers; "" if it does."""
     ahead, known, arrived = [node], {id(node)}, False
     while ahead:
-        for name, result, foreign in ahead.pop().users:
+        node = ahead.pop()
+        for name, result, foreign in node.users:
             if result.fresh:
                 arrived = True
+            elif name == "cat" or (name == "view" and node.origin == result.origin):  # its channels stay apart
+                if id(result) not in known:
+                    known.add(id(result))
+                    ahead.append(result)
             elif result.origin not in ("linear", "input"):
                 return f"its output meets that of {foreign} in {name}" if foreign else f"its output goes into {name}"
             elif id(result) not in known:

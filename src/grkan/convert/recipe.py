@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalLinear
-from ..nn.init import keep_start, starts_kept
+from ..nn.init import keep_stacks_start, keep_start, starts_kept
 from ..nn.kinds import is_conv1d, linear_kind, linear_width
 from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
@@ -97,8 +97,9 @@ class LayerRecipe:
     """The function in front of the first linear layer; None for the layout "activation"."""
     act2: FunctionRecipe
     """The function in place of the activation."""
-    gains: Mapping[str, float] = field(default_factory=dict)
-    """The linear layers that are drawn anew, from N(0, gain / fan_in); empty if the weights stay."""
+    gains: Mapping[str, Any] = field(default_factory=dict)
+    """The linear layers that are drawn anew, from N(0, gain / fan_in); empty if the weights stay. For a parameter that
+    holds the weights of several experts: [gain, dimension of the inputs]."""
     call: CallRecipe | None = None
     """The call in a method, if the activation is a function: it becomes a call of the child `activation`."""
 
@@ -281,9 +282,11 @@ def _layer(where: str, value: Any) -> LayerRecipe:
                 f"{name} in {where} must be null for the layout 'activation', and for no other; "
                 f"got {reprlib.repr(given[name])} for {layer.layout!r}"
             )
-    for linear, gain in layer.gains.items():
+    for linear, value in layer.gains.items():
+        stacked = isinstance(value, (list, tuple)) and len(value) == 2 and value[1] in (1, 2)
+        gain = value[0] if stacked else value
         if type(gain) not in (int, float) or not 0 < gain < float("inf"):
-            raise GrkanValueError(f"gains in {where} must be positive numbers; got {gain!r} for {linear!r}")
+            raise GrkanValueError(f"gains in {where} must be positive numbers; got {value!r} for {linear!r}")
     inside = f"{layer.name}." if layer.name else ""
     if layer.layout == "grkan" and (layer.linear, layer.activation) != (f"{inside}fc1", f"{inside}act"):
         raise GrkanValueError(
@@ -348,10 +351,18 @@ class _Plan:
             if keys != [key for key in TIMM_ORDER if key in keys] or "fc2" not in keys:
                 raise GrkanValueError(f"it is a {type(self.parent).__name__} with other parts")
             self.check_linear(self.parent.fc2, f"{layer.name}.fc2", layer.act2.width)
-        self.drawn: list[tuple[Any, float]] = [(modules[name], gain) for name, gain in layer.gains.items()]
-        for (module, _), name in zip(self.drawn, layer.gains, strict=True):
-            if not is_drawable(module):
-                raise GrkanValueError(f"{name} is no plain linear layer but a {type(module).__name__}")
+        self.drawn: list[tuple[nn.Module, float]] = []
+        self.stacks: dict[nn.Module, dict[str, tuple[float, int]]] = {}
+        for name, gain in layer.gains.items():
+            if isinstance(gain, (list, tuple)):
+                owner, _, key = name.rpartition(".")
+                if not is_stack(modules[owner]._parameters.get(key)):
+                    raise GrkanValueError(f"{name} is no parameter with the weights of several linear layers")
+                self.stacks.setdefault(modules[owner], {})[key] = gain[0], gain[1]
+            elif is_drawable(modules[name]):
+                self.drawn.append((modules[name], gain))
+            else:
+                raise GrkanValueError(f"{name} is no plain linear layer but a {type(modules[name]).__name__}")
 
     def check_linear(self, fc: Any, name: str | None, inputs: int | None) -> None:
         if isinstance(fc, RationalLinear):
@@ -373,14 +384,17 @@ class _Plan:
             if self.layer.layout == "linear":
                 self.wrap_linear(undo)
             self.replace_activation(undo)
-        for module, gain in self.drawn:
+        for module in (*(module for module, _ in self.drawn), *self.stacks):
             for name in ("reset_parameters", "keeps_start"):
                 _restore_attribute(module, name, undo)
+        for module, gain in self.drawn:
             keep_start(module, gain)
+        for module, starts in self.stacks.items():
+            keep_stacks_start(module, starts)
 
     def draw(self) -> None:
-        for module, _ in self.drawn:
-            module.reset_parameters()
+        for module in (*(module for module, _ in self.drawn), *self.stacks):
+            module.reset_parameters()  # type: ignore[operator]
 
     def wrap_linear(self, undo: ExitStack) -> None:
         assert self.first is not None
@@ -451,6 +465,11 @@ def is_drawable(module: Any) -> bool:
     if width is None or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return False
     return tuple(weight.shape[:2]) == (width if is_conv1d(module) else width[::-1])
+
+
+def is_stack(parameter: Any) -> bool:
+    """Return whether this is a parameter (experts, rows, columns) that is not quantised."""
+    return isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and parameter.is_floating_point()
 
 
 def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -100,20 +100,48 @@ def init_linear_(layer: Any, gain: float, scheme: str = "variance_preserving") -
         scheme: "variance_preserving"; or "trunc_normal", the standard deviation 0.02 whatever the gain, which is the
             effect of the released code's initialisation.
     """
-    _draw(layer, gain, scheme)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for _, draw in _parts_of_linear(layer, gain, scheme):
+        draw()
 
 
-def _draw(layer: Any, gain: float, scheme: str) -> None:
+def init_stacks_(module: Any, starts: Mapping[str, tuple[float, int]]) -> None:
+    """Draw the linear layers of experts, whose weights are stacked in one parameter, and set their biases to zero.
+
+    Args:
+        module: holds the parameters, and maybe their biases, under the same name with "_bias".
+        starts: for the name of each parameter, (experts, rows, columns): the gain, and the dimension of the inputs.
+    """
+    for _, draw in _parts_of_stacks(module, starts):
+        draw()
+
+
+def _parts_of_linear(layer: Any, gain: float, scheme: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the names of the parameters, each with a function that initialises it."""
     weight = layer.weight
+    fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
+    yield "weight", partial(_draw, weight, gain / fan_in, scheme)
+    if layer.bias is not None:
+        yield "bias", partial(nn.init.zeros_, layer.bias)
+
+
+def _parts_of_stacks(
+    module: Any, starts: Mapping[str, tuple[float, int]]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the names of the parameters, each with a function that initialises it."""
+    for name, (gain, inputs) in starts.items():
+        weight = getattr(module, name)
+        yield name, partial(_draw, weight, gain / weight.shape[inputs], "variance_preserving")
+        if isinstance(bias := getattr(module, f"{name}_bias", None), nn.Parameter):
+            yield f"{name}_bias", partial(nn.init.zeros_, bias)
+
+
+def _draw(weight: Tensor, variance: float, scheme: str) -> None:
     # Draw a sharded weight whole: on a CPU, processes with the same seed would draw the same values for their parts.
     drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
     if scheme == "trunc_normal":
         nn.init.trunc_normal_(drawn, std=0.02)
     else:
-        fan_in = weight.shape[0] if is_conv1d(layer) else math.prod(weight.shape[1:])
-        nn.init.normal_(drawn, std=(gain / fan_in) ** 0.5)
+        nn.init.normal_(drawn, std=variance**0.5)
     if drawn is not weight:
         assign_(weight, drawn, src_rank=0)
 
@@ -156,9 +184,22 @@ def keep_start(layer: nn.Module, gain: float) -> None:
     layer.keeps_start = True  # type: ignore[assignment]
 
 
+def keep_stacks_start(module: nn.Module, starts: Mapping[str, tuple[float, int]]) -> None:
+    """As `keep_start`, for a module with stacked weights; see `init_stacks_` for the arguments."""
+    module.reset_parameters = partial(init_stacks_, module, starts)  # type: ignore[assignment]
+    module.keeps_start = True  # type: ignore[assignment]
+
+
+def _kept(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the names of the parameters whose start is kept, each with a function that initialises it."""
+    start = layer.reset_parameters
+    parts = _parts_of_stacks if start.func is init_stacks_ else _parts_of_linear
+    return parts(*start.args)
+
+
 @contextmanager
 def starts_kept(module: nn.Module) -> Iterator[None]:
-    """Draw anew, after the block, what the block wrote to the linear layers in `module` that `keep_start` marked.
+    """Draw anew, after the block, what the block wrote to the layers in `module` that `keep_start` marked.
 
     Parameters that the block does not write to stay, such as weights that transformers has loaded.
     """
@@ -166,22 +207,20 @@ def starts_kept(module: nn.Module) -> Iterator[None]:
         yield
         return
     layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "keeps_start", False)]
-    before = [(_trace(layer.weight), _trace(layer.bias)) for layer in layers]
+    before = [(layer, name, _trace(getattr(layer, name))) for layer in layers for name, _ in _kept(layer)]
     _keeping.now = True
     try:
         yield
     finally:
         _keeping.now = False
-    for layer, (weight, bias) in zip(layers, before, strict=True):
-        if _differs(weight, _trace(layer.weight)):
-            _draw(layer, *layer.reset_parameters.args[1:])
-        if layer.bias is not None and _differs(bias, _trace(layer.bias)):
-            nn.init.zeros_(layer.bias)
+    for layer, name, trace in before:
+        if _differs(trace, _trace(getattr(layer, name))):
+            dict(_kept(layer))[name]()
 
 
-def _trace(tensor: Tensor | None) -> tuple[Any, ...]:
+def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """Record what shows later whether a tensor was replaced or written to."""
-    if tensor is None or tensor.is_meta:
+    if tensor.is_meta:
         return tensor, 0, torch.empty(0)
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     version = 0 if tensor.is_inference() else tensor._version

@@ -286,13 +286,16 @@ def _results(run: Path) -> dict[str, Any] | None:
     }
 
 
-def load_original(name: str | None, checkpoint: str | Path | None, data: str | None) -> TrainedModel:
+def load_original(
+    name: str | None, checkpoint: str | Path | None, data: str | None, pretrained: bool = True
+) -> TrainedModel:
     """Load a model to convert: from a run, from a grkan file, or from timm with weights that timm can read.
 
     Args:
         name: the name in timm's registry; None: that of the checkpoint.
-        checkpoint: a run's folder or a file; None: the weights that timm downloads.
+        checkpoint: a run's folder or a file; None: the weights that timm downloads, or random ones.
         data: a data set that supplies the class names if nothing else does and the number of classes agrees.
+        pretrained: whether to download weights if there is no checkpoint.
 
     Raises:
         ValueError: there is no such model or checkpoint, or they do not match.
@@ -302,7 +305,8 @@ def load_original(name: str | None, checkpoint: str | Path | None, data: str | N
     if checkpoint is None:
         if name is None:
             raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
-        model, classes, preprocessing = _load_pretrained(name), None, None
+        model = _load_pretrained(name) if pretrained else timm.create_model(name)
+        classes, preprocessing = None, None
     elif name is None or Path(checkpoint).is_dir() or is_model_file(checkpoint):
         path = model_file(checkpoint)
         metadata = read_metadata(path)
