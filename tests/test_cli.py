@@ -244,7 +244,7 @@ def test_resume_of_a_finished_run(run, capsys):
         (["train", "--data=nowhere"], "--data must be digits"),
         (["train", "--set=model_args.num_groups=7"], "num_groups"),
         (["train", "--config=nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["train", "--resume=nowhere"], "nowhere holds no run to resume"),
+        (["train", "--resume=nowhere"], "nowhere has no run to resume"),
         (["train", "--resume=nowhere", "--config=x.yaml"], "--config cannot be used with --resume"),
         (["train", "--resume=nowhere", "--auto-resume"], "--auto-resume cannot be used with --resume"),
         (["train", "--lr", "fast"], "lr must be a number; got 'fast'"),
@@ -474,7 +474,7 @@ def test_bench_kernels_without_a_triton_that_will_do(version, problem, capsys, m
         module.__version__ = version
     monkeypatch.setitem(sys.modules, "triton", module)
     line = _fails(capsys, ["bench", "kernels"])
-    assert line.startswith('grkan: grkan bench kernels needs Triton; install it by: pip install "triton>=3.6"')
+    assert line.startswith('grkan: grkan bench kernels needs Triton; install it with: pip install "triton>=3.6"')
     assert problem in line
 
 

@@ -164,5 +164,5 @@ def test_the_page_is_whole_and_its_data_cannot_leave_their_element():
 
 @pytest.mark.parametrize("confusion", [[[1, 2]], [[1], [2]], [[1, 2, 3]] * 3])
 def test_a_confusion_matrix_of_other_classes(confusion):
-    with pytest.raises(ValueError, match="confusion must be 2 x 2, a row for each class"):
+    with pytest.raises(ValueError, match="confusion must be 2 x 2, with a row for each class"):
         make_report(GroupRational(1), title="", classes="ab", confusion=confusion)

@@ -78,7 +78,7 @@ def test_deploy_leaves_out_what_is_not_there(monkeypatch):
     monkeypatch.setattr(deploy, "missing", lambda runtime: None if runtime[0] == deploy.EXECUTORCH else "a thing")
     suite = suites.deploy()
     assert jobs(suite) == [("ExecuTorch", "float32", 1)]
-    assert "ONNX Runtime int8 is left out, for it needs a thing" in suite.notes
+    assert "ONNX Runtime int8 is left out: it needs a thing" in suite.notes
     assert not any(note.startswith("OpenVINO compiles") for note in suite.notes)
     monkeypatch.setattr(deploy, "missing", lambda runtime: None)
     assert any(note.startswith("OpenVINO compiles") for note in suites.deploy().notes)

@@ -93,5 +93,5 @@ def test_a_folder_of_which_timm_makes_another_model_does_not_appear(tmp_path, mo
 
 
 def test_other_models(tmp_path):
-    with pytest.raises(ValueError, match="one of timm's registry for format 'timm'; got a GRKAN"):
+    with pytest.raises(ValueError, match="in timm's registry for format 'timm'; got a GRKAN"):
         grkan.export(grkan.GRKAN(8), tmp_path / "kat", format="timm")

@@ -130,11 +130,14 @@ def test_seeds_and_rivals_that_make_no_sense(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path):
+@pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
+def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path, which):
+    others = set(multiprocessing.active_children())
+
     def kill():
-        while not (children := multiprocessing.active_children()):
+        while len(children := set(multiprocessing.active_children()) - others) < 2:
             time.sleep(0.1)
-        children[0].kill()
+        sorted(children, key=lambda child: child.pid)[which].kill()
 
     runs = {name: {**settings, "epochs": 10**9} for name, settings in RUNS.items()}
     killer = threading.Thread(target=kill)
@@ -142,6 +145,10 @@ def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path):
     with pytest.raises(TrainingError, match=r"the process of a run was killed; the same command goes on"):
         compare(runs, tmp_path, jobs=2)
     killer.join()
+    deadline = time.monotonic() + 30  # the other one saves its state first
+    while (left := set(multiprocessing.active_children()) - others) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 @pytest.mark.slow

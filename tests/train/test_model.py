@@ -108,7 +108,7 @@ def test_a_model_that_does_not_classify_is_refused(monkeypatch):
 
 
 def test_the_best_weights_of_a_folder_come_first(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no best\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no best\.safetensors"):
         model_file(tmp_path)
     (tmp_path / "last.safetensors").touch()
     assert model_file(tmp_path).name == "last.safetensors"

@@ -94,7 +94,7 @@ def test_betas(model):
             {"optimizer": "sgd", "betas": (0.9, 0.99)},
             r"the optimizer sgd has no betas; got \(0.9, 0.99\)",
         ),
-        ({"optimizer": "fusedadam"}, "the optimizer fusedadam cannot be made: .*"),
+        ({"optimizer": "fusedadam"}, "the optimizer fusedadam cannot be created: .*"),
         ({"optimizer": "adahessian"}, "adahessian needs second derivatives"),
     ],
 )

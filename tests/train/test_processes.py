@@ -131,7 +131,7 @@ def test_processes_that_are_not_connected_are_refused(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "PartialState", lambda **_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        RuntimeError, match=r"2 processes were started \(WORLD_SIZE\), but Accelerate connects 1 on cpu"
+        RuntimeError, match=r"2 processes were started \(WORLD_SIZE\), but Accelerate connects only 1 on cpu"
     ):
         train(make_config(tiny))
     assert not (tmp_path / "run").exists()

@@ -36,6 +36,9 @@ from .metrics import read_metrics
 from .model import check_model
 from .progress import make_console
 
+_POLL = 2.0
+"""Seconds between two looks at whether every worker is alive."""
+
 _COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
 
 
@@ -148,9 +151,14 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
         try:
             with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches the children too; they inherit this
                 waiting = {pool.submit(_train_and_end, config): folder for folder, config in configs.items()}
+            workers = set(multiprocessing.active_children()) - others
             with _handling(signal.SIGTERM, _stop):
                 while waiting:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    done = wait(waiting, _POLL, FIRST_COMPLETED).done
+                    if not done and not all(worker.is_alive() for worker in workers):
+                        # The pool notices it late if the worker started after the pool began to wait.
+                        raise BrokenProcessPool("a worker was killed")
+                    for future in done:
                         folder, summary = waiting.pop(future), future.result()
                         left = f"{len(waiting)} of {len(configs)} to do"
                         console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
