@@ -160,6 +160,19 @@ struct Any {
   explicit Any(int m, int n) : m(m), n(n), highest(m > n ? m : n), sums(m + 1 + n), entry(2 * m + 1 + 2 * n) {}
 };
 
+struct No {
+  static constexpr bool value = false;
+};
+struct Yes {
+  static constexpr bool value = true;
+};
+
+// Whether an order has code of its own. For the others one loop has to do for all widths, or compiling would take too long.
+template <class O>
+struct OwnCode : Yes {};
+template <>
+struct OwnCode<Any> : No {};
+
 template <class S>
 GRKAN_INLINE Real<S> absolute(Real<S> x) {
   return (Real<S>)((Bits<S>)x & ~VectorOf<S>::sign);
@@ -273,23 +286,25 @@ GRKAN_INLINE bool within(Bits<S> largest, const Plan<S>& plan) {
 // small, because memory is fastest row after row.
 GRKAN_INLINE int64_t rows_together(const Run& run) { return run.units >= 16 ? 1 : 16 / (run.units + 1); }
 
-// The same for the backward, where sums stay in registers meanwhile: about as many rows as 32 KB hold, but at least a quarter
-// of what may be summed, or there would be too many such sums to add in S. A tile has as many rows in each of its parts.
+// The same for the backward, where sums stay in registers meanwhile. A long run takes one row. Short ones take about as many
+// rows as 32 KB hold, but at least a quarter of what may be summed, or there would be too many such sums to add in S. A tile
+// has as many rows in each of its parts.
 template <class T>
 GRKAN_INLINE int64_t rows_summed_together(const Run& run, int64_t row_size, int64_t rows) {
   const int64_t of_row = (run.units + (run.tail > 0)) * vectors<T>, near = 32768 / (row_size * int64_t(sizeof(T)));
-  const int64_t most = of_row < kVectorsTogether ? kVectorsTogether / of_row : 1;
-  const int64_t least = (kVectorsTogether / 4 + of_row - 1) / of_row, wanted = near < least ? least : near;
+  if (4 * of_row >= kVectorsTogether) return 1;
+  const int64_t most = kVectorsTogether / of_row, least = (kVectorsTogether / 4 + of_row - 1) / of_row;
+  const int64_t wanted = near < least ? least : near;
   const int64_t at_most = rows / wanted, at_least = (rows + most - 1) / most, parts = at_most > at_least ? at_most : at_least;
   return (rows + parts - 1) / parts;
 }
 
-// Fetches what lies `ahead` scalars behind p into the second-level cache; the first one could not hold it until it is needed.
-// An address beyond the end does no harm. Rows that are processed together are read run by run, in steps of a row, which the
-// processor does not foresee; so while it works on some rows, the next ones are fetched: as many scalars ahead.
-template <bool Write, class T>
+// Fetches what lies `ahead` scalars behind p. An address beyond the end does no harm. Rows that are processed together are read
+// run by run, in steps of a row, which the processor does not foresee; so while it works on some rows, the next ones are
+// fetched, as many scalars ahead, into the second-level cache: the first one could not hold them until they are needed.
+template <bool Write, int Locality, class T>
 GRKAN_INLINE void prefetch(const T* p, int64_t ahead) {
-  __builtin_prefetch(p + ahead, Write, 2);
+  __builtin_prefetch(p + ahead, Write, Locality);
 }
 
 template <class T, bool Absolute, class O>
@@ -318,24 +333,30 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
         for (int i = 0; i < o.sums; ++i) copy[i] = c[i];
         c = copy;
       }
-      for (int64_t row = first; row < last; ++row) {
-        const T* from = x + row * size + run.offset;
-        T* to = y + row * size + run.offset;
-        const int64_t whole = run.units * unit<T>;
-        for (int64_t i = 0; i < whole; i += unit<T>) {
-          if (together > 1) {  // two streams in the order of memory need no help
-            prefetch<false>(from + i, together * size);
-            prefetch<true>(to + i, together * size);
+      auto rows = [&](auto fetch) __attribute__((always_inline)) {
+        for (int64_t row = first; row < last; ++row) {
+          const T* from = x + row * size + run.offset;
+          T* to = y + row * size + run.offset;
+          const int64_t whole = run.units * unit<T>;
+          for (int64_t i = 0; i < whole; i += unit<T>) {
+            if constexpr (fetch.value) {
+              prefetch<false, 2>(from + i, together * size);
+              prefetch<true, 2>(to + i, together * size);
+            }
+            one(from + i, to + i, c);
           }
-          one(from + i, to + i, c);
+          if (run.tail) {
+            Partial<T> buffer;
+            __builtin_memcpy(buffer.values, from + whole, run.tail * sizeof(T));
+            one(buffer.values, buffer.values, c);
+            __builtin_memcpy(to + whole, buffer.values, run.tail * sizeof(T));
+          }
         }
-        if (run.tail) {
-          Partial<T> buffer;
-          __builtin_memcpy(buffer.values, from + whole, run.tail * sizeof(T));
-          one(buffer.values, buffer.values, c);
-          __builtin_memcpy(to + whole, buffer.values, run.tail * sizeof(T));
-        }
-      }
+      };
+      if (OwnCode<O>::value && together > 1 && run.units > 1)
+        rows(OwnCode<O>());
+      else  // two streams nearly in the order of memory
+        rows(No());
     }
   }
   return within<S>(largest, plan);
@@ -372,7 +393,6 @@ static bool backward_order(
     if constexpr (Output) store(y, f);
   };
   const int64_t size = plan.row_size, together = rows_summed_together<T>(plan.runs[tile.first_run], size, tile.last_row - tile.first_row);
-  const int64_t ahead = together > 1 ? together * size : 2048 / int64_t(sizeof(T));
   for (int64_t first = tile.first_row; first < tile.last_row; first += together) {
     const int64_t last = first + together < tile.last_row ? first + together : tile.last_row;
     for (int64_t k = tile.first_run; k < tile.last_run; ++k) {
@@ -381,23 +401,36 @@ static bool backward_order(
       Real<S> registers[16], *sums = __is_same(O, Any) ? reinterpret_cast<Real<S>*>(all_sums) : registers;
   GRKAN_UNROLL
       for (int i = 0; i < o.sums; ++i) sums[i] = Real<S>{};
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
-        for (int64_t i = start; i < end; i += unit<T>) {
-          prefetch<false>(grad + i, ahead);
-          prefetch<false>(x + i, ahead);
-          prefetch<true>(dx + i, ahead);
-          one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
+      auto rows = [&](auto in_steps) __attribute__((always_inline)) {
+        for (int64_t row = first; row < last; ++row) {
+          const int64_t start = row * size + run.offset, end = start + run.units * unit<T>;
+          for (int64_t i = start; i < end; i += unit<T>) {
+            if constexpr (in_steps.value) {
+              prefetch<false, 2>(grad + i, together * size);
+              prefetch<false, 2>(x + i, together * size);
+              prefetch<true, 2>(dx + i, together * size);
+            } else if constexpr (sizeof(T) > 2) {  // three streams; 16 bits need half the bandwidth: 3 % faster without
+              constexpr int64_t ahead = 2048 / sizeof(T);
+              prefetch<false, 3>(grad + i, ahead);
+              prefetch<false, 3>(x + i, ahead);
+              prefetch<true, 3>(dx + i, ahead);
+            }
+            one(grad + i, x + i, dx + i, Output ? y + i : nullptr, c, sums);
+          }
+          if (run.tail) {
+            Partial<T> g, from, to, value;
+            __builtin_memcpy(g.values, grad + end, run.tail * sizeof(T));
+            __builtin_memcpy(from.values, x + end, run.tail * sizeof(T));
+            one(g.values, from.values, to.values, value.values, c, sums);
+            __builtin_memcpy(dx + end, to.values, run.tail * sizeof(T));
+            if (Output) __builtin_memcpy(y + end, value.values, run.tail * sizeof(T));
+          }
         }
-        if (run.tail) {
-          Partial<T> g, from, to, value;
-          __builtin_memcpy(g.values, grad + end, run.tail * sizeof(T));
-          __builtin_memcpy(from.values, x + end, run.tail * sizeof(T));
-          one(g.values, from.values, to.values, value.values, c, sums);
-          __builtin_memcpy(dx + end, to.values, run.tail * sizeof(T));
-          if (Output) __builtin_memcpy(y + end, value.values, run.tail * sizeof(T));
-        }
-      }
+      };
+      if (OwnCode<O>::value && together > 1)
+        rows(OwnCode<O>());
+      else
+        rows(No());
       Real<S>* total = reinterpret_cast<Real<S>*>(all_sums) + (run.entry + 1) * o.sums;
   GRKAN_UNROLL
       for (int i = 0; i < o.sums; ++i) total[i] += sums[i];
@@ -407,13 +440,6 @@ static bool backward_order(
 }
 
 // From values to template arguments.
-
-struct No {
-  static constexpr bool value = false;
-};
-struct Yes {
-  static constexpr bool value = true;
-};
 
 template <class S, class F>
 GRKAN_INLINE bool with_order(const Plan<S>& plan, const F& f) {
