@@ -412,3 +412,14 @@ def test_a_run_that_cannot_be_observed_is_named():
     ((name, reason),) = report.skipped
     assert name == ""
     assert reason.endswith("functions inside `forward` are not seen: RuntimeError: no mode, please")
+
+
+def test_a_clamp_between_tensors_does_not_end_the_observation():
+    class Routed(MLP):
+        def forward(self, x):
+            y = self.fc2(F.gelu(self.fc1(x)))
+            return y / y.abs().clamp(min=y.abs().amax(-1, keepdim=True))
+
+    report = convert_(Routed(), calibration=torch.randn(64, 16))
+    assert [layer["activation"] for layer in report.layers] == ["gelu"]
+    assert not [reason for _, reason in report.skipped if "cannot be observed" in reason]

@@ -206,7 +206,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _is_relu(args: Any) -> bool:
-    return len(args) > 1 and args[1] == 0 and (len(args) < 3 or args[2] is None)
+    """Return whether these are the arguments of `clamp(x, 0)`; a bound may also be a tensor."""
+    return len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 0 and (len(args) < 3 or args[2] is None)
 
 
 def _node(name: str, args: Any, inputs: list[tuple[Tensor, _Node]], output: Any) -> _Node:
