@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
-from grkan.bench.report import RATE_COLUMNS
+from grkan.bench.report import RATE_COLUMNS, format_ratio, format_time, job_title
 
 COLUMNS = {"ops": "shape", "layers": "pass", "models": "pass", "deploy": "batch"}
 """The part of a contest's job that has a column for each of its values; the other parts have a table each."""
@@ -26,12 +26,12 @@ def tables(report: Mapping[str, Any]) -> Iterator[str]:
     column = COLUMNS[report["suite"]]
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for contest in report["contests"]:
-        title = ", ".join(_words(key, value) for key, value in contest["job"].items() if key != column)
+        title = job_title({key: value for key, value in contest["job"].items() if key != column})
         grouped.setdefault(title, []).append(contest)
     for title, contests in grouped.items():
         baseline = contests[0]["baseline"]
         yield f"{title}: the median time, and the ratio to {baseline} with its quartiles"
-        heads = [_words(column, contest["job"][column]) for contest in contests]
+        heads = [job_title({column: contest["job"][column]}) for contest in contests]
         rivals = list(dict.fromkeys(name for contest in contests for name in contest["rivals"]))
         rows = [[name, *(_time(contest["rivals"].get(name)) for contest in contests)] for name in rivals]
         yield _table(["", *heads], rows)
@@ -43,19 +43,11 @@ def tables(report: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _words(key: str, value: Any) -> str:
-    return f"{key} {value}" if isinstance(value, int) else str(value)
-
-
 def _time(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return ""
-    seconds, ratio = measured["median"], measured["ratio"]
-    unit, factor = next((u, f) for u, f in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
-    time = f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
-    if ratio["median"] >= 10:
-        return f"{time}, {ratio['median']:.0f}"
-    return f"{time}, {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    ratio = {name: format_ratio(value) for name, value in measured["ratio"].items()}
+    return f"{format_time(measured['median'])}, {ratio['median']} ({ratio['low']}-{ratio['high']})"
 
 
 def _facts(rivals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:

@@ -197,7 +197,7 @@ def test_the_tables_of_a_page_are_replaced(tmp_path):
     assert text.startswith(
         "before\n<!-- layers -->\nMeasured by `grkan bench layers` on 2 cores of an P (AVX2), torch 2.14.1, "
     )
-    assert "| GRKAN | 1.2 s, 0.60 (0.50-11.00) | 1.2 s, 0.60 (0.50-11.00) |" in text
+    assert "| GRKAN | 1.20 s, 0.600 (0.500-11.0) | 1.20 s, 0.600 (0.500-11.0) |" in text
     assert "| bytes kept, GRKAN / Mlp; 192; forward + backward | ≤ 0.6 | 0.6 | met |\n" in text
     assert "old" not in text
     assert text.endswith("<!-- end -->\nafter\n")

@@ -75,9 +75,9 @@ def test_tables_and_json_of_kernels():
     ("seconds", "text"), [(1.234, "1.23 s"), (0.0124, "12.4 ms"), (5e-6, "5.00 µs"), (0.1, "100 ms")]
 )
 def test_times_have_a_unit(seconds, text):
-    assert report._time(seconds) == text
+    assert report.format_time(seconds) == text
 
 
 @pytest.mark.parametrize(("ratio", "text"), [(0.7512, "0.751"), (1.0, "1.00"), (124.4, "124"), (1251.2, "1251")])
 def test_ratios_have_three_digits(ratio, text):
-    assert report._short(ratio) == text
+    assert report.format_ratio(ratio) == text

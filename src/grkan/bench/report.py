@@ -84,7 +84,9 @@ def contest_tables(result: Result) -> Iterator[Table]:
         times.add_column(column, justify="right")
     for name, measured in result.measurements.items():
         rates = [f"{rate / RATE_COLUMNS[key][1]:.1f}" for key, rate in result.rates(name).items()]
-        times.add_row(name, _time(measured.median), _time(measured.minimum), *_cells(result.ratio(name)), *rates)
+        times.add_row(
+            name, format_time(measured.median), format_time(measured.minimum), *_cells(result.ratio(name)), *rates
+        )
     yield times
     if result.facts[result.baseline]:
         facts = _table(None, left=[""], right=result.facts[result.baseline])
@@ -146,17 +148,22 @@ def as_line(about: Mapping[str, Any]) -> str:
 
 
 def _cells(ratio: Ratio) -> tuple[str, str, str]:
-    return _short(ratio.median), f"{_short(ratio.low)}-{_short(ratio.high)}", _short(ratio.minima)
+    return (
+        format_ratio(ratio.median),
+        f"{format_ratio(ratio.low)}-{format_ratio(ratio.high)}",
+        format_ratio(ratio.minima),
+    )
 
 
-def _short(ratio: float) -> str:
+def format_ratio(ratio: float) -> str:
     """Format a ratio with at least three digits."""
     return f"{ratio:#.3g}".rstrip(".") if ratio < 1000 else f"{ratio:.0f}"
 
 
-def _time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """Format a time in the unit that suits it."""
     unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{_short(seconds * factor)} {unit}"
+    return f"{format_ratio(seconds * factor)} {unit}"
 
 
 # JSON.
