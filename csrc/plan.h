@@ -57,7 +57,7 @@ constexpr int scale = sizeof(S) == 8 ? 512 : 64;
 // added in S: vectors, in registers, and then these sums, over a tile. The rest is added in double.
 constexpr int64_t kVectorsTogether = 48, kSumsOfThem = 16;
 
-// Vector code for one instruction set. Both functions return whether all x of the tile were inside.
+// Vector code for one instruction set. `forward` and `backward` return whether all x of the tile were inside.
 struct Kernels {
   int lanes_float, lanes_double;
 

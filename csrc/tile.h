@@ -27,12 +27,14 @@ template <>
 struct VectorOf<float> {
   typedef float Real __attribute__((vector_size(GRKAN_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(GRKAN_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(GRKAN_BYTES)));
   static constexpr int32_t sign = INT32_MIN;
 };
 template <>
 struct VectorOf<double> {
   typedef double Real __attribute__((vector_size(GRKAN_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(GRKAN_BYTES)));
+  typedef uint64_t Unsigned __attribute__((vector_size(GRKAN_BYTES)));
   static constexpr int64_t sign = INT64_MIN;
 };
 template <class S>
@@ -167,12 +169,6 @@ struct Yes {
   static constexpr bool value = true;
 };
 
-// Whether an order has code of its own. For the others one loop has to do for all widths, or compiling would take too long.
-template <class O>
-struct OwnCode : Yes {};
-template <>
-struct OwnCode<Any> : No {};
-
 template <class S>
 GRKAN_INLINE Real<S> absolute(Real<S> x) {
   return (Real<S>)((Bits<S>)x & ~VectorOf<S>::sign);
@@ -235,8 +231,10 @@ GRKAN_INLINE Real<S> gradient(Real<S> g, Real<S> x, const Real<S>* c, Real<S>* s
     Real<S> t = Absolute ? absolute<S>(x) : x;
     Real<S> inside = inner<S>(b, o.n, t);
     inverse = S(1) / (S(1) + (Absolute ? inside : absolute<S>(inside)));
+    // Adds scale to the exponent. Unsigned, because that of NaN may wrap around.
+    typedef typename VectorOf<S>::Unsigned Unsigned;
     constexpr int fraction = sizeof(S) == 8 ? 52 : 23;
-    u = g * (Real<S>)((Bits<S>)inverse + ((decltype(VectorOf<S>::sign + 0))scale<S> << fraction));
+    u = g * (Real<S>)((Unsigned)inverse + ((Unsigned{} + scale<S>) << fraction));
     y = p * inverse;
     slope = horner<S>(db, o.n - 1, t);
     if (Absolute) {
@@ -353,8 +351,9 @@ static bool forward_order(const Plan<Arithmetic<T>>& plan, const Tile& tile, con
           }
         }
       };
-      if (OwnCode<O>::value && together > 1 && run.units > 1)
-        rows(OwnCode<O>());
+      // Any other order has one loop for all widths, or compiling would take too long.
+      if (!__is_same(O, Any) && together > 1 && run.units > 1)
+        rows(Yes());
       else  // two streams nearly in the order of memory
         rows(No());
     }
@@ -427,8 +426,8 @@ static bool backward_order(
           }
         }
       };
-      if (OwnCode<O>::value && together > 1)
-        rows(OwnCode<O>());
+      if (!__is_same(O, Any) && together > 1)
+        rows(Yes());
       else
         rows(No());
       Real<S>* total = reinterpret_cast<Real<S>*>(all_sums) + (run.entry + 1) * o.sums;
@@ -505,7 +504,9 @@ static bool backward(
 template <int Bytes>
 GRKAN_INLINE double total(const void* doubles) {
   if constexpr (Bytes == sizeof(double)) {
-    return *static_cast<const double*>(doubles);
+    double value;
+    __builtin_memcpy(&value, doubles, sizeof value);
+    return value;
   } else {
     typedef double Half __attribute__((vector_size(Bytes / 2)));
     Half halves[2];
@@ -522,7 +523,7 @@ static void fold_type(const void* vectors, int64_t count, int64_t first, int64_t
   for (int i = 0; i < lanes<S>; ++i) lane[i] = i;
   inside = (lane >= decltype(lane[0] + 0)(first)) & (lane < decltype(lane[0] + 0)(last));
   for (int64_t k = 0; k < count; ++k) {
-    const Bits<S> bits = static_cast<const Bits<S>*>(vectors)[k] & inside;
+    const Bits<S> bits = (Bits<S>)static_cast<const Real<S>*>(vectors)[k] & inside;
     if constexpr (sizeof(S) == 8) {
       to[k] = total<GRKAN_BYTES>(&bits);
     } else {
