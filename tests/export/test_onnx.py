@@ -238,7 +238,10 @@ def test_functions_of_several_kinds_in_one_file(tmp_path):
     path = grkan.export(model, tmp_path / "mixed.onnx", example=inputs)
     proto = onnx.load(path)
     assert len(functions(proto)) == 6
-    assert len({function.overload for function in proto.functions}) == 4
+    kinds = [a.i for node in functions(proto) for a in node.attribute if a.name == "kind"]
+    assert len(kinds) == 6
+    assert set(kinds) == {0, 1, 2, 3}
+    assert len(proto.functions) == 1  # old versions of ONNX Runtime confuse overloads
     assert [node.input[1] for node in functions(proto)].count("act.numerator") == 2
     assert [value.name for value in proto.graph.output] == ["twice", "constant"]
     inputs = {"images": torch.randn(5, 8, 3, 4), "scale": torch.rand(5, 1, 1)}

@@ -6,6 +6,9 @@ import random
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -234,3 +237,49 @@ def test_metrics_are_plain_json_lines(undisturbed):
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "top1" not in line] == list(range(1, STEPS + 1))
     assert [line["epoch"] for line in lines if "top1" in line] == [1, 2]
+
+
+LOADING = """
+import sys
+from torch.utils.data import DataLoader
+from grkan.train.interruption import shield_loading_process
+loader = DataLoader(
+    range(8), num_workers=1, worker_init_fn=shield_loading_process, multiprocessing_context=sys.argv[1]
+)
+batches = iter(loader)
+next(batches)
+print(batches._workers[0].pid, flush=True)
+if sys.stdin.readline() == "terminate\\n":
+    batches._workers[0].terminate()
+    print(batches._workers[0].join(), flush=True)
+sys.stdin.read()
+"""
+
+
+def _ends(pid, seconds):
+    end = time.monotonic() + seconds
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
+        time.sleep(0.05)
+    return not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is unknown")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("end", ["killed", "terminates it"])
+def test_a_loading_process_ends_with_the_training_process_or_when_that_says_so(method, end):
+    command = [sys.executable, "-c", LOADING, method]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
+        loading = int(training.stdout.readline())
+        os.kill(loading, signal.SIGTERM)
+        assert not _ends(loading, 0.5)
+        if end == "killed":
+            training.kill()
+        else:
+            training.stdin.write("terminate\n")
+            training.stdin.flush()
+        try:
+            assert _ends(loading, 20)
+        finally:
+            training.kill()
+            if os.path.exists(f"/proc/{loading}"):
+                os.kill(loading, signal.SIGKILL)

@@ -7,7 +7,6 @@ implementation, as ONNX Runtime has with `grkan.onnx_library()`.
 import copy
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,9 @@ OPSET = 20
 
 _PARAMETERS = ("numerator", "denominator")
 
+Kind = tuple[int, int, str]
+"""What a function's definition depends on: m, n and the form."""
+
 _LARGE = 2**31 - 2**20
 """From this many bytes on, weights go into a separate file: a protocol buffer holds less than 2 GiB."""
 
@@ -48,6 +50,9 @@ def write_onnx(job: Job, path: Path, inline: bool = False, int8: bool = False) -
     with replacing_files(path) as file:
         if int8:
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                for weight in model.graph.initializers.values():
+                    # ONNX Runtime before 1.28 transposes weights, but not what is noted of their shapes.
+                    weight.shape = weight.type = None
                 save(model, Path(folder, "model.onnx"))
                 _quantise(Path(folder, "model.onnx"), file)
         else:
@@ -143,48 +148,49 @@ def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
             value.shape, value.dtype = ir.Shape(rows.shape), ir.DataType.FLOAT
             coefficients[name, parameter] = value
     nodes = [node for node in graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, NODE)]
-    kinds = {node: _kind(functions[node.attributes["of"].as_string()]) for node in nodes}
-    # The most common kind of function gets no overload, because older runtimes do not support overloads.
-    overloads = {
-        kind: _overload(*kind) if i else "" for i, (kind, _) in enumerate(Counter(kinds.values()).most_common())
-    }
+    # One definition for all: ONNX Runtime before 1.26 takes the first one for every overload of a function.
+    kinds = list(dict.fromkeys(_kind(act) for act in functions.values()))
     for number, node in enumerate(nodes):
         name = node.attributes.pop("of").as_string()
         inputs = [coefficients[name, parameter] for parameter in _PARAMETERS]
         for value in inputs:
             graph.register_initializer(value)
-        overload = overloads[kinds[node]]
+        attributes = list(node.attributes.values())
+        if len(kinds) > 1:
+            attributes.append(ir.AttrInt64("kind", kinds.index(_kind(functions[name]))))
         new = ir.Node(
-            DOMAIN, NODE, [node.inputs[0], *inputs], list(node.attributes.values()),
-            overload=overload, version=VERSION, name=f"{name or NODE}/{number}",
-        )  # fmt: skip
+            DOMAIN, NODE, [node.inputs[0], *inputs], attributes, version=VERSION, name=f"{name or NODE}/{number}"
+        )
         old, value = node.outputs[0], new.outputs[0]
         value.name, value.shape, value.type = old.name, old.shape, old.type
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], [old], [value])
-    for kind, overload in overloads.items():
-        text = function_text(*kind, model.graph.opset_imports[""])
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-        function.overload = overload
-        model.functions[function.identifier()] = function
+    text = function_text(kinds, model.graph.opset_imports[""])
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
 
 
-def _kind(act: GroupRational) -> tuple[int, int, str]:
+def _kind(act: GroupRational) -> Kind:
     return *act.order, act.form
 
 
-def _overload(m: int, n: int, form: str) -> str:
-    return f"order_{m}_{n}_{form}"
-
-
-def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
-    """Return the definition of a node of order (m, n) (arXiv 2409.10594, Eq. 11 and 12) in ONNX's textual syntax.
+def function_text(kinds: Sequence[Kind], opset: int = OPSET) -> str:
+    """Return the definition of a node (arXiv 2409.10594, Eq. 11 and 12) in ONNX's textual syntax.
 
     P and Q are computed by Horner's method in float32, as in `grkan.plain`. The coefficients of a power become a tensor
     of shape (C, 1, ..., 1), with a 1 for each dimension after the channels. C comes from x's shape at run time.
+    If there are several kinds, the attribute `kind` of a node is the place of its own among them. Being a constant, it
+    costs nothing: runtimes remove the branches that are not taken.
     """
+    constants = {
+        "zeros": "value_ints: ints = [0]",
+        "ones": "value_ints: ints = [1]",
+        "minus_ones": "value_ints: ints = [-1]",
+        "twos": "value_ints: ints = [2]",
+        "unit": "value_float: float = 1.0",
+    }
     lines = [
-        "z = Cast <to: int = 1> (x)",
+        *(f"{name} = Constant <{value}> ()" for name, value in constants.items()),
         "dim = Constant <value_int: int = @channel_dim> ()",
         "sizes = Shape <start: int = @channel_dim> (x)",
         "channels = Slice (sizes, zeros, ones)",
@@ -197,13 +203,29 @@ def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
         "spread = Concat <axis: int = 0> (ones, groups, width)",
         "shape = Concat <axis: int = 0> (minus_ones, channels, tail)",
     ]
-    constants = [
-        "zeros = Constant <value_ints: ints = [0]> ()",
-        "ones = Constant <value_ints: ints = [1]> ()",
-        "minus_ones = Constant <value_ints: ints = [-1]> ()",
-        "twos = Constant <value_ints: ints = [2]> ()",
-        "unit = Constant <value_float: float = 1.0> ()",
-    ]
+    *others, last = range(len(kinds))
+    choice, result = _kind_text(*kinds[last], last)
+    if others:
+        lines.append("kind = Constant <value_int: int = @kind> ()")
+    for i in reversed(others):
+        lines += [f"number_{i} = Constant <value_int: int = {i}> ()", f"is_{i} = Equal (kind, number_{i})"]
+        branch, value = _kind_text(*kinds[i], i)
+        then = f"then_branch: graph = kind_{i} () => ({value}) {{ {_lines(branch)} }}"
+        otherwise = f"else_branch: graph = not_{i} () => ({result}) {{ {_lines(choice)} }}"
+        choice, result = [f"choice_{i} = If (is_{i}) <{then}, {otherwise}>"], f"choice_{i}"
+    body = _lines([*lines, *choice, f"y = CastLike ({result}, x)"])
+    attributes = "form, channel_dim, kind" if others else "form, channel_dim"
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+    return f"{head}\n{NODE} <{attributes}> (x, numerator, denominator) => (y)\n{{\n{body}\n}}"
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(lines)
+
+
+def _kind_text(m: int, n: int, form: str, number: int) -> tuple[list[str], str]:
+    """Return the lines that compute a function of a kind from x, and the name of its value."""
+    lines = ["z = Cast <to: int = 1> (x)"]
 
     def columns(letter: str, name: str, count: int) -> None:
         lines.append(f"{letter}_columns = Transpose <perm: ints = [1, 0]> ({name})")
@@ -211,7 +233,7 @@ def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
         lines.append(f"{letter}_wide = Expand ({letter}_deep, spread)")
         lines.append(f"{letter}_all = Reshape ({letter}_wide, shape)")
         for i in range(count):
-            constants.append(f"{letter}{i}_at = Constant <value_int: int = {i}> ()")
+            lines.append(f"{letter}{i}_at = Constant <value_int: int = {i}> ()")
             lines.append(f"{letter}{i} = Gather <axis: int = 0> ({letter}_all, {letter}{i}_at)")
 
     def horner(letter: str, count: int, variable: str) -> str:
@@ -222,11 +244,12 @@ def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
             lines.append(f"{value} = Add ({letter}{i}_product, {letter}{i})")
         return value
 
+    result = f"F_{number}"
     columns("a", "numerator", m + 1)
-    result = horner("a", m + 1, "z")
+    numerator = horner("a", m + 1, "z")
     if m == 0:  # of the shape of x
-        lines += ["shape_x = Shape (x)", f"constant = Expand ({result}, shape_x)"]
-        result = "constant"
+        lines += ["shape_x = Shape (x)", f"constant = Expand ({numerator}, shape_x)"]
+        numerator = "constant"
     if n:
         absolute = form == "sum_of_abs"
         source = "denominator"
@@ -239,12 +262,10 @@ def function_text(m: int, n: int, form: str, opset: int = OPSET) -> str:
         lines.append(f"inner = Mul ({inner}, {variable})")
         lines += [] if absolute else ["size = Abs (inner)"]
         lines.append(f"Q = Add ({'inner' if absolute else 'size'}, unit)")
-        lines.append(f"F = Div ({result}, Q)")
-        result = "F"
-    lines.append(f"y = CastLike ({result}, x)")
-    body = "\n".join(constants + lines)
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
-    return f"{head}\n{NODE} <form, channel_dim> (x, numerator, denominator) => (y)\n{{\n{body}\n}}"
+        lines.append(f"{result} = Div ({numerator}, Q)")
+    else:
+        lines.append(f"{result} = Identity ({numerator})")
+    return lines, result
 
 
 def _describe(model: ir.Model, job: Job) -> None:

@@ -1,5 +1,6 @@
 """Early termination of a run by SIGTERM, which clusters, containers and `kill` send to stop a process."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -51,19 +52,26 @@ class Notice:
 
 
 def shield_loading_process(_: int = 0) -> None:
-    """Make a process that loads images end on SIGTERM only if the training process sent it.
+    """Make a process that loads images end on SIGTERM only if the training process sent it, and end with that process.
 
-    A cluster sends it to every process of a job, but the images of the last steps are still needed. Use it as
-    `worker_init_fn` of a DataLoader. It has no effect where the sender of a signal is unknown (macOS).
+    A cluster sends SIGTERM to every process of a job, but the images of the last steps are still needed. The DataLoader
+    itself only watches for the end of the parent process. With the start method "forkserver" that is multiprocessing's
+    server, which lives as long as any of its processes. Use this function as `worker_init_fn` of a DataLoader. Where
+    the sender of a signal is unknown (macOS), SIGTERM works as before.
     """
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    parent = os.getppid()
+    training = multiprocessing.parent_process()
+    assert training is not None
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+    def end_when_told() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training.pid:
             pass
         os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, daemon=True).start()
+    def end_with_training() -> None:
+        training.join()
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_told, daemon=True).start()
+    threading.Thread(target=end_with_training, daemon=True).start()
