@@ -21,6 +21,7 @@ import onnxruntime
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from PIL import Image
 
 import grkan
@@ -111,7 +112,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.model.is_file():
         parser.error(f"--model: there is no file {options.model}")
-    uvicorn.run(create_app(Classifier(options.model, options.threads)), host=options.host, port=options.port)
+    try:
+        classifier = Classifier(options.model, options.threads)
+    except (ValueError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
+        parser.error(f"--model: {error}")
+    uvicorn.run(create_app(classifier), host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,18 @@ def test_a_body_is_not_read_beyond_the_limit(serve):
 
 def test_a_model_that_is_not_for_images(serve, tmp_path, monkeypatch, capsys):
     grkan.export(grkan.GRKAN(8, num_groups=2).eval(), tmp_path / "layer.onnx", example=torch.randn(2, 8))
-    with pytest.raises(ValueError, match="does not say how to preprocess"):
-        serve.Classifier(tmp_path / "layer.onnx")
-    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(tmp_path / "none.onnx")])
-    with pytest.raises(SystemExit):
-        serve.main()
-    assert "--model: there is no file" in capsys.readouterr().err
+    (tmp_path / "noise.onnx").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.onnx").touch()
+    messages = {
+        "layer": "does not say how to preprocess images",
+        "noise": "Protobuf parsing failed",
+        "empty": "No graph was found",
+        "none": "there is no file",
+    }
+    for name, message in messages.items():
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(tmp_path / f"{name}.onnx")])
+        with pytest.raises(SystemExit):
+            serve.main()
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "--model: " in error
+        assert message in error
