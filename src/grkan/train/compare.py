@@ -30,7 +30,7 @@ from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
 from .config import Config, make_config, merge
-from .interruption import SIGTERM_STATUS, TrainingStopped
+from .interruption import SIGTERM_STATUS, TrainingStopped, when_parent_ends
 from .loop import Summary, TrainingError, check_same, holds_run, resolve, resume, train
 from .metrics import read_metrics
 from .model import check_model
@@ -141,13 +141,13 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
         for folder, config in configs.items():
             yield folder, _train_or_resume(config)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, method = max(1, (os.cpu_count() or 1) // jobs), multiprocessing.get_start_method()
     # Forking a process with threads, or one that has used a GPU, is not safe. This server has its imports alone.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     console = make_console()
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads, method)) as pool:
         try:
             with _handling(signal.SIGINT, signal.SIG_IGN):  # Ctrl-C reaches the children too; they inherit this
                 waiting = {pool.submit(_train_and_end, config): folder for folder, config in configs.items()}
@@ -188,8 +188,10 @@ def _stop(*_: object) -> NoReturn:
     raise TrainingStopped("stopped by SIGTERM")
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, method: str) -> None:
+    multiprocessing.set_start_method(method, force=True)  # of processes that load images, as in a run alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # a run saves its state
     torch.set_num_threads(threads)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
 
@@ -200,13 +202,23 @@ def _train_or_resume(config: Config) -> Summary:
 
 
 def _train_and_end(config: Config) -> Summary:
-    """Train in a worker process, and end that process on SIGTERM, because it would otherwise start the next run."""
+    """Train in a worker process.
+
+    End the process on SIGTERM, because it would otherwise start the next run, and if its parent is gone, because it
+    would otherwise wait forever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    stopped = False
     try:
         return _train_or_resume(config)
     except TrainingStopped:
-        pass
-    gc.collect()  # ends the processes that load images
-    os._exit(SIGTERM_STATUS)
+        stopped = True
+        raise
+    finally:
+        if stopped or not parent.is_alive():
+            gc.collect()  # ends the processes that load images
+            os._exit(SIGTERM_STATUS)
 
 
 def _variant(scores: Mapping[int | None, Summary], others: Mapping[int | None, Summary]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
@@ -51,27 +52,38 @@ class Notice:
         self.given = True
 
 
+def when_parent_ends(act: Callable[[], None]) -> None:
+    """Call `act` in a thread when the process that made this one by multiprocessing has ended, even by SIGKILL.
+
+    With the start method "forkserver", `os.getppid` gives the process of multiprocessing's server instead, which lives
+    as long as any of its processes.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def shield_loading_process(_: int = 0) -> None:
     """Make a process that loads images end on SIGTERM only if the training process sent it, and end with that process.
 
-    A cluster sends SIGTERM to every process of a job, but the images of the last steps are still needed. The DataLoader
-    itself only watches for the end of the parent process. With the start method "forkserver" that is multiprocessing's
-    server, which lives as long as any of its processes. Use this function as `worker_init_fn` of a DataLoader. Where
-    the sender of a signal is unknown (macOS), SIGTERM works as before.
+    A cluster sends SIGTERM to every process of a job, but the images of the last steps are still needed. Use this
+    function as `worker_init_fn` of a DataLoader. Where the sender of a signal is unknown (macOS), SIGTERM works as
+    before.
     """
     training = multiprocessing.parent_process()
     assert training is not None
 
-    def end_when_told() -> None:
+    def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training.pid:
             pass
         os._exit(0)
 
-    def end_with_training() -> None:
-        training.join()
-        os._exit(0)
-
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_when_told, daemon=True).start()
-    threading.Thread(target=end_with_training, daemon=True).start()
+        threading.Thread(target=wait, daemon=True).start()
+    when_parent_ends(lambda: os._exit(0))
