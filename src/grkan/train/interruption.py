@@ -52,7 +52,7 @@ class Notice:
 
 
 def shield_loading_process(_: int = 0) -> None:
-    """Make a process that loads images end on SIGTERM only if the training process sent it, and end with that process.
+    """Let a loading process end on SIGTERM only if the training process sent it, and when the training process ends.
 
     A cluster sends SIGTERM to every process of a job, but the images of the last steps are still needed. The DataLoader
     itself only watches for the end of the parent process. With the start method "forkserver" that is multiprocessing's
