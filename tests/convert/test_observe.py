@@ -411,7 +411,7 @@ def test_a_run_that_cannot_be_observed_is_named():
     assert [layer["name"] for layer in report.layers] == ["1"]
     ((name, reason),) = report.skipped
     assert name == ""
-    assert reason.endswith("functions inside `forward` are not seen: RuntimeError: no mode, please")
+    assert reason.endswith("functions that `forward` calls were not found: RuntimeError: no mode, please")
 
 
 def test_a_clamp_between_tensors_does_not_end_the_observation():
