@@ -146,7 +146,7 @@ def test_predict_of_a_folder_as_csv(run, tmp_path, capsys):
         *("path", "error", "label", "probability", "label_2", "probability_2", "label_3", "probability_3")
     ]
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) >= float(rows[0]["probability_3"])
-    assert err == "grkan: 1 of 3 images could not be read; passed over: 1 *.txt\n"
+    assert err == "grkan: 1 of 3 images could not be read; skipped: 1 *.txt\n"
 
 
 @pytest.mark.parametrize("data", [[], ["--data=digits"]])
@@ -217,7 +217,7 @@ def test_a_folder_of_classes_is_split_told_and_found_again(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     told = out.splitlines()[:3]
-    assert told[0] == f"{folder}: 30 images of 2 classes; passed over: 1 hidden"
+    assert told[0] == f"{folder}: 30 images of 2 classes; skipped: 1 hidden"
     assert told[1] == f"0.25 of each class of {folder}, by seed 3: 10 images of 2 classes"
     assert told[2].startswith("small images, of about 8 x 8 pixels: shift 1, hflip 0.0, color_jitter 0.0")
     for given, images in (([], 10), (["--split=train"], 30), (["--val-split=0.5"], 20), (["--split=dark"], None)):
@@ -254,7 +254,10 @@ def test_resume_of_a_finished_run(run, capsys):
         (["fit", "gelu", "--interval", "3", "-3"], "interval"),
         (["fit", "gelu", "--interval", "-1e1", "-2e1"], "interval must be two finite numbers, low < high; got (-10.0"),
         (["fit", "gelu", "--interval", "-inf", "0"], "interval must be two finite numbers, low < high; got (-inf"),
-        (["compare", "--output=x"], "runs must map the name of each to its settings; got None; or give --models"),
+        (
+            ["compare", "--output=x"],
+            "runs must map the name of each run to its settings, unless --models is given; got None",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -441,8 +444,11 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch):
     ("arguments", "message"),
     [
         (["train", "--lr", "["], "grkan train: argument --lr: '[' is not a YAML value"),
-        (["train", "--set=lr"], "grkan train: argument --set: takes key=value, where null is no value; got 'lr'; see"),
-        (["train", "--set=model_args.img_size="], "argument --set: takes key=value, where null is no value"),
+        (
+            ["train", "--set=lr"],
+            "grkan train: argument --set: must be key=value, with null for no value; got 'lr'; see",
+        ),
+        (["train", "--set=model_args.img_size="], "argument --set: must be key=value, with null for no value"),
         (["train", "--set=lx=1"], "argument --set: unknown setting 'lx'; did you mean lr"),
         (["train", "--resume="], "argument --resume: must not be empty"),
         (

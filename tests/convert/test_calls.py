@@ -142,7 +142,7 @@ def test_a_recipe(converted):
     assert torch.equal(twin(data()), model(data()))
     assert list(twin.state_dict()) == list(model.state_dict())
     other = nn.Sequential(nn.LayerNorm(16), Layers(), Layers())
-    with pytest.raises(ValueError, match=r"does not fit the model.*has no F"):
+    with pytest.raises(ValueError, match=r"does not fit the model.*does not contain F"):
         apply_conversion_(other, recipe)
     assert type(other[1]) is Layers
     with pytest.raises(ValueError, match="already"):
@@ -202,9 +202,9 @@ exec("class Nowhere(Layers):\n def forward(self, x):\n  return self.fc2(F.gelu(s
         (Inplace, r"F.relu_\(x\) works in place"),
         (Child, "super"),
         (Recursive, "a decorator of forward calls itself"),
-        (Pickled, "pickled in a way of its own"),
-        (replaced, "its forward is replaced"),
-        (namespace["Nowhere"], "the source of forward is not at hand"),
+        (Pickled, "Pickled defines its own pickling"),
+        (replaced, "its forward has been replaced"),
+        (namespace["Nowhere"], "the source of forward is not available"),
     ],
     ids=["in place", "super", "recursive decorator", "pickled", "replaced", "no source"],
 )
@@ -224,7 +224,7 @@ def test_a_lift_is_undone():
     expected = model(data())
     lift(model, CallRecipe("forward", "F.gelu(self.fc1(x))", "self.fc1(x)", 0), "act", nn.ReLU(), undo)
     assert not torch.equal(model(data()), expected)
-    with pytest.raises(ValueError, match="has something of the name fc1 already"):
+    with pytest.raises(ValueError, match="already has an attribute named fc1"):
         lift(model, CallRecipe("forward", "self.fc1(x)", "x", 0), "fc1", nn.ReLU(), undo)
     undo.close()
     assert type(model) is MLP

@@ -188,7 +188,7 @@ class Amplifier(nn.Module):
 
 def test_a_model_that_amplifies_is_returned_with_a_warning():
     model, x = Amplifier(), data(64, 16)
-    with pytest.warns(UserWarning, match=r"off by [0-9.]+, above max_error=0.05, though every MLP"):
+    with pytest.warns(UserWarning, match=r"off by [0-9.]+, above max_error=0.05, although each MLP"):
         report = convert_(model, calibration=x)
     assert report.relative_error > 0.05
     assert isinstance(model.mlp[1], GroupRational)

@@ -368,7 +368,7 @@ def test_a_vit_in_a_file_and_as_a_kat(tmp_path):
     ],
 )
 def test_recipes_that_are_none(recipe, error):
-    with pytest.raises(error, match=r"recipe must|recipe has version 2"):
+    with pytest.raises(error, match="recipe must"):
         apply_conversion_(sequential(), recipe)
 
 
@@ -379,8 +379,14 @@ def test_recipes_that_are_none(recipe, error):
         (lambda layer: layer.update(linear="9"), "there is no '9'"),
         (lambda layer: layer.update(activation="1.9"), "there is no '1.9'"),
         (lambda layer: layer.update(layout="gated"), "layout in layer 1 of recipe must be one of .*; got 'gated'"),
-        (lambda layer: layer.update(layout="activation"), "linear in layer 1 of recipe must be null for the layout"),
-        (lambda layer: layer.update(act1=None), "act1 in layer 1 of recipe must be null for .* got None for 'linear'"),
+        (
+            lambda layer: layer.update(layout="activation"),
+            "linear in layer 1 of recipe must be null if, and only if, the layout",
+        ),
+        (
+            lambda layer: layer.update(act1=None),
+            "act1 in layer 1 of recipe must be null if, and only if, .* got None for 'linear'",
+        ),
         (lambda layer: layer.update(layout="grkan"), "linear and activation in .* must be 1.fc1 and 1.act for"),
         (lambda layer: layer["act2"].update(form="sum"), "at 1: form must be"),
         (lambda layer: layer["act2"].update(order=[7, 6]), "at 1: the numerator of init must have shape"),
@@ -422,15 +428,23 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"calibration": []}, ValueError, "calibration must have a batch"),
-        ({"calibration": iter(())}, ValueError, "calibration must have a batch; it has none, or is a generator"),
-        ({"calibration": endless_nan()}, ValueError, "calibration must lead to finite values; at batch 0"),
+        ({"calibration": []}, ValueError, "calibration must have at least one batch"),
+        (
+            {"calibration": iter(())},
+            ValueError,
+            "calibration must have at least one batch; it is empty, or a generator",
+        ),
+        ({"calibration": endless_nan()}, ValueError, "calibration must lead to finite values; in batch 0"),
         ({"calibration": [data(), data(width=3)]}, ValueError, "batch 1 raises RuntimeError"),
         ({"calibration": [{"y": data()}]}, ValueError, "batch 0 raises TypeError"),
         ({"calibration": ["text"]}, ValueError, "must be a Mapping, a Tensor, or a tuple or list"),
         ({"calibration": "text"}, TypeError, "calibration must be an iterable of batches"),
         ({"calibration": 3}, TypeError, "calibration must be an iterable of batches"),
-        ({"calibration": data(), "forward": lambda model, batch: None}, ValueError, "reach none of the activations"),
+        (
+            {"calibration": data(), "forward": lambda model, batch: None},
+            ValueError,
+            "no batch reaches any of the activations",
+        ),
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1"),
         ({"order": (5,)}, ValueError, "order must be a pair"),
         ({"order": (0, 4)}, ValueError, r"order must be \(m, n\) with m >= 1"),
@@ -491,12 +505,12 @@ def test_a_model_without_an_mlp(model):
 
 @pytest.mark.parametrize(
     ("make", "match"),
-    [(mlp, "at 0: it is a GRKAN already"), (sequential, r"at 0: 0\.1 is a rational function already")],
+    [(mlp, "at 0: it is already a GRKAN"), (sequential, r"at 0: 0\.1 is already a rational function")],
 )
 def test_a_model_that_is_converted_already(make, match):
     model = nn.Sequential(make())
     recipe = convert_(model, num_groups=1).recipe
-    with pytest.raises(ValueError, match="its other functions are rational already"):
+    with pytest.raises(ValueError, match="its other functions are already rational"):
         convert_(model)
     with pytest.raises(ValueError, match=match):
         apply_conversion_(model, recipe)

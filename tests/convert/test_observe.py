@@ -349,7 +349,7 @@ def test_what_is_never_called_is_not_converted():
         model = nn.Sequential(Unused(), with_activation(nn.GELU()))
         report = convert_(model, calibration=calibration)
         assert [layer["name"] for layer in report.layers] == ["1"]
-        assert report.skipped == [("0.act", "silu: it is never called, though its module is")]
+        assert report.skipped == [("0.act", "silu: its module is called, but never calls it")]
 
 
 class Second(MLP):
@@ -368,7 +368,7 @@ def test_later_batches_count():
     report = convert_(model, calibration=[data(), data()[:3]])
     assert len(report.layers) == 2
     report = convert_(Second(), calibration=[data()])
-    assert report.skipped == [("other.act", "silu: calibration never calls it")]
+    assert report.skipped == [("other.act", "silu: no calibration batch reaches it")]
 
 
 def test_nothing_is_kept_of_a_run():
@@ -411,7 +411,7 @@ def test_a_run_that_cannot_be_observed_is_named():
     assert [layer["name"] for layer in report.layers] == ["1"]
     ((name, reason),) = report.skipped
     assert name == ""
-    assert reason.endswith("functions inside `forward` are not seen: RuntimeError: no mode, please")
+    assert reason.endswith("functions that `forward` calls were not found: RuntimeError: no mode, please")
 
 
 def test_a_clamp_between_tensors_does_not_end_the_observation():
@@ -422,4 +422,4 @@ def test_a_clamp_between_tensors_does_not_end_the_observation():
 
     report = convert_(Routed(), calibration=torch.randn(64, 16))
     assert [layer["activation"] for layer in report.layers] == ["gelu"]
-    assert not [reason for _, reason in report.skipped if "cannot be observed" in reason]
+    assert not [reason for _, reason in report.skipped if "could not be observed" in reason]

@@ -273,7 +273,7 @@ def test_each_of_stacked_experts_preserves_the_variance(transposed):
         assert not experts.down_proj_bias.any()
         assert experts(x).square().mean((1, 2)).tolist() == pytest.approx([1.0, 1.0], rel=0.1)
     recipe["layers"][0]["gains"]["down_proj_bias"] = [1.0, 2]
-    with pytest.raises(ValueError, match="down_proj_bias is no parameter with the weights of several linear layers"):
+    with pytest.raises(ValueError, match="down_proj_bias is not a parameter that stacks the weights of several"):
         apply_conversion_(Experts(transposed), recipe)
 
 
@@ -309,7 +309,9 @@ def test_where_it_is_not_clear_what_to_draw_the_weights_stay_and_are_named():
     report = convert_(model, start="scratch", include="*")
     assert isinstance(model.act, GroupRational)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    assert report.skipped == [("", "its weights stay, for it is not clear what its linear layers are")]
+    assert report.skipped == [
+        ("", "its weights are not redrawn, because it is unclear which linear layers belong to it")
+    ]
 
 
 def mlp():
@@ -375,7 +377,7 @@ def test_a_recipe_draws_anew():
     with pytest.raises(ValueError, match=r"gains in layer 0 of recipe must be positive numbers; got -1\.0 for 'fc2'"):
         apply_conversion_(mlp(), recipe)
     recipe["layers"][0]["gains"] = {"act": 1.0}
-    with pytest.raises(ValueError, match="act is no plain linear layer but a GELU"):
+    with pytest.raises(ValueError, match="act is not a plain linear layer but a GELU"):
         apply_conversion_(mlp(), recipe)
 
 

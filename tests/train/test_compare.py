@@ -118,10 +118,10 @@ def test_gains_are_taken_seed_by_seed(tmp_path):
     [
         ({"seeds": 0}, "seeds must be a number of seeds, at least 1; got 0 for KAT"),
         ({"seeds": [1, 2]}, r"seeds must be a number of seeds, at least 1; got \[1, 2\] for KAT"),
-        ({"against": "DeiT"}, "against must be another of the runs KAT, ViT; got 'DeiT' for KAT"),
-        ({"output": "x"}, "output is not a setting of a run, each has a folder in .*; got it for KAT"),
-        ({"against": ["ViT"]}, r"against must be another of the runs KAT, ViT; got \['ViT'\] for KAT"),
-        ({"against": "KAT"}, "against must be another of the runs KAT, ViT; got 'KAT' for KAT"),
+        ({"against": "DeiT"}, r"against must name another run \(KAT, ViT\); got 'DeiT' for KAT"),
+        ({"output": "x"}, "output must not be set for a run, because each run has its own folder in .*; KAT sets it"),
+        ({"against": ["ViT"]}, r"against must name another run \(KAT, ViT\); got \['ViT'\] for KAT"),
+        ({"against": "KAT"}, r"against must name another run \(KAT, ViT\); got 'KAT' for KAT"),
     ],
 )
 def test_seeds_and_rivals_that_make_no_sense(tmp_path, change, message):
@@ -142,7 +142,7 @@ def test_a_killed_run_of_several_jobs_ends_the_comparison(tmp_path, which):
     runs = {name: {**settings, "epochs": 10**9} for name, settings in RUNS.items()}
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(TrainingError, match=r"the process of a run was killed; the same command goes on"):
+    with pytest.raises(TrainingError, match=r"the process of a run was killed; run the same command again to continue"):
         compare(runs, tmp_path, jobs=2)
     killer.join()
     deadline = time.monotonic() + 30  # the other one saves its state first
@@ -190,12 +190,12 @@ def test_ctrl_c_is_for_the_process_that_started_the_others():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "runs must map the name of each to its settings; got None"),
-        ({"runs": ["KAT"]}, r"runs must map the name of each to its settings; got \['KAT'\]"),
-        ({"runs": {"KAT": None}}, "runs must map the name of each to its settings; got None for KAT"),
-        ({"runs": {1: {}}}, "the name of a run must be one of a folder; got 1"),
-        ({"runs": {"../KAT": {}}}, r"the name of a run must be one of a folder; got '\.\./KAT'"),
-        ({"runs": {"..": {}}}, r"the name of a run must be one of a folder; got '\.\.'"),
+        ({}, "runs must map the name of each run to its settings, unless --models is given; got None"),
+        ({"runs": ["KAT"]}, r"runs must map the name of each run to its settings, .*; got \['KAT'\]"),
+        ({"runs": {"KAT": None}}, "runs must map the name of each run to its settings; got None for KAT"),
+        ({"runs": {1: {}}}, "the name of a run must be a valid folder name; got 1"),
+        ({"runs": {"../KAT": {}}}, r"the name of a run must be a valid folder name; got '\.\./KAT'"),
+        ({"runs": {"..": {}}}, r"the name of a run must be a valid folder name; got '\.\.'"),
     ],
 )
 def test_runs_that_are_none(content, message):
@@ -229,5 +229,5 @@ def test_an_error_in_one_of_several_jobs_ends_the_comparison(tmp_path):
 
 
 def test_no_runs(tmp_path):
-    with pytest.raises(ValueError, match="runs must name at least one"):
+    with pytest.raises(ValueError, match="runs must have at least one run"):
         compare({}, tmp_path)

@@ -81,11 +81,14 @@ def test_fashion_mnist_is_read_compressed_or_not(fashion):
         (lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip"), "is damaged"),
         (
             lambda f: _write_idx(f / "train-images-idx3-ubyte.gz", np.zeros((7, 2, 2)), 0x0D03),
-            "no IDX file of 3 dimensions",
+            "not an IDX file of bytes with 3 dimensions",
         ),
         (lambda f: _write_idx(f / "train-labels-idx1-ubyte.gz", np.zeros(6)), "7 train images, but 6 labels"),
         (lambda f: _write_idx(f / "train-labels-idx1-ubyte.gz", np.full(7, 10)), "labels must lie in 0..9; got 10"),
-        (lambda f: (f / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x07\0\0"), "10 bytes where .* 15"),
+        (
+            lambda f: (f / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x07\0\0"),
+            "it has 10 bytes, but its header says 15",
+        ),
     ],
 )
 def test_broken_fashion_mnist_is_named(fashion, break_it, message):
@@ -141,8 +144,8 @@ def test_what_is_no_image_is_passed_over_and_told(image_folder):
     assert found.classes == ("cat", "dog")
     assert [str(path.relative_to(train)) for path in found.images][4:7] == ["cat/5.png", "cat/more/0.PNG", "dog/0.png"]
     assert describe(found) == (
-        f"{train}: 12 images of 2 classes; passed over: 1 *.txt, 1 beside the classes' folders, 2 folders met a second "
-        "time, through a link, 2 hidden, 2 links that lead nowhere, 1 pipes or devices"
+        f"{train}: 12 images of 2 classes; skipped: 1 *.txt, 1 beside the class folders, 2 broken links, 2 folders "
+        "reached a second time, through a link, 2 hidden, 1 pipes or devices"
     )
 
 
@@ -181,10 +184,10 @@ def test_a_class_of_one_image_is_learned_not_tested(image_folder):
 
 
 def test_what_has_test_images_is_not_split(image_folder):
-    with pytest.raises(ValueError, match=r"val_split is for a data set without test images; .*images has val$"):
+    with pytest.raises(ValueError, match=r"val_split is only for data without test images; .*images has val$"):
         find_source(str(image_folder), 0.1).load("train")
     for data in ("digits", "fashion-mnist"):
-        with pytest.raises(ValueError, match=f"val_split is for a data set without test images; {data} has some"):
+        with pytest.raises(ValueError, match=f"val_split is only for data without test images; {data} has some"):
             find_source(data, 0.1)
 
 
@@ -296,7 +299,7 @@ def test_the_strongest_posterisation_leaves_something(policy):
 
 
 def test_an_unknown_augmentation_is_named():
-    with pytest.raises(ValueError, match="auto_augment 'rend-m9' is not understood"):
+    with pytest.raises(ValueError, match="timm does not understand auto_augment 'rend-m9'"):
         training_transform(RGB, Config(auto_augment="rend-m9", hflip=0.0, color_jitter=0.0))
 
 
@@ -417,7 +420,7 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(image_folder, capsy
     for batch in batches + batches:
         unreadable.add(batch)
     assert unreadable.names == {str(image_folder / "train" / "cat" / "2.png")}
-    assert capsys.readouterr().err.count("left out") == 1
+    assert capsys.readouterr().err.count("skipped an unreadable image") == 1
 
 
 def test_an_unreadable_image_is_told_by_whoever_is_asked_for_it(image_folder):

@@ -49,7 +49,7 @@ def test_a_run(hub_folder, tiny):
 
 
 def test_a_part_of_the_training_images_is_kept_for_the_test(image_folder, hub_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"val_split is for a data set without test images; hfds:\S+ has validation$"):
+    with pytest.raises(ValueError, match=r"val_split is only for data without test images; hfds:\S+ has validation$"):
         find_source(f"hfds:{hub_folder}", 0.3).load("train")
     train = datasets.load_dataset(str(hub_folder))["train"]
     datasets.DatasetDict({"train": train}).save_to_disk(tmp_path / "train")
@@ -80,11 +80,15 @@ def test_what_is_wrong_is_named(hub_folder, tmp_path, monkeypatch):
         find_source(f"hfds:{tmp_path / 'empty'}").load("train")
     loaded = datasets.load_dataset(str(hub_folder))
     datasets.DatasetDict({"train": loaded["train"]}).save_to_disk(tmp_path / "train")
-    with pytest.raises(ValueError, match=r"has no split val or .* or testing; it has train \(grkan train --val-split"):
+    with pytest.raises(
+        ValueError, match=r"has no split val or .* or testing; it has train \(use grkan train --val-split"
+    ):
         find_source(f"hfds:{tmp_path / 'train'}").load("test")
     for name, column in (("no_images", "image"), ("no_labels", "label")):
         loaded.remove_columns(column).save_to_disk(tmp_path / name)
-        with pytest.raises(ValueError, match="must have a column of images and one of classes, or `label`; it has "):
+        with pytest.raises(
+            ValueError, match="must have a column of images, and one of classes or one named `label`; it has "
+        ):
             find_source(f"hfds:{tmp_path / name}").load("train")
 
 

@@ -76,8 +76,9 @@ def test_nodes_without_a_shared_folder_are_refused_with_the_reason(launch, tiny,
     for node in ended:
         assert node.status == 1
         assert re.search(
-            r"^grkan(: | \(process 1\): )the run's folder run must be one that all nodes share, .*; "
-            r"process 1 on \S+ does not see that of process 0 on \S+; give a folder of a shared file system: --output$",
+            r"^grkan(: | \(process 1\): )the run's folder run must be shared by all nodes, .*; "
+            r"process 1 on \S+ does not see the files that process 0 on \S+ sees; choose an --output on a shared file "
+            r"system$",
             node.err,
             re.MULTILINE,
         ), node
@@ -117,7 +118,7 @@ def test_one_process_names_an_unreadable_image_and_one_says_what_failed(launch, 
     settings = {**tiny, "data": image_folder, "epochs": 2, "batch_size": 12, "workers": 0}
     ended = launch("train", *_options(settings), folders=[tmp_path] * 2)
     assert [process.status for process in ended] == [0, 0], ended
-    assert sum(process.err.count("unreadable image left out") for process in ended) == 1
+    assert sum(process.err.count("skipped an unreadable image") for process in ended) == 1
     assert {line["unreadable"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")} == {1}
     first, second = launch("train", *_options(settings), folders=[tmp_path] * 2)
     assert (first.status, second.status) == (1, 1)

@@ -60,7 +60,7 @@ def test_classes_that_are_known_keep_their_outputs(tmp_path):
     torch.testing.assert_close(after[:, [0, 2]], before[:, [3, 1]])
     assert not after[:, 1].any()
     assert start.new_head
-    assert start.notes == [f"head: 2 of 3 classes are those of {tmp_path / 'm.safetensors'}; new: emu"]
+    assert start.notes == [f"head: 2 of 3 classes are taken from {tmp_path / 'm.safetensors'}; new: emu"]
 
 
 @pytest.mark.parametrize("classes", [("w", "x", "y", "z"), ("x", "y")])
@@ -157,7 +157,9 @@ def test_a_start_at_another_size_and_with_other_classes_has_the_loss_of_a_fresh_
 def test_a_vit_is_converted_on_the_way(tmp_path):
     model = _save(tmp_path / "m.safetensors", "grkan_vit_micro_patch2_8")
     start = _start(tmp_path / "m.safetensors", convert=True)
-    assert start.notes == [note for note in start.notes if note.startswith("converted: 2 MLPs, outputs off by ")]
+    assert start.notes == [
+        note for note in start.notes if note.startswith("converted: 2 MLPs; the relative error of the outputs is ")
+    ]
     assert len(no_weight_decay(start.model)) == 8
     torch.testing.assert_close(start.model(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
     settings = {"init": str(tmp_path / "m.safetensors"), "convert": True, "epochs": 1, "batch_size": 512}
@@ -165,9 +167,13 @@ def test_a_vit_is_converted_on_the_way(tmp_path):
     again = _start(tmp_path / "run", list("0123456789"))
     assert (again.new_head, again.notes) == (False, [])
     assert resume(tmp_path / "run")["epochs"] == 1
-    with pytest.raises(ValueError, match=r"convert makes a KAT of a model without rational functions; .* has some"):
+    with pytest.raises(
+        ValueError, match=r"convert must start from a model without rational functions; .* already has some"
+    ):
         _start(tmp_path / "run", convert=True)
-    with pytest.raises(ValueError, match="convert makes a KAT of the model that init names; init is not given"):
+    with pytest.raises(
+        ValueError, match="convert must be used with init, which names the model to convert; got no init"
+    ):
         resolve_model(make_config({"convert": True}), "x")
 
 
@@ -188,7 +194,7 @@ def test_a_model_of_timm_with_its_weights(tmp_path):
 
 def test_a_name_whose_weights_are_not_at_hand():
     assert find_start("vit_tiny_patch16_224", None)[:2] == ("vit_tiny_patch16_224", "vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="there are no pretrained weights of kat_micro_patch2_8 at hand"):
+    with pytest.raises(ValueError, match="pretrained weights of kat_micro_patch2_8 are not available"):
         _start("kat_micro_patch2_8")
 
 

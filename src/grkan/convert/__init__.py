@@ -1,4 +1,4 @@
-"""Turn a pretrained transformer into a KAT that computes the same.
+"""Turn a pretrained transformer into a KAT that computes the same function.
 
 `structure` finds the MLPs, `calibrate` fits functions to their inputs, `convert` combines both, and `recipe` changes
 the modules. A recipe is a conversion as data. Applying one needs neither SciPy nor timm: the modules that need them are

@@ -11,11 +11,11 @@ the standard deviation |w s|. The deviations are doubled, because real activatio
 cosine at order (5, 4) is 0.9985 as predicted, 0.9994 widened by 1.3, and 0.9998 doubled.
 
 **Fits** minimise a weighted sum of two squared errors, so that neither the bulk of the inputs nor a few large ones
-dominate. The first is the squared error divided by the mean square of the activation. It is what the norm of the whole
-output sees: one token that is 300 times as large outweighs a thousand. The second has three times the weight. It is the
-same with both squares divided by x^2 + (3 s)^2, where s is the size of a usual input. It is what each token sees that
-is normalised by itself. For inputs without outliers the two are nearly the same. A uniform floor of 1e-5 of the mass
-over the range, divided in the same way, controls F where data is rare. (A floor of 1e-4 costs a third of the accuracy
+dominate. The first is the squared error divided by the mean square of the activation. It measures the norm of the
+whole output, in which one token that is 300 times as large outweighs a thousand others. The second has three times the
+weight, and divides both squares by x^2 + (3 s)^2, where s is the size of a usual input. It measures each token after
+its own normalisation. For inputs without outliers the two are nearly the same. A uniform floor of 1e-5 of the mass over
+the range, divided in the same way, controls F where data is rare. (A floor of 1e-4 costs a third of the accuracy
 of order (5, 4) on MiniLM.) All of this is in units of s and of the range, so inputs of any size give the same problem:
 F(x) becomes r F(x / r).
 
@@ -25,8 +25,8 @@ every zero of the denominator's polynomial, however far, because F may have a sp
 minus infinity are equal up to the sign, so nothing much better is possible for GELU. If a fit leaves these bounds, the
 points beyond the range get a weight, which is raised step by step.
 
-**Coefficients are float32.** For inputs of 1e-12 or 1e12 the higher ones leave its range. Then the order is lowered
-until the remaining coefficients can be represented in float32, and the higher ones are zero.
+**Coefficients are float32.** For inputs of 1e-12 or 1e12 the higher coefficients exceed its range. Then the order is
+lowered until the remaining coefficients can be represented in float32, and the higher ones are zero.
 """
 
 import math
@@ -84,7 +84,7 @@ class Histogram:
         self.counts = np.zeros((groups, _BINS))
         self.problem = ""
         self.real: list[Tensor] = []
-        """Masks (batch, length) of the real tokens. Of an input with such a shape only these are counted."""
+        """Masks (batch, length) of the real tokens. In an input of this shape, only these tokens are counted."""
         self.second: Any = None
         """The second linear layer, if calibration showed that the activation's output goes straight into it."""
         self.rows = 0
@@ -103,7 +103,9 @@ class Histogram:
                 self.add(part)
             return
         if not x.is_floating_point() or x.dim() < -self.channel_dim or x.shape[self.channel_dim] != self.width:
-            self.problem = f"its input has shape {tuple(x.shape)} and dtype {x.dtype}, not {self.width} channels"
+            self.problem = (
+                f"its input has shape {tuple(x.shape)} and dtype {x.dtype}, not {self.width} floating-point channels"
+            )
             return
         rows = x.detach().movedim(self.channel_dim, -1).reshape(-1, self.width)
         if self.channel_dim == -1:
@@ -123,7 +125,7 @@ class Histogram:
         self.largest.add(rows)
 
     def row_weights(self) -> tuple[Tensor, Tensor]:
-        """Return the kept rows, and how many rows each represents: the largest 1, the random ones all of the rest.
+        """Return the kept rows, and how many rows each represents: 1 for the largest, and equal shares of the rest.
 
         Returns:
             rows (k, width), weights (k,): float64 on the CPU.
@@ -402,7 +404,7 @@ def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
     for tail in _TAIL_WEIGHTS:
         weights = np.concatenate([mass, tail * rare]) if tail else mass
         by = samples if tail else points
-        # With a numerator of one degree less F is flat far out, and often stays near where the best fit does not.
+        # With a numerator of one degree less, F is flat far out, and often stays near f where the best fit does not.
         for m in range(order[0], max(order[0] - 2, 0), -1):
             for found in local_fits(data.named, (m, order[1]), form, by, weights, (low, high)):
                 found = replace(found, numerator=np.pad(found.numerator, (0, order[0] - m)))

@@ -2,8 +2,8 @@
 
 A function call cannot be replaced from outside, as a child can. So the module gets a child, and a class whose method
 calls that child. The class is a subclass of the module's own, under the same name. Its method is compiled from the same
-source, with that one expression changed. So torch.compile, exporters and activation checkpointing see plain code, and
-copies and pickles keep it.
+source, with only this expression changed. So torch.compile, exporters and activation checkpointing see plain code, and
+copies and pickles of the module keep it.
 """
 
 import __future__
@@ -72,7 +72,7 @@ def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
     """Return the method, and its call at an instruction of its code.
 
     Raises:
-        ValueError: no call there can be changed; the message says why.
+        ValueError: the call there cannot be changed; the message says why.
     """
     method = _method(kind, _name_of(kind, code))
     if code not in _codes(method.function.__code__):
@@ -86,7 +86,7 @@ def find(kind: type, code: CodeType, offset: int) -> tuple[_Method, ast.Call]:
     else:
         wanted = _at_offset(method, calls, code, offset)
     if len(wanted) != 1:
-        raise GrkanValueError(f"it cannot be told which call of {code.co_name} it is")
+        raise GrkanValueError(f"the source of {code.co_name} does not show which call it is")
     return method, wanted[0]
 
 
@@ -125,9 +125,9 @@ def lift(module: nn.Module, call: CallRecipe, name: str, child: nn.Module, undo:
     kind = type(module)
     base, others = _origin(kind)
     if "forward" in vars(module):
-        raise GrkanValueError("its forward is replaced, as hooks of Accelerate do")
+        raise GrkanValueError("its forward has been replaced, as Accelerate's hooks do")
     if hasattr(module, name):
-        raise GrkanValueError(f"it has something of the name {name} already")
+        raise GrkanValueError(f"it already has an attribute named {name}")
     module.__class__ = _class_with(base, (*others, (call, name)))
     undo.callback(setattr, module, "__class__", kind)
     module.add_module(name, child)
@@ -142,7 +142,7 @@ def _origin(kind: type) -> tuple[type, tuple[tuple[CallRecipe, str], ...]]:
 @cache
 def _class_with(base: type, calls: tuple[tuple[CallRecipe, str], ...]) -> type:
     if base.__reduce_ex__ is not object.__reduce_ex__ or base.__reduce__ is not object.__reduce__:
-        raise GrkanValueError(f"a {base.__name__} is pickled in a way of its own")
+        raise GrkanValueError(f"{base.__name__} defines its own pickling")
     members: dict[str, Any] = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
         "__reduce_ex__": _reduce, "_grkan_calls": (base, calls),
@@ -172,12 +172,12 @@ def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> An
     for call, child in calls:
         same = [node for node in method.expressions() if ast.unparse(node) == call.source]
         if call.index >= len(same):
-            raise GrkanValueError(f"its {name} has no {call.source}")
+            raise GrkanValueError(f"its {name} does not contain {call.source}")
         node = same[call.index]
         inside = (part for part in ast.walk(node) if isinstance(part, ast.expr) and part is not node)
         tensor = next((part for part in inside if ast.unparse(part) == call.argument), None)
         if tensor is None:
-            raise GrkanValueError(f"{call.source} has no {call.argument}")
+            raise GrkanValueError(f"{call.source} does not contain {call.argument}")
         changes[node] = child, tensor
     positional = [*method.tree.args.posonlyargs, *method.tree.args.args]
     if not positional:
@@ -213,17 +213,17 @@ def argument(call: ast.Call) -> ast.expr:
         return call.keywords[0].value
     if not call.args and not call.keywords and isinstance(call.func, ast.Attribute):
         return call.func.value
-    raise GrkanValueError(f"the arguments of {ast.unparse(call)} cannot be told")
+    raise GrkanValueError(f"it is unclear which argument of {ast.unparse(call)} is the tensor")
 
 
 def _method(kind: type, name: str) -> _Method:
     attribute = next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None)
     function = next((f for f in _inner(attribute) if f.__code__.co_name == name), None)
     if function is None:
-        raise GrkanValueError(f"its {name} is no method written in Python")
+        raise GrkanValueError(f"its {name} is not a method written in Python")
     found = _Method(attribute, function, *_parsed(function.__code__))
     if _outline(_compile(found, "<grkan>")) != _outline(function.__code__):
-        raise GrkanValueError(f"the source of {name} is not what runs")
+        raise GrkanValueError(f"the source of {name} differs from the code that runs")
     return found
 
 
@@ -240,11 +240,11 @@ def _parsed(code: CodeType) -> tuple[ast.FunctionDef, int]:
         lines, _ = inspect.getsourcelines(code)
         tree = ast.parse("if True:\n" + "".join(lines) if lines[0][:1].isspace() else "\n" + "".join(lines))
     except (OSError, SyntaxError, TypeError, IndexError) as error:
-        raise GrkanValueError(f"the source of {code.co_name} is not at hand") from error
+        raise GrkanValueError(f"the source of {code.co_name} is not available") from error
     node: Any = tree.body[0]
     node = node.body[0] if isinstance(node, ast.If) else node
     if not isinstance(node, ast.FunctionDef):
-        raise GrkanValueError(f"{code.co_name} is no plain method")
+        raise GrkanValueError(f"{code.co_name} is not a plain method")
     return node, code.co_firstlineno - 2
 
 
@@ -257,7 +257,7 @@ def _name_of(kind: type, code: CodeType) -> str:
         for function in _inner(attribute):
             if function.__code__.co_name == member and code in _codes(function.__code__):
                 return member
-    raise GrkanValueError(f"{code.co_name} is no method of it, or is called through super()")
+    raise GrkanValueError(f"{code.co_name} is not one of its methods, or is called through super()")
 
 
 def _inner(attribute: Any, known: tuple[Any, ...] = ()) -> Iterator[FunctionType]:

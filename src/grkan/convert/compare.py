@@ -84,7 +84,7 @@ class KeptBatches:
         return next(iter(own + parts), None)
 
     def compare(self) -> tuple[float | None, float | None]:
-        """Return cosine and relative error of the model's outputs now to those kept; None if there are none."""
+        """Return the cosine and relative error of the current outputs against the kept ones; None if none is kept."""
         before, after = [], []
         with evaluating(self.model):
             for _, batch, output in self.kept:

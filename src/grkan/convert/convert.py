@@ -1,4 +1,4 @@
-"""`grkan.convert_`: turn a transformer into a KAT that computes the same, or into one to train from scratch."""
+"""`grkan.convert_`: turn a transformer into an equivalent KAT, or into a KAT to train from scratch."""
 
 import copy
 import math
@@ -49,18 +49,19 @@ def convert_(
 ) -> ConversionReport:
     """Turn the MLPs of a model into GR-KANs, in place (arXiv 2409.10594, section 4).
 
-    With start="pretrained" they compute the same as before.
+    With start="pretrained" the model computes the same as before.
 
     The activation between two linear layers is replaced by a `GroupRational` fitted to it. The first linear layer
     becomes a `RationalLinear` under the same name, with the identity in front of it. The second linear layer, its name
-    and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. Any other activation of a
-    feed-forward part is replaced by itself, whatever the linear layers are and whatever else lies between them: for
-    example that of a gate or of experts. A function that `forward` calls, such as F.gelu, becomes a child `act`.
+    and all weights stay. A module with the layout of timm's `Mlp` becomes a `GRKAN`. In any other feed-forward part,
+    such as a gated MLP or experts, only the activation is replaced, whatever kind of linear layers surround it. A
+    function that `forward` calls, such as F.gelu, becomes a child `act`.
 
-    The model is run once to see what it computes: on the first batch of the calibration, or on an input that is made
-    for it. Every elementwise function that is seen becomes rational, or is named in `skipped`: those of convolutional
-    stems, gates such as sigmoid and softplus, and those that control a state space or a router. If the model cannot be
-    run, only what its structure shows is converted, and where that shows no channels, one function serves all of them.
+    The model is run once to see what it computes: on the first calibration batch, or on an input made for this run.
+    Every elementwise function in this run becomes rational, except for those of convolutional stems, gates such as
+    sigmoid and softplus, and those that control a state space or a router. `skipped` lists these exceptions. If the
+    model cannot be run, only the activations that its structure reveals are converted. If an activation's channels are
+    unknown, one function serves all of them.
 
     Parameters, buffers, hooks, modes and shared modules stay the same objects, except those of an activation with
     parameters (PReLU). So an optimiser made before still works, but lacks the coefficients. The state dict of the
@@ -71,7 +72,7 @@ def convert_(
     variance of its input. The first one has the gain 1, and the second one alpha = 1 / E[F(z)^2], z standard normal
     (Eq. 20). In a gated MLP gate and up are drawn with the gain 1, so their outputs u and v are independent standard
     normals for a normed input; E[F(u)^2 v^2] = E[F(u)^2], so down has the same alpha. From then on the initialisers of
-    timm and transformers skip these layers, and `reset_parameters` draws them in this way again. All other weights
+    timm and transformers skip these layers, and `reset_parameters` redraws them in the same way. All other weights
     stay.
 
     Args:
@@ -83,9 +84,9 @@ def convert_(
             Tensor as model(batch). None: the functions are fitted to inputs predicted from the weights. With
             start="scratch" nothing is fitted; the inputs only show how the model is built.
         num_groups: the maximum number of groups. Each function gets the largest number that divides its channels.
-        order, form: of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
-        include, exclude: fnmatch patterns for the names of MLPs or of their parts: convert only those, or all but
-            those. At least one pattern of each has to match a module of the model. An elementwise function is always
+        order, form: the order and form of the functions, as for `grkan.group_rational`. (7, 6) is practically exact.
+        include, exclude: fnmatch patterns for the names of MLPs or of their parts: convert only these, or all but
+            these. At least one pattern of each has to match a module of the model. An elementwise function is always
             converted, in place, if `include` names it or its module.
         act_init: initial functions (in front of the first linear layer, in place of the activation), each as `init` of
             a `GroupRational`. None in the second place fits the original activation. Default: ("identity", None) for
@@ -101,12 +102,12 @@ def convert_(
         A `ConversionReport`.
 
     Warns:
-        UserWarning: the model's output is off by more than max_error, but that of every MLP, converted alone, is not.
-            The model then amplifies small differences, for example when it selects experts or tokens.
+        UserWarning: the model's output is off by more than max_error, although no MLP's output is when only that MLP
+            is converted. The model then amplifies small differences, for example when it selects experts or tokens.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the model has no MLP to convert; the calibration
-            has no batch, or one that the model does not accept, or leads to values that are not finite; the outputs of
+            is empty, has a batch that the model does not accept, or leads to values that are not finite; the outputs of
             the model and of an MLP would both be off by more than max_error; or the model is in a wrapper that keeps a
             list of its parameters.
         ImportError: SciPy is missing.
@@ -157,7 +158,7 @@ def _convert(
     for argument, patterns in (("include", included), ("exclude", excluded)):
         if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
             raise GrkanValueError(
-                f"{argument} must match names of modules, such as {sites[0].name!r}; {patterns} matches none"
+                f"{argument} must match the name of a module, such as {sites[0].name!r}; {patterns} matches none"
             )
     chosen, left_out = choose(sites, included, excluded or [])
     skipped += left_out
@@ -176,7 +177,9 @@ def _convert(
     names_of = {id(module): name for name, module in model.named_modules()}
     layers, entries, fits, converted = [], [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
-        reason = histogram.problem or ("" if histogram.samples or calibration is None else "calibration never calls it")
+        reason = histogram.problem or (
+            "" if histogram.samples or calibration is None else "no calibration batch reaches it"
+        )
         if not reason and site.layout == "activation" and site.doubt:
             reason = site.doubt
         if not reason and not site.activation.alike(histogram.groups):
@@ -193,7 +196,9 @@ def _convert(
         layers.append(layer)
         drawn = gains(site, first, second) if from_scratch else []
         if from_scratch and not drawn:
-            skipped.append((site.name, "its weights stay, for it is not clear what its linear layers are"))
+            skipped.append(
+                (site.name, "its weights are not redrawn, because it is unclear which linear layers belong to it")
+            )
         named = {f"{names_of[id(module)]}.{weight}".strip("."): gain for module, weight, gain in drawn}
         linear = None if first is None else site.parts["fc1"]
         act = site.parts["act"] or ""
@@ -230,9 +235,9 @@ def _trial(
 
 
 def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observation | None, list[tuple[str, str]]]:
-    """Observe a run of the model. Returns None without a run, and what to say in `skipped` about a run that failed.
+    """Observe a run of the model. Returns None if there is no run or it fails, and an entry for `skipped` if it fails.
 
-    A batch that the model does not take fails again, and raises, when it is used.
+    A batch that the model does not accept fails again in the calibration, which raises the error.
     """
     if trial is None:
         return None, []
@@ -241,14 +246,14 @@ def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observa
             return observe(model, trial), []
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return None, [("", f"its run cannot be observed, so functions inside `forward` are not seen: {what}")]
+        return None, [("", f"the run could not be observed, so functions that `forward` calls were not found: {what}")]
 
 
 def _check_act_init(value: Any) -> tuple[Any, Any]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2 or value[0] is None:
         raise GrkanValueError(
-            "act_init must be a pair, what the function in front of the first linear layer starts as and what that in "
-            f"place of the activation does, the latter None for a fit to the activation; got {value!r}"
+            "act_init must be a pair: the initial function in front of the first linear layer, and the one in place of "
+            f"the activation, where None fits the activation; got {value!r}"
         )
     for init in value:
         if isinstance(init, str):
@@ -261,14 +266,14 @@ def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
         return None
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise GrkanTypeError(f"{name} must be a pattern or several, as 'blocks.*'; got {value!r}")
+        raise GrkanTypeError(f"{name} must be a pattern such as 'blocks.*', or a list of patterns; got {value!r}")
     return list(patterns)
 
 
 def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> GrkanValueError:
     reasons = [f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]]
     if any(isinstance(module, GroupRational) for module in model.modules()):
-        reasons.append("its other functions are rational already")
+        reasons.append("its other functions are already rational")
     elif not skipped:
         reasons.append("no activation between two linear layers")
     more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
@@ -281,26 +286,27 @@ def _too_far(layer: dict[str, Any], max_error: float) -> str:
     off = f"its output would be off by {layer['output_error']:.2g}, above max_error={max_error:g}"
     found = f"{layer['activation']}: {off}"
     if layer["best_relative_error"] is None:
-        return f"{found}; calibration data may tell more"
-    best = f"the best function of order {tuple(layer['order'])} that is known"
+        return f"{found}; calibration data would give a better estimate"
+    best = f"the best known function of order {tuple(layer['order'])}"
     return f"{found}; {best} is off by {layer['best_relative_error']:.2g} on these inputs"
 
 
 def _check_mlps(
     kept: KeptBatches, sites: list[Site], entries: list[LayerRecipe], error: float, max_error: float
 ) -> None:
-    """Check the MLPs of a model that is off by more than max_error: raise if one alone is off too, else warn."""
+    """Check the MLPs of a model that is off by more than max_error: raise if an MLP alone is off too, else warn."""
     alone = errors_alone(kept.model, sites, entries, kept.kept[0][1], kept.run)
     wrong = [f"{site.name or '(model)'}: {e:.2g}" for site, e in zip(sites, alone, strict=True) if not e <= max_error]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise GrkanValueError(
-            f"model must keep to max_error={max_error:g} when it is converted; its output would be off by {error:.2g}, "
-            f"that of MLPs converted alone by: {'; '.join(wrong[:3])}{more}; exclude them, or take a higher order"
+            f"model must stay within max_error={max_error:g}; its output would be off by {error:.2g}, and the outputs "
+            f"of these MLPs, each converted alone, by: {'; '.join(wrong[:3])}{more}; exclude them or raise the order"
         )
     warnings.warn(
-        f"the converted model's output is off by {error:.2g}, above max_error={max_error:g}, though every MLP, "
-        "converted alone, keeps to it: the model amplifies small differences, as where experts or tokens are chosen",
+        f"the converted model's output is off by {error:.2g}, above max_error={max_error:g}, although each "
+        "MLP converted alone stays within it: the model amplifies small differences, for example when it selects "
+        "experts or tokens",
         stacklevel=3,
     )
 
@@ -330,7 +336,7 @@ def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] 
             return model(batch[0])
         if isinstance(batch, Tensor):
             return model(batch)
-    raise GrkanTypeError(f"it must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
+    raise GrkanTypeError(f"a batch must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
 
 
 def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram], batches: Iterator[Any]) -> None:
@@ -346,22 +352,22 @@ def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram]
                 kept.feed(number, batch)
             except Exception as error:
                 raise GrkanValueError(
-                    f"calibration must have batches that the model takes; batch {number} raises "
+                    f"calibration must have batches that the model accepts; batch {number} raises "
                     f"{type(error).__name__}: {' '.join(str(error).split())}"
                 ) from error
             for site, histogram in zip(sites, histograms, strict=True):
                 if histogram.problem.endswith("not finite"):
                     raise GrkanValueError(
-                        f"calibration must lead to finite values; at batch {number} {site.parts['act']}: "
-                        f"{histogram.problem}"
+                        f"calibration must lead to finite values; in batch {number}, the input of "
+                        f"{site.parts['act']} is not finite"
                     )
             for watch in watched:
                 if watch.calls:  # one batch is enough
                     watch.stop_watching()
     if number < 0:
-        raise GrkanValueError("calibration must have a batch; it has none, or is a generator that is used up")
+        raise GrkanValueError("calibration must have at least one batch; it is empty, or a generator that is used up")
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
-        raise GrkanValueError("calibration must run through an MLP; the batches reach none of the activations")
+        raise GrkanValueError("calibration must reach an MLP; no batch reaches any of the activations")
     for histogram, site, watch in zip(histograms, sites, watched, strict=True):
         if watch.agrees:
             histogram.second = site.second
@@ -410,7 +416,7 @@ def _functions(
         first = _function(act_init[0], inputs, groups, order, form, site.channel_dim)
     activation, init, width = site.activation, act_init[1], None if site.shared else site.width
     if init is not None or from_scratch:
-        if init is None:  # no data show where it matters: take the table's function, if there is one
+        if init is None:  # without data to weight a fit: take the table's function, if there is one
             init = activation.name if activation.name in table.NAMES else activation.function
         return first, _function(init, width, histogram.groups, order, form, site.channel_dim), []
     fits = _fit_site(site, histogram, order, form)

@@ -82,7 +82,7 @@ class Seen:
     function: Callable[[Tensor], Any] | None = None
     """The call as a function of its tensor alone."""
     slot: str | None = None
-    """The attribute of the owner that is called, if the call is one of an attribute."""
+    """The attribute of the owner that holds the called function, if any."""
     label: str = ""
     call: calls.CallRecipe | None = None
     problem: str = ""
@@ -101,7 +101,7 @@ class Observation:
         self.called: set[nn.Module] = set()
 
     def of_module(self, module: nn.Module, parent: nn.Module) -> list[Seen]:
-        """Return the places that ran inside a module or its parts, only where `parent` called it if there are any."""
+        """Return the places that ran inside a module: those that ran when `parent` called it, or else all of them."""
         inside = set(module.modules())
         found = [seen for seen in self.places.values() if seen.owner in inside]
         return [seen for seen in found if seen.outer is parent] or found
@@ -147,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         inputs = [(t, self.node(t)) for t in _tensors((*args, *(kwargs or {}).values()))]
         try:
             made = _node(name, args, inputs, output)
-        except Exception:  # an operation that is used in a way not thought of; what it makes is no linear layer's
+        except Exception:  # an unforeseen use of an operation: its result does not count as a linear layer's
             made = _Node(name)
         results = list(_tensors((output,)))
         for tensor in results:
@@ -292,8 +292,8 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
     try:
         seen.call = method.recipe(node, calls.argument(node))
         seen.function = _function(node, frame)
-    except Exception as error:  # whatever the expression does without its surroundings
-        seen.problem = f"{ast.unparse(node)} cannot be called by itself: {error}"
+    except Exception as error:  # the expression may do anything outside its method
+        seen.problem = f"{ast.unparse(node)} cannot be evaluated on its own: {error}"
     if name in _PARTS and seen.slot is None and (found := _around(method.tree, node, frame)) is not None:
         whole, tensor, seen.function = found
         seen.call, seen.problem = method.recipe(whole, tensor), ""
@@ -304,7 +304,7 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
 def _around(
     tree: ast.AST, node: ast.expr, frame: FrameType
 ) -> tuple[ast.expr, ast.expr, Callable[[Tensor], Any]] | None:
-    """Return the largest expression around `node` that is a function of one variable, as x * sigmoid(1.702 * x)."""
+    """Return the largest expression around `node` that is a function of a variable, such as x * sigmoid(1.702 * x)."""
     parents: Any = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     start, found = node, None
     while isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)):
@@ -359,7 +359,7 @@ def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
         for part in ast.walk(node):
             plain = (ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.UnaryOp, ast.USub, ast.Load)
             if not isinstance(part, plain):
-                raise ValueError(f"{ast.unparse(node)} is no name and no number")
+                raise ValueError(f"{ast.unparse(node)} is neither a name nor a number")
         return eval(_compiled(node), frame.f_globals, frame.f_locals)
 
     tensor = calls.argument(call)
@@ -368,7 +368,7 @@ def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
     if isinstance(call.func, ast.Attribute) and (tensor is call.func.value or _is_tensor(call.func.value, frame)):
         method = getattr(Tensor, call.func.attr)
         if tensor is not call.func.value:
-            raise ValueError(f"{ast.unparse(call)} has a tensor for an argument")
+            raise ValueError(f"{ast.unparse(call)} takes another tensor as an argument")
         return lambda x: method(x, *rest, **named)
     function = value(call.func)
     keyword = next((str(k.arg) for k in call.keywords if k.value is tensor), None)
@@ -392,14 +392,14 @@ def why_not(places: list[Seen]) -> str:
 
 def _why_not(source: _Node, result: _Node) -> str:
     if source.origin in ("input", "weight"):
-        return "its input comes from no linear layer"
+        return "its input does not come from a linear layer"
     if source.origin != "linear":
         return f"its input comes from {source.origin}, not from a linear layer"
     return _leads_astray(result)
 
 
 def _leads_astray(node: _Node) -> str:
-    """Say why the output of an activation does not go only into linear layers; "" if it does."""
+    """Say why the output of an activation does not go only into linear layers; "" if it goes only into those."""
     ahead, known, arrived = [node], {id(node)}, False
     while ahead:
         node = ahead.pop()
@@ -411,7 +411,9 @@ def _leads_astray(node: _Node) -> str:
                     known.add(id(result))
                     ahead.append(result)
             elif result.origin not in ("linear", "input"):
-                return f"its output meets that of {foreign} in {name}" if foreign else f"its output goes into {name}"
+                return (
+                    f"{name} combines its output with that of {foreign}" if foreign else f"its output goes into {name}"
+                )
             elif id(result) not in known:
                 known.add(id(result))
                 ahead.append(result)
@@ -419,7 +421,7 @@ def _leads_astray(node: _Node) -> str:
 
 
 def channel_dim(places: list[Seen]) -> tuple[int, int] | None:
-    """Return (dimension, number) of the channels, or None if unknown or where a rational function cannot have them."""
+    """Return (dimension, number) of the channels, or None if unknown or unsupported by rational functions."""
     found = set()
     for seen in places:
         for node, shape in zip(seen.inputs, seen.shapes, strict=True):

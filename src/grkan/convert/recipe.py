@@ -64,7 +64,7 @@ class FunctionRecipe:
         if self.width is not None:
             check_groups("width", self.width, self.num_groups)
         elif self.num_groups != 1:
-            raise GrkanValueError(f"num_groups must be 1 where the width is null; got {self.num_groups}")
+            raise GrkanValueError(f"num_groups must be 1 if width is null; got {self.num_groups}")
         if self.channel_dim not in (-1, 1):
             raise GrkanValueError(f"channel_dim must be -1 or 1; got {self.channel_dim}")
         parameter = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
@@ -92,7 +92,7 @@ class LayerRecipe:
     linear: str | None
     """The first linear layer; None for the layout "activation"."""
     activation: str
-    """The name of what becomes the second function: a child, or an attribute that is a function."""
+    """The name of the child, or of the attribute with a function, that becomes the second function."""
     act1: FunctionRecipe | None
     """The function in front of the first linear layer; None for the layout "activation"."""
     act2: FunctionRecipe
@@ -150,9 +150,9 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: model is not a module, or recipe is not a mapping.
-        ValueError: recipe is not a recipe of grkan, or has a newer version; the model lacks a part that it names, or
-            has a part of another kind or width there; or the model is in a wrapper that keeps a list of its parameters.
-            The model is left unchanged.
+        ValueError: recipe is not a recipe of grkan, or has a newer version; the model lacks a part that the recipe
+            names, or the part has another kind or width; or the model is in a wrapper that keeps a list of its
+            parameters. The model is left unchanged.
     """
     apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
 
@@ -219,23 +219,25 @@ def check_recipe(recipe: Mapping[str, Any]) -> Recipe:
     """Return the recipe in plain JSON.
 
     Raises:
-        TypeError, ValueError: it is not a recipe, or one of a newer version; the message says where.
+        TypeError, ValueError: it is not a recipe, or has a newer version; the message says where.
     """
     if not isinstance(recipe, Mapping):
-        raise GrkanTypeError(f"recipe must be a mapping, ConversionReport.recipe; got {type(recipe).__name__}")
+        raise GrkanTypeError(f"recipe must be a mapping such as ConversionReport.recipe; got {type(recipe).__name__}")
     version, layers = recipe.get("version"), recipe.get("layers")
     if type(version) is not int or version < 1 or not isinstance(layers, Sequence) or isinstance(layers, str):
         raise GrkanValueError(
-            f"recipe must have a version and layers, as ConversionReport.recipe; got {reprlib.repr(dict(recipe))}"
+            f"recipe must have a version and layers, as ConversionReport.recipe has; got {reprlib.repr(dict(recipe))}"
         )
     if version > RECIPE_VERSION:
-        raise GrkanValueError(f"recipe has version {version}, this grkan knows up to {RECIPE_VERSION}: upgrade grkan")
+        raise GrkanValueError(
+            f"recipe must have a version up to {RECIPE_VERSION}; got {version}; upgrade grkan to read it"
+        )
     checked = tuple(_layer(f"layer {i} of recipe", layer) for i, layer in enumerate(layers))
     seen: set[str] = set()
     for layer in checked:
         own = {name for name in (layer.linear, layer.activation) if name is not None}
         if own & seen:
-            raise GrkanValueError(f"recipe must have each part in one layer; {min(own & seen)} is in two")
+            raise GrkanValueError(f"recipe must have each part in only one layer; {min(own & seen)} is in two")
         seen |= own
     return Recipe(checked)
 
@@ -279,7 +281,7 @@ def _layer(where: str, value: Any) -> LayerRecipe:
     for name in ("linear", "act1"):
         if (getattr(layer, name) is None) != (layer.layout == "activation"):
             raise GrkanValueError(
-                f"{name} in {where} must be null for the layout 'activation', and for no other; "
+                f"{name} in {where} must be null if, and only if, the layout is 'activation'; "
                 f"got {reprlib.repr(given[name])} for {layer.layout!r}"
             )
     for linear, value in layer.gains.items():
@@ -326,15 +328,15 @@ class _Plan:
     def bind(self, modules: Mapping[str, nn.Module]) -> None:
         layer = self.layer
         if isinstance(modules.get(layer.name), GRKAN):
-            raise GrkanValueError("it is a GRKAN already")
+            raise GrkanValueError("it is already a GRKAN")
         parent, _, self.slot = layer.activation.rpartition(".")
         self.parent = modules[parent]
         self.old = getattr(self.parent, self.slot, None)
         if isinstance(self.old, GroupRational):
-            raise GrkanValueError(f"{layer.activation} is a rational function already")
+            raise GrkanValueError(f"{layer.activation} is already a rational function")
         if layer.call is not None:
             if self.old is not None:
-                raise GrkanValueError(f"there is a {layer.activation} already")
+                raise GrkanValueError(f"{layer.activation} already exists")
             check(type(self.parent), layer.call)
         elif not callable(self.old):
             raise KeyError(layer.activation)
@@ -349,7 +351,7 @@ class _Plan:
         if layer.layout == "grkan":
             keys = list(self.parent._modules)
             if keys != [key for key in TIMM_ORDER if key in keys] or "fc2" not in keys:
-                raise GrkanValueError(f"it is a {type(self.parent).__name__} with other parts")
+                raise GrkanValueError(f"it is a {type(self.parent).__name__} whose parts are not those of timm's Mlp")
             self.check_linear(self.parent.fc2, f"{layer.name}.fc2", layer.act2.width)
         self.drawn: list[tuple[nn.Module, float]] = []
         self.stacks: dict[nn.Module, dict[str, tuple[float, int]]] = {}
@@ -357,19 +359,19 @@ class _Plan:
             if isinstance(gain, (list, tuple)):
                 owner, _, key = name.rpartition(".")
                 if not is_stack(modules[owner]._parameters.get(key)):
-                    raise GrkanValueError(f"{name} is no parameter with the weights of several linear layers")
+                    raise GrkanValueError(f"{name} is not a parameter that stacks the weights of several linear layers")
                 self.stacks.setdefault(modules[owner], {})[key] = gain[0], gain[1]
             elif is_drawable(modules[name]):
                 self.drawn.append((modules[name], gain))
             else:
-                raise GrkanValueError(f"{name} is no plain linear layer but a {type(modules[name]).__name__}")
+                raise GrkanValueError(f"{name} is not a plain linear layer but a {type(modules[name]).__name__}")
 
     def check_linear(self, fc: Any, name: str | None, inputs: int | None) -> None:
         if isinstance(fc, RationalLinear):
-            raise GrkanValueError(f"{name} is converted already")
+            raise GrkanValueError(f"{name} is already converted")
         width = linear_width(fc)
         if width is None or (self.layer.layout == "linear" and linear_kind(fc) is None):
-            raise GrkanValueError(f"{name} is no plain linear layer but a {type(fc).__name__}")
+            raise GrkanValueError(f"{name} is not a plain linear layer but a {type(fc).__name__}")
         if width[0] != inputs:
             raise GrkanValueError(f"{name} takes {width[0]} channels instead of {inputs}")
 

@@ -17,14 +17,15 @@ class ConversionReport:
     """For each converted MLP:
     name; modules: the names of its parts; layout: "grkan", "linear" or "activation", see `grkan.convert.recipe`;
     activation: the original function; order, form; groups: those of the second function, or of the only one;
-    interval: (low, high), the range of its inputs, or the predicted range; samples: scalars of the calibration, 0
-    without; and the distance of the function F from the activation f, None where they are not meant to be the same:
-    max_error: the largest |F - f| on the interval, over all groups; rms_error: the root mean square of F - f over the
-    inputs; cosine, relative_error: of F and f over the inputs, None without calibration; best_rms_error,
+    interval: (low, high), the range of its inputs, or the predicted range; samples: the number of calibration scalars,
+    0 without calibration; and the distance of the function F from the activation f, None where the two are meant to
+    differ: max_error: the largest |F - f| on the interval, over all groups; rms_error: the root mean square of F - f
+    over the inputs; cosine, relative_error: of F and f over the inputs, None without calibration; best_rms_error,
     best_relative_error: the smallest errors that a search from several starts finds for this order, without regard to
     values where there are no inputs: a limit set by the order; output_error: the relative error, in norm, of the MLP's
-    output for a sample of the inputs and for the largest: of the second linear layer's output, if the activation's goes
-    straight into it; without calibration, of the activation's output for the predicted inputs."""
+    output for a sample of the inputs and for the largest ones. It is measured at the second linear layer if the
+    activation's output goes straight into it, and otherwise at the activation; without calibration, at the activation
+    for the predicted inputs."""
     skipped: list[tuple[str, str]]
     """The activations that were not converted, and why."""
     cosine: float | None
@@ -64,7 +65,9 @@ class ConversionReport:
         lines += [f"skipped {name or '(model)'}: {reason}" for name, reason in self.skipped]
         if self.layers:
             lines.append("order {}, form {}".format(tuple(self.layers[0]["order"]), self.layers[0]["form"]))
-            lines.append("error, best, output: relative errors of the function, of the best of its order, of the MLP")
+            lines.append(
+                "error, best, output: relative errors of the function, the best of its order, the MLP's output"
+            )
         if self.cosine is not None:
             lines.append(f"output: cosine {self.cosine:.6f}, relative error {self.relative_error:.2g}")
         return "\n".join(line.rstrip() for line in lines)

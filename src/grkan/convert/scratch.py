@@ -2,7 +2,7 @@
 
 Let x, the input of an MLP of width d, have zero mean and unit variance per channel, as behind a norm, and let every
 weight be drawn from N(0, gain / fan_in), with no bias. Then each channel of a layer's output is normal with the
-variance gain * E[F(x)^2], and to preserve it takes gain = 1 / E[F(z)^2], z standard normal (arXiv 2409.10594, Eq. 20).
+variance gain * E[F(x)^2]. The gain that preserves it is 1 / E[F(z)^2], z standard normal (arXiv 2409.10594, Eq. 20).
 
 - The first linear layer has the identity in front, so its gain is 1 and u = W x is standard normal.
 - The second one has F(u) in front, so its gain is alpha = 1 / E[F(z)^2]; 2.81 for Swish.
@@ -61,7 +61,7 @@ def _linear_layers(site: Site) -> tuple[list[nn.Module], nn.Module] | None:
     layers = [(child, sizes) for child in site.parent.children() if (sizes := linear_width(child)) is not None]
     if not site.shared:
         return _around(layers, site.width)
-    # Its channels are not known. What is in front is created first.
+    # Its channels are unknown. Assume that the layers in front are created first.
     order = [child for child, _ in layers]
     widths = {inputs for _, (inputs, _) in layers}
     found = [pair for width in widths if (pair := _around(layers, width)) is not None]
@@ -88,8 +88,8 @@ def _around(layers: list[tuple[Any, tuple[int, int]]], width: int) -> tuple[list
 def _stacks(site: Site) -> tuple[int, list[str], str] | None:
     """Return the stacked weights around an activation: the dimension of the inputs, those in front, the one behind.
 
-    Whether a weight is (experts, inputs, outputs) or (experts, outputs, inputs) is what transformers says about its
-    experts, or else what fits the number of channels.
+    A weight is (experts, inputs, outputs) or (experts, outputs, inputs): as `is_transposed` of transformers' experts
+    says, or else as the number of channels implies.
     """
     stacks = [(name, p) for name, p in site.parent.named_parameters(recurse=False) if is_stack(p)]
     shapes = [(name, (p.shape[1], p.shape[2])) for name, p in stacks]

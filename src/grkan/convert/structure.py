@@ -2,8 +2,8 @@
 
 They are found by structure and, if the model was run, by what the run showed. An activation is any function that maps
 each scalar independently, which is tested numerically. Its linear layers are those around it whose widths match. That
-guess is tested too where a module can be run by itself, and again with calibration data. Any other activation of a
-feed-forward part becomes rational by itself, in its place.
+guess is tested too if a module can be run on its own, and again with calibration data. Any other activation of a
+feed-forward part is replaced in place, without its linear layers.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Site:
     call: CallRecipe | None = None
     """The call in `forward`, if the activation is a function."""
     doubt: str = ""
-    """Why this may not belong to a feed-forward part. It counts unless linear layers turn out to be next to it."""
+    """Why this may not belong to a feed-forward part. Ignored if linear layers turn out to be next to it."""
     norms: list[nn.Module] = field(default_factory=list)
     """The norms that may come before the first linear layer."""
 
@@ -102,7 +102,7 @@ class Site:
         self.shared, self.width, self.channel_dim = True, 1, -1
 
     def place(self, channels: tuple[int, int] | None, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Correct the site by what a run showed: (dimension, number) of the channels, or None, and all input shapes."""
+        """Correct the site after a run: `channels` are (dimension, number) or None, `shapes` those of the inputs."""
         other = [s for s in shapes if s and (len(s) <= self.channel_dim or s[self.channel_dim] != self.width)]
         if self.layout == "activation" or other:
             self.keep_linear()
@@ -119,12 +119,12 @@ class _NotFoundError(Exception):
 def find_sites(
     model: nn.Module, seen: Observation | None = None, include: Sequence[str] = (), undo: ExitStack | None = None
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """Find the activations that can become rational, in module order, and the (name, reason) of all others.
+    """Find the activations that can become rational, in module order, and a (name, reason) for each of the others.
 
     Args:
         seen: what a run of the model showed.
         include: patterns for names; whatever they match is converted.
-        undo: collects what restores the functions that `forward` calls, after they were made children.
+        undo: collects the callbacks that turn the new children back into functions that `forward` calls.
     """
     finder = _Finder(model, seen, include)
     if seen is not None and undo is not None:
@@ -152,7 +152,7 @@ def find_sites(
 def choose(
     sites: list[Site], include: Sequence[str] | None, exclude: Sequence[str]
 ) -> tuple[list[Site], list[tuple[str, str]]]:
-    """Split the sites: those with a name, or a part's name, that matches `include` and not `exclude`; and the rest."""
+    """Split the sites into those whose name, or a part's name, matches `include` but not `exclude`, and the rest."""
 
     def matches(site: Site, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for name in (site.name, *site.modules) for pattern in patterns)
@@ -222,7 +222,7 @@ def as_activation(candidate: Any) -> Activation | None:
             if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
                 return None
             name = next((n for n in table.NAMES if torch.allclose(table.exact(n)(x), y, 1e-7, 1e-9)), label)
-    except Exception:  # it needs another input, or more than one tensor
+    except Exception:  # it needs a different input, or more than one tensor
         return None
     finally:
         if modes:
@@ -303,7 +303,7 @@ class _Finder:
         return any(fnmatchcase(name, pattern) for name in names for pattern in self.include)
 
     def lift_calls(self, seen: Observation, undo: ExitStack) -> None:
-        """Replace functions that methods call by children, where they belong to a feed-forward part."""
+        """Turn functions that methods call into children if they belong to a feed-forward part."""
         inside: set[nn.Module] = set()
         for module in self.modules.values():
             if module not in inside and not isinstance(module, nn.Sequential) and as_activation(module) is not None:
@@ -355,14 +355,14 @@ class _Finder:
             site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
             reason = observe.why_not(places)
         elif self.seen is not None and parent in self.seen.called and parent._modules.get(slot) not in self.seen.called:
-            site, reason = None, "it is never called, though its module is"
+            site, reason = None, "its module is called, but never calls it"
         elif self.named(full, name):
             site = site or self.alone(name, parent, slot, activation)
         doubt = "" if self.named(full, name) else "a gate" if activation.name in _GATES else reason
         if site is not None and doubt and site.layout == "activation":
             site, reason = None, doubt
         if site is None:
-            hint = "; to have it converted in place, name it in include" if places else ""
+            hint = "; to convert it in place, name it in include" if places else ""
             self.skipped.append((full, f"{activation.name}: {reason}{hint}"))
             return
         site.call, site.doubt = call, doubt
@@ -391,13 +391,13 @@ class _Finder:
         if not place.problem and place.function is not None:
             activation = as_activation(place.function)
             if activation is None:
-                return "it is part of what is no elementwise function of one tensor"
+                return "it is part of an expression that is not an elementwise function of one tensor"
             gate = activation.name in _GATES or place.label in _GATES
             reason = "a gate" if gate else observe.why_not([place])
             if reason:
-                return f"{reason}; to have it converted in place, name its module in include"
+                return f"{reason}; to convert it in place, name its module in include"
         reason = observe.why_not([place])
-        return reason or f"{place.problem}; make it a child, such as self.act = nn.GELU(), to have it converted"
+        return reason or f"{place.problem}; to convert it, make it a child, such as self.act = nn.GELU()"
 
     def site(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site:
         for find in (self.as_grkan, self.around, self.in_next_module):
@@ -408,8 +408,8 @@ class _Finder:
         around = [child for child in parent.children() if linear_width(child) is not None]
         odd = sorted({type(child).__name__ for child in around if linear_kind(child) is None})
         if odd and not any(isinstance(child, nn.Conv2d) for child in around):
-            raise _NotFoundError(f"the layers next to it are not plain linear layers, but {', '.join(odd)}")
-        raise _NotFoundError("there are no two linear layers around it whose widths match")
+            raise _NotFoundError(f"the layers next to it are not plain linear layers but {', '.join(odd)}")
+        raise _NotFoundError("no two linear layers around it have matching widths")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """Match a module that consists only of fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
@@ -480,7 +480,7 @@ class _Finder:
         )
 
     def in_next_module(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
-        """Match an activation whose second linear layer is in the next module, as BERT's intermediate and output."""
+        """Match an activation whose second linear layer is in the next module, as in BERT's intermediate and output."""
         linears = [key for key, child in parent._modules.items() if linear_kind(child) is not None]
         if len(linears) != 1 or not name:
             return None
@@ -656,11 +656,11 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 class Watched(nn.Module):
-    """A stand-in for an activation, as a context manager: it calls it, records its input and tracks its output.
+    """A context manager that puts this module in the place of an activation, which it calls, and watches the tensors.
 
     Args:
-        site: the site whose activation it replaces.
-        record: called with every input.
+        site: the site of the activation.
+        record: called with every input of the activation.
     """
 
     def __init__(self, site: Site, record: Callable[[Tensor], object] = lambda _: None) -> None:
@@ -704,7 +704,7 @@ class Watched(nn.Module):
         vars(parent).pop(slot, None)
         parent._modules[slot] = self
         self.fast_path = getattr(parent, "activation_relu_or_gelu", None)
-        if self.fast_path:  # on it, PyTorch's encoder layer calls none of its parts
+        if self.fast_path:  # PyTorch's encoder layer calls none of its parts on this path
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
         second = self.site.second
         self.hook = None if second is None else second.register_forward_pre_hook(self.compare)

@@ -1,1 +1,1 @@
-"""Training of image classifiers: configuration, data, the loop, and what it leaves in a run's folder."""
+"""Training of image classifiers: configuration, data, the loop, and the files in a run's folder."""

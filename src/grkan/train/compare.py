@@ -37,9 +37,9 @@ from .model import check_model
 from .progress import make_console
 
 _POLL = 2.0
-"""Seconds between two looks at whether every worker is alive."""
+"""Seconds between two checks that every worker is alive."""
 
-_COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "on", "parameters", "CPU time, s"]
+_COLUMNS = ["run", "seeds", "test accuracy, %", "test loss", "gain, points", "against", "parameters", "CPU time, s"]
 
 
 def make_runs(
@@ -60,12 +60,14 @@ def make_runs(
     common = {key: value for key, value in content.items() if key != "runs"}
     runs = content.get("runs") if models is None else {name: {"model": name} for name in models}
     if not isinstance(runs, Mapping) or not runs:
-        raise GrkanValueError(f"runs must map the name of each to its settings; got {runs!r}; or give --models")
+        raise GrkanValueError(
+            f"runs must map the name of each run to its settings, unless --models is given; got {runs!r}"
+        )
     for name, settings in runs.items():
         if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
-            raise GrkanValueError(f"the name of a run must be one of a folder; got {name!r}")
+            raise GrkanValueError(f"the name of a run must be a valid folder name; got {name!r}")
         if not isinstance(settings, Mapping):
-            raise GrkanValueError(f"runs must map the name of each to its settings; got {settings!r} for {name}")
+            raise GrkanValueError(f"runs must map the name of each run to its settings; got {settings!r} for {name}")
     return {name: merge(common, settings, given) for name, settings in runs.items()}
 
 
@@ -84,19 +86,19 @@ def compare(runs: Mapping[str, Mapping[str, Any]], output: str | Path, jobs: int
 
     Raises:
         ValueError: there is no run, seeds or against are invalid, or a folder holds a run with other settings.
-        As `train`; runs that finished before stay.
+        As `train`; the results of finished runs are kept.
     """
     if not runs:
-        raise GrkanValueError("runs must name at least one; give --models or a configuration with runs")
+        raise GrkanValueError("runs must have at least one run; give --models or a configuration with runs")
     output = Path(output)
     members = {name: list(_members(name, settings)) for name, settings in runs.items()}
     against = {name: settings["against"] for name, settings in runs.items() if settings.get("against") is not None}
     for name, other in against.items():
         if not isinstance(other, str) or other not in runs or other == name:
-            raise GrkanValueError(f"against must be another of the runs {', '.join(runs)}; got {other!r} for {name}")
+            raise GrkanValueError(f"against must name another run ({', '.join(runs)}); got {other!r} for {name}")
     if output_of := [name for name, settings in runs.items() if "output" in settings]:
         raise GrkanValueError(
-            f"output is not a setting of a run, each has a folder in {output}; got it for {output_of[0]}"
+            f"output must not be set for a run, because each run has its own folder in {output}; {output_of[0]} sets it"
         )
     # All configurations are checked before the first run starts.
     configs = {}
@@ -142,7 +144,7 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
             yield folder, _train_or_resume(config)
         return
     threads, method = max(1, (os.cpu_count() or 1) // jobs), multiprocessing.get_start_method()
-    # Forking a process with threads, or one that has used a GPU, is not safe. This server has its imports alone.
+    # Forking a process with threads, or one that has used a GPU, is not safe. The fork server has only run the imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     console = make_console()
@@ -160,11 +162,11 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
                         raise BrokenProcessPool("a worker was killed")
                     for future in done:
                         folder, summary = waiting.pop(future), future.result()
-                        left = f"{len(waiting)} of {len(configs)} to do"
+                        left = f"{len(waiting)} of {len(configs)} runs left"
                         console.print(f"{folder}: {summary['last_top1']:.2f} % in {summary['seconds']:.0f} s; {left}")
                         yield folder, summary
         except BrokenProcessPool as error:
-            raise TrainingError("the process of a run was killed; the same command goes on") from error
+            raise TrainingError("the process of a run was killed; run the same command again to continue") from error
         finally:  # do not wait for other runs, even after an error: each can resume from its last state
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
@@ -288,7 +290,7 @@ def _plus_minus(spread: Mapping[str, Any], digits: int, sign: str = "") -> str:
 def comparison_table(output: Path) -> Table:
     """Return comparison.json as a table."""
     comparison = json.loads((output / "comparison.json").read_text())
-    table = Table(caption="Mean ± standard deviation over the seeds; a gain is taken seed by seed.")
+    table = Table(caption="Mean ± standard deviation over the seeds; gains are computed seed by seed.")
     for i, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if i else "left")
     for row in _rows(comparison["variants"], comparison["against"]):

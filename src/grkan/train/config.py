@@ -1,8 +1,8 @@
 """Every setting of a training run, each declared in one place: its name, type, default, range and meaning.
 
-The field of `Config`, the command line option, the key in a YAML file and the checks all come from there. A default of
-None is replaced by the actual value before training, and the run's config.yaml holds that value. PyYAML is imported
-only where it is used, so `grkan --help` works without it.
+The field of `Config`, the command line option, the key in a YAML file and the checks all come from that declaration.
+A default of None is replaced by the actual value before training, and the run's config.yaml holds that value. PyYAML is
+imported only where it is used, so `grkan --help` works without it.
 """
 # ruff: noqa: RUF009  what declares a setting returns a field of the dataclass
 
@@ -80,19 +80,19 @@ class Config:
 
     data: str = _setting(
         "digits",
-        "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (with "
-        "val_split also one with CLASS/IMAGE); wds:FOLDER with train/*.tar and val/*.tar as WebDataset lays them out; "
-        "hfds:NAME, a data set of Hugging Face's hub or its folder",
+        "digits, fashion-mnist, fashion-mnist:FOLDER, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (with "
+        "val_split, CLASS/IMAGE is enough), wds:FOLDER with train/*.tar and val/*.tar in WebDataset's layout, or "
+        "hfds:NAME, a data set on the Hugging Face hub or in a folder",
     )
     val_split: float | None = _setting(
         None,
-        "the part of each class's training images that is kept for the test, where the data have no val; which ones, "
-        "the seed decides",
+        "the fraction of each class's training images that is held out for the test if the data have no val; the seed "
+        "decides which images",
         Interval(0, 1, open_low=True, open_high=True),
     )
     model: str | None = _setting(
         None,
-        "a name of timm's registry; by default that of --init, else a KAT for images of the data's size",
+        "a model name in timm's registry; by default that of --init, else a KAT for images of the data's size",
         metavar="NAME",
     )
     model_args: dict[str, Any] = _setting(
@@ -101,19 +101,19 @@ class Config:
     output: str | None = _setting(None, "the run's folder; by default runs/MODEL-DATA", metavar="DIR")
     init: str | None = _setting(
         None,
-        "whose weights are the start: a run's folder, a model file, a released checkpoint, a file of timm's (with "
-        "model), or a model of timm's with its pretrained weights (a name, hf-hub:NAME or local-dir:FOLDER); the "
-        "model's arguments are those of the file, overridden by model_args, which may ask for another img_size, "
-        "patch_size or in_chans; outputs keep what they know by the names of their classes",
+        "the initial weights: a run's folder, a model file, a released checkpoint, a timm file (which needs model), or "
+        "a pretrained timm model (a name, hf-hub:NAME or local-dir:FOLDER); the model's arguments come from there, and "
+        "model_args may override them, for example with another img_size, patch_size or in_chans; an output keeps its "
+        "weights if its class has the same name",
         metavar="FILE|NAME",
     )
-    convert: bool = _setting(False, "make a KAT of the model that init names, as grkan convert does")
+    convert: bool = _setting(False, "convert the model that init names to a KAT, as grkan convert does")
     trainable: Literal["all", "coefficients", "weights"] = _setting(
         "all",
-        "what learns: everything, the coefficients of the rational functions alone, or everything but them; outputs "
-        "for new classes always learn",
+        "the parameters to train: all, only the coefficients of the rational functions, or all but the coefficients; "
+        "outputs for new classes are always trained",
     )
-    seed: int = _setting(0, "decides all that is drawn at random", _NOT_NEGATIVE)
+    seed: int = _setting(0, "the seed of all random numbers", _NOT_NEGATIVE)
 
     epochs: int = _setting(30, "passes over the training images", _AT_LEAST_ONE)
     batch_size: int = _setting(
@@ -121,41 +121,43 @@ class Config:
     )
     accumulate: int = _setting(1, "micro-batches per optimiser step", _AT_LEAST_ONE, resumable=True)
     precision: Literal["no", "fp16", "bf16"] | None = _setting(
-        None, "Accelerate's mixed precision; by default what accelerate launch was told, else no"
+        None, "Accelerate's mixed precision; by default the choice of accelerate launch, else no"
     )
     compile: bool = _setting(False, "run the model through torch.compile")
     checkpointing: bool = _setting(
-        False, "compute the inside of each block again in the backward pass, which takes less memory and more time"
+        False, "recompute each block in the backward pass, which saves memory but takes more time"
     )
-    channels_last: bool = _setting(False, "keep the channels of images and convolutions next to each other")
+    channels_last: bool = _setting(False, "use the channels-last memory format for images and convolutions")
 
-    optimizer: str = _setting("adamw", "a name of timm's optimisers: adamw, lamb, sgd, lion, muon, ...", metavar="NAME")
+    optimizer: str = _setting(
+        "adamw", "the name of a timm optimiser: adamw, lamb, sgd, lion, muon, ...", metavar="NAME"
+    )
     betas: tuple[float, float] | None = _setting(
-        None, "those of the optimiser; by default its own", _BELOW_ONE, metavar="PAIR"
+        None, "the betas of the optimiser; by default its own", _BELOW_ONE, metavar="PAIR"
     )
 
     shard: bool = _setting(
-        False, "cut weights, gradients and optimiser state into a part for each process (FSDP); not with fp16"
+        False, "divide weights, gradients and optimiser state among the processes (FSDP); not with fp16"
     )
 
     lr: float = _setting(1e-3, "the highest learning rate", _NOT_NEGATIVE)
     min_lr: float = _setting(0.0, "the learning rate at the end", _NOT_NEGATIVE)
     warmup_epochs: float | None = _setting(
         None,
-        "linear warm-up from 0, part of epochs, which the schedule follows; by default a tenth of epochs",
+        "epochs of linear warm-up from 0 before the schedule begins, included in epochs; by default a tenth of epochs",
         _NOT_NEGATIVE,
     )
     schedule: Literal["cosine", "linear", "step", "constant"] = _setting(
         "cosine",
-        "of the learning rate after the warm-up: a half-cosine or a line down to min_lr, steps down, or none",
+        "how the learning rate changes after the warm-up: as a half-cosine or a line down to min_lr, in steps, or not",
     )
-    decay_epochs: float = _setting(30.0, "the length of a step of the schedule step", _POSITIVE)
+    decay_epochs: float = _setting(30.0, "epochs between two steps, with schedule step", _POSITIVE)
     decay_rate: float = _setting(
-        0.1, "by what each step of the schedule step multiplies the learning rate", Interval(0, 1, open_low=True)
+        0.1, "the factor of the learning rate at each step, with schedule step", Interval(0, 1, open_low=True)
     )
     layer_decay: float | None = _setting(
         None,
-        "each layer learns by this factor slower than the one above it, as in fine-tuning; by default all alike",
+        "for fine-tuning: the learning rate of each layer relative to the layer above it; by default all are equal",
         Interval(0, 1, open_low=True),
     )
     weight_decay: float = _setting(
@@ -166,24 +168,27 @@ class Config:
     )
     clip_grad: float | None = _setting(
         None,
-        "the largest norm of the gradients of coefficients and of those of all else; by default no limit",
+        "the largest gradient norm, for coefficients and all other parameters separately; by default no limit",
         _POSITIVE,
     )
     ema_decay: float | None = _setting(
-        None, "keep a moving average of the weights with this decay, test and save it; by default none", _BELOW_ONE
+        None,
+        "the decay of a moving average of the weights, which is tested and saved instead; by default no average",
+        _BELOW_ONE,
     )
 
     loss: Literal["cross_entropy", "bce"] = _setting(
-        "cross_entropy", "of the logits; bce: binary cross entropy, each class against all others"
+        "cross_entropy", "the loss; bce: binary cross entropy of each class against all others"
     )
     balance: Literal["no", "weights", "sampling"] = _setting(
         "no",
-        "where some classes have more images than others: weights gives each class the same part of the loss, sampling "
-        "the same number of the images of an epoch",
+        "for classes with unequal numbers of images: weights gives each class the same share of the loss, sampling "
+        "the same number of images in an epoch",
     )
     repeats: int = _setting(
         1,
-        "times that an image is in its batch, each time augmented anew; an epoch has so many images less",
+        "how often each image occurs in its batch, with a new augmentation each time; an epoch then has that many "
+        "times fewer images",
         _AT_LEAST_ONE,
     )
     smoothing: float = _setting(0.0, "label smoothing", _BELOW_ONE)
@@ -191,12 +196,14 @@ class Config:
     cutmix: float = _setting(0.0, "the alpha of CutMix; 0: none; with both, each step draws one of them", _NOT_NEGATIVE)
     shift: int | None = _setting(
         None,
-        "pad by so many pixels and crop, in place of the random resized crop; 0: the image stays where it is; by "
-        "default a twelfth of the images' size up to 64 pixels, and the random resized crop beyond",
+        "pad by this many pixels and crop at random, instead of a random resized crop; 0: do not shift; by default a "
+        "twelfth of the size for images up to 64 pixels, and a random resized crop for larger ones",
         _NOT_NEGATIVE,
     )
     crop_scale: tuple[float, float] = _setting(
-        (0.08, 1.0), "the area of a random resized crop, as parts of the image's", Interval(0, 1, open_low=True)
+        (0.08, 1.0),
+        "the range of the area of a random resized crop, as fractions of the image",
+        Interval(0, 1, open_low=True),
     )
     hflip: float | None = _setting(
         None,
@@ -205,11 +212,13 @@ class Config:
     )
     color_jitter: float | None = _setting(
         None,
-        "brightness, contrast and saturation change by up to this factor; auto_augment takes its place; by default 0 "
-        "up to 64 pixels, else 0.4",
+        "brightness, contrast and saturation change by up to this factor, unless auto_augment is set; by default 0 for "
+        "images up to 64 pixels, else 0.4",
         Interval(0, 100),
     )
-    auto_augment: str | None = _setting(None, "timm's string, as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT")
+    auto_augment: str | None = _setting(
+        None, "a policy in timm's notation, such as rand-m9-mstd0.5-inc1; by default none", metavar="TEXT"
+    )
     random_erasing: float = _setting(0.0, "the probability of random erasing", _PROBABILITY)
 
     workers: int | None = _setting(
@@ -220,37 +229,39 @@ class Config:
         resumable=True,
     )
     on_corrupt: Literal["skip", "stop"] = _setting(
-        "skip", "an unreadable image is named, counted and left out, or it stops the run", resumable=True
+        "skip", "skip: name, count and leave out an unreadable image; stop: end the run with an error", resumable=True
     )
-    evaluate_every: int = _setting(1, "test every so many epochs, and after the last one", _AT_LEAST_ONE)
+    evaluate_every: int = _setting(
+        1, "the number of epochs between tests; the last epoch is always tested", _AT_LEAST_ONE
+    )
     patience: int | None = _setting(
         None,
-        "stop when so many epochs have brought no better accuracy in the test; by default never",
+        "stop after this many epochs without a better test accuracy; by default never",
         _AT_LEAST_ONE,
         resumable=True,
     )
     keep_every: int = _setting(
         0,
-        "keep the weights of every so many epochs, too, as epoch-N.safetensors; 0: the best and the last alone",
+        "keep the weights at this interval of epochs as well, as epoch-N.safetensors; 0: only the best and the last",
         _NOT_NEGATIVE,
         resumable=True,
     )
     save_every: int = _setting(
         0,
-        "save the state for --resume every so many steps, too; 0: at the end of an epoch",
+        "save the state for --resume at this interval of steps as well; 0: only at the end of each epoch",
         _NOT_NEGATIVE,
         resumable=True,
     )
     log_every: int = _setting(
         0,
-        "write a line to metrics.jsonl every so many steps, too; 0: at the end of an epoch",
+        "write a line to metrics.jsonl at this interval of steps as well; 0: only at the end of each epoch",
         _NOT_NEGATIVE,
         resumable=True,
     )
     tracker: str | None = _setting(
         None,
-        "hand the metrics to a tracker, too, or to several, with commas: tensorboard, wandb, mlflow or another that "
-        "Accelerate knows",
+        "experiment trackers to send the metrics to, separated by commas: tensorboard, wandb, mlflow or another that "
+        "Accelerate supports",
         metavar="NAMES",
         resumable=True,
     )
@@ -272,7 +283,7 @@ class Config:
         if self.evaluate_every > self.epochs:
             raise GrkanValueError(f"evaluate_every must not exceed epochs, {self.epochs}; got {self.evaluate_every}")
         if self.shard and self.precision == "fp16":
-            raise GrkanValueError("shard goes with precision no or bf16; got fp16")
+            raise GrkanValueError("precision must be no or bf16 with shard; got fp16")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise GrkanValueError(f"crop_scale must be (low, high) with low <= high; got {self.crop_scale}")
 
@@ -368,7 +379,7 @@ def nearest(name: str, known: Sequence[str], shown: int = 12) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     more = f" and {len(known) - shown} more" if len(known) > shown else ""
-    return f"known are {', '.join(known[:shown])}{more}"
+    return f"known names: {', '.join(known[:shown])}{more}"
 
 
 def settings_table() -> str:
@@ -388,7 +399,7 @@ def _range(kind: Any, within: Interval | None) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(f"`{option}`" for option in typing.get_args(kind))
     pair = typing.get_origin(kind) is tuple
-    number = {int: "a whole number", float: "a number", bool: "`true`, `false`", str: "a text", dict: "a mapping"}
+    number = {int: "a whole number", float: "a number", bool: "`true`, `false`", str: "a string", dict: "a mapping"}
     name = "two numbers" if pair else number[kind]
     return name if within is None else f"{name}, {'each ' if pair else ''}{within}"
 
@@ -416,7 +427,7 @@ def add_training_options(parser: argparse.ArgumentParser, without: Sequence[str]
         "--set",
         type=_argument(parse_assignment),
         metavar="KEY=VALUE",
-        help="a setting by its name in a configuration file, as lr=0.01, or a part of one: model_args.num_groups=4",
+        help="any setting by its name, such as lr=0.01, or a single model argument: model_args.num_groups=4",
     )
 
 
@@ -446,10 +457,10 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not text.strip():
-        raise GrkanValueError(f"takes key=value, where null is no value; got {assignment!r}")
+        raise GrkanValueError(f"must be key=value, with null for no value; got {assignment!r}")
     key, dot, argument = key.partition(".")
     if dot and key != "model_args":
-        raise GrkanValueError(f"{assignment}: only model_args has parts")
+        raise GrkanValueError(f"only model_args may have a dotted key; got {assignment!r}")
     check_name(key)
     value = _parse_value(text)
     return {key: {argument: value}} if dot else {key: value}
@@ -516,16 +527,16 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         except (ValueError, OverflowError):
             raise GrkanTypeError(f"{name} must be a number; got {value!r}") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
         raise GrkanTypeError(f"{name} must be {wanted[kind]}; got {value!r}")
     if kind is int and value >= 2**63:
         raise GrkanValueError(f"{name} must be less than 2^63; got {value!r}")
     if kind is float and not math.isfinite(value):
         raise GrkanValueError(f"{name} must be a finite number; got {value!r}")
     if kind is float and 0 < abs(value) < sys.float_info.min:  # such an alpha of mixup becomes NaN in NumPy
-        raise GrkanValueError(f"{name} must be 0 or at least {sys.float_info.min:.2g} in size; got {value!r}")
+        raise GrkanValueError(f"{name} must be 0 or at least {sys.float_info.min:.2g} in absolute value; got {value!r}")
     if kind is str and (not value or "\0" in value):
-        raise GrkanValueError(f"{name} must be a text that is not empty and has no null character; got {value!r}")
+        raise GrkanValueError(f"{name} must be a non-empty string without null characters; got {value!r}")
     if kind is dict:
         _check_plain(name, value)
     return value
@@ -534,11 +545,11 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
 def _check_plain(name: str, value: Mapping[Any, Any]) -> None:
     """Raise TypeError for a mapping that config.yaml and a model file cannot store."""
     if wrong := [key for key in value if not isinstance(key, str)]:
-        raise GrkanTypeError(f"the names in {name} must be texts; got {wrong[0]!r}")
+        raise GrkanTypeError(f"the keys of {name} must be strings; got {wrong[0]!r}")
     for key, part in value.items():
         try:
             json.dumps(part)
         except TypeError:
             raise GrkanTypeError(
-                f"{name}.{key} must be made of numbers, texts, lists and mappings; got {part!r}"
+                f"{name}.{key} must consist of numbers, strings, lists and mappings; got {part!r}"
             ) from None

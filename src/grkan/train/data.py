@@ -60,14 +60,14 @@ _FASHION_CLASSES = (
     "Ankle boot",
 )
 _SMALL = 64
-"""Up to this longer side, in pixels, the crops, flips and jitter for photographs do more harm than good."""
+"""For images whose longer side has at most this many pixels, the usual augmentation of photographs is harmful."""
 _MODELS = ((8, "kat_micro_patch2_8"), (28, "kat_micro_patch4_28"), (_SMALL, "kat_micro_patch4_32"))
 """The default model for images up to a size."""
 _LOOKED_AT = 16
 """How many images of a folder are checked for their size, to guess their kind."""
 _MEASURED = 60_000
 """The most images whose gray values are averaged: all of Fashion-MNIST."""
-_AGAIN = "folders met a second time, through a link"
+_AGAIN = "folders reached a second time, through a link"
 _LONGEST = 16
 """The largest ratio of the sides; a test uses only the middle of the image."""
 
@@ -274,7 +274,7 @@ def _splitting(
 
 
 def _has_test_images(name: str, own: str) -> GrkanValueError:
-    return GrkanValueError(f"val_split is for a data set without test images; {name} has {own}")
+    return GrkanValueError(f"val_split is only for data without test images; {name} has {own}")
 
 
 def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -374,13 +374,13 @@ def _read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
         raise GrkanValueError(f"{path} is damaged") from None
     header = 4 * (dims + 1)
     if len(content) < header:
-        raise GrkanValueError(f"{path} is no IDX file of {dims} dimensions")
+        raise GrkanValueError(f"{path} is not an IDX file of {dims} dimensions")
     magic, *sizes = struct.unpack(f">{dims + 1}I", content[:header])
     if magic != 0x0800 + dims:
-        raise GrkanValueError(f"{path} is no IDX file of {dims} dimensions of bytes")
+        raise GrkanValueError(f"{path} is not an IDX file of bytes with {dims} dimensions")
     if len(content) != header + math.prod(sizes):
         raise GrkanValueError(
-            f"{path} is damaged: {len(content)} bytes where its header tells {header + math.prod(sizes)}"
+            f"{path} is damaged: it has {len(content)} bytes, but its header says {header + math.prod(sizes)}"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
 
@@ -392,13 +392,13 @@ def _load_folder(
     folder = train if split == "train" else test
     if folder is None and split == "train":
         raise GrkanValueError(
-            f"{root} must hold a folder {' or '.join(TRAIN_SPLITS)} with a folder for each class; it has none (where "
-            "it holds the classes' folders itself, grkan train takes --val-split 0.1)"
+            f"{root} must hold a folder {' or '.join(TRAIN_SPLITS)} with a folder for each class; it has none (if "
+            "it holds the class folders itself, use grkan train --val-split 0.1)"
         )
     if folder is None and train is not None:
         raise GrkanValueError(
-            f"{root} must hold a folder {' or '.join(TEST_SPLITS)} with a folder for each class; it has none (grkan "
-            f"train --val-split 0.1 tests on a part of {train.name})"
+            f"{root} must hold a folder {' or '.join(TEST_SPLITS)} with a folder for each class; it has none (use "
+            f"grkan train --val-split 0.1 to test on a part of {train.name})"
         )
     data = read(folder or root)
     return _with_all_classes(data) if split == "train" else data
@@ -433,7 +433,7 @@ def _read_classes(folder: Path) -> ImageData:
     for entry in _listed(folder):
         kind = _kind(entry)
         if kind != "folder":
-            passed_over["beside the classes' folders" if kind == "file" else kind] += 1
+            passed_over["beside the class folders" if kind == "file" else kind] += 1
         elif _identity(folder / entry.name) in above:
             passed_over[_AGAIN] += 1
         else:
@@ -451,7 +451,7 @@ def _read_classes(folder: Path) -> ImageData:
     data = ImageData(files, np.frombuffer(labels, dtype=np.int64), tuple(classes), str(folder), passed_over)
     if not len(data):
         raise GrkanValueError(
-            f"{folder} has no images in its {len(classes)} classes' folders{tell_passed_over(data.passed_over)}"
+            f"{folder} has no images in its {len(classes)} class folders{tell_passed_over(data.passed_over)}"
         )
     return data
 
@@ -482,7 +482,7 @@ def _images_below(root: Path, folder: str, seen: set[tuple[int, int]], passed_ov
             passed_over[kind] += 1
         elif not is_image_name(entry.name):
             passed_over[
-                f"*{os.path.splitext(entry.name)[1].lower()}" if "." in entry.name else "without an ending"
+                f"*{os.path.splitext(entry.name)[1].lower()}" if "." in entry.name else "without an extension"
             ] += 1
         else:
             yield os.path.join(folder, entry.name)
@@ -499,9 +499,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "folder"
         if entry.is_file():
             return "file"
-        return "links that lead nowhere" if entry.is_symlink() else "pipes or devices"
+        return "broken links" if entry.is_symlink() else "pipes or devices"
     except OSError:  # a link to itself
-        return "links that lead nowhere"
+        return "broken links"
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -546,7 +546,7 @@ def describe(data: ImageData) -> str:
 def tell_passed_over(passed_over: Mapping[str, int]) -> str:
     """Return the end of a report: the skipped entries, or nothing if there are none."""
     told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(passed_over.items()))
-    return f"; passed over: {told}" if told else ""
+    return f"; skipped: {told}" if told else ""
 
 
 def gray_statistics(data: ImageData) -> tuple[float, float]:
@@ -586,7 +586,7 @@ def match_classes(data: ImageData, classes: Sequence[str]) -> ImageData:
     unknown = [name for name in data.classes if name not in classes]
     if unknown:
         raise GrkanValueError(
-            f"the model has no class {unknown[0]!r} ({len(unknown)} such); {nearest(unknown[0], classes)}"
+            f"the model has no class {unknown[0]!r} (unknown classes: {len(unknown)}); {nearest(unknown[0], classes)}"
         )
     position = np.array([list(classes).index(name) for name in data.classes], dtype=np.int64)
     return replace(data, labels=position[data.labels], classes=tuple(classes))
@@ -647,7 +647,7 @@ def _shorten(image: Image.Image) -> Image.Image:
 
 def _not_understood(config: Config, error: Exception) -> GrkanValueError:
     reason = str(error) or type(error).__name__
-    return GrkanValueError(f"auto_augment {config.auto_augment!r} is not understood by timm ({reason})")
+    return GrkanValueError(f"timm does not understand auto_augment {config.auto_augment!r} ({reason})")
 
 
 def _posterize(image: Image.Image, bits: int, **arguments: Any) -> Image.Image:
@@ -909,4 +909,4 @@ class UnreadableImages:
                 raise GrkanValueError(f"cannot read the image {name} ({reason}); on_corrupt is 'stop'")
             if name not in self.names:
                 self.names.add(name)
-                print(f"unreadable image left out: {name} ({reason})", file=sys.stderr, flush=True)
+                print(f"skipped an unreadable image: {name} ({reason})", file=sys.stderr, flush=True)

@@ -54,7 +54,7 @@ def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, t
     """Return images, labels and class names of a split.
 
     The images are the first column of images. The labels are the first column of classes, or else the column `label`
-    with numbers or texts.
+    with numbers or strings.
 
     Args:
         name: the name of the data set on the hub, or a folder of Parquet files or one saved by `save_to_disk`.
@@ -68,7 +68,7 @@ def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, t
     loaded = _load(name)
     split = next((split for split in splits if split in loaded), None)
     if split is None:
-        advice = " (grkan train --val-split 0.1 tests on a part of train)" if "train" in loaded else ""
+        advice = " (use grkan train --val-split 0.1 to test on a part of train)" if "train" in loaded else ""
         raise GrkanValueError(
             f"--data hfds:{name} has no split {' or '.join(splits)}; it has {', '.join(loaded)}{advice}"
         )
@@ -81,7 +81,7 @@ def load_hub(name: str, splits: Sequence[str]) -> tuple[HubImages, np.ndarray, t
     )
     if not image or not label:
         raise GrkanValueError(
-            f"--data hfds:{name} must have a column of images and one of classes, or `label`; it has "
+            f"--data hfds:{name} must have a column of images, and one of classes or one named `label`; it has "
             f"{', '.join(rows.features)}"
         )
     values = rows.with_format("numpy")[label[0]]

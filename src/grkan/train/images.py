@@ -179,5 +179,5 @@ def _to_8_bits(values: np.ndarray, white: float | None) -> np.ndarray:
         whites = _WHITES if values.dtype.kind == "f" else (*_WHITES[1:], 2**31 - 1)
         white = next((white for white in whites if largest <= slack * white), None)
         if white is None:
-            raise UnreadableImageError(f"it has pixels up to {largest:g}, and does not say which value is white")
+            raise UnreadableImageError(f"it has pixels up to {largest:g}, and does not define which value is white")
     return np.rint(values.clip(0, white) * (255.0 / white)).astype(np.uint8)

@@ -69,7 +69,7 @@ def when_parent_ends(act: Callable[[], None]) -> None:
 
 
 def shield_loading_process(_: int = 0) -> None:
-    """Make a process that loads images end on SIGTERM only if the training process sent it, and end with that process.
+    """Let a loading process end on SIGTERM only if the training process sent it, and when the training process ends.
 
     A cluster sends SIGTERM to every process of a job, but the images of the last steps are still needed. Use this
     function as `worker_init_fn` of a DataLoader. Where the sender of a signal is unknown (macOS), SIGTERM works as

@@ -173,10 +173,10 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _more_epochs(folder: Path) -> str:
-    """Return the end of a message about a run that should get more epochs."""
+    """Return the end of a message to a user who wants more epochs."""
     return (
-        f"; to train its model further: grkan train --init {folder / 'last.safetensors'} --epochs N --output another "
-        "folder"
+        f"; to train its model further: grkan train --init {folder / 'last.safetensors'} --epochs N --output "
+        "OTHER_FOLDER"
     )
 
 
@@ -185,7 +185,7 @@ def resolve(config: Config) -> Config:
     is resumed from the result alone.
 
     Raises:
-        ValueError: there is no such data set or model to start from, or `model` differs from that one.
+        ValueError: there is no such data set or model to start from, or `model` names a different one.
     """
     source = find_source(config.data, config.val_split, config.seed)
     chosen = {"data": absolute(config.data), **resolve_model(config, source.model)}
@@ -209,7 +209,7 @@ def _run(config: Config, resumed: bool) -> Summary:
 
 @contextlib.contextmanager
 def _naming_others() -> Iterator[None]:
-    """Turn errors of NCCL and gloo, in a process that waits for a failed one, into one error without the cause."""
+    """In a process that waits for a failed one, turn the errors of NCCL and gloo into a TrainingError."""
     try:
         yield
     except RuntimeError as error:
@@ -279,7 +279,7 @@ class _Step:
     """The number of the step in the whole run, from 1."""
     lr: float
     sums: Later
-    """The loss, the number of correct images, whether a gradient was not finite, and whether SIGTERM came: 0 if not."""
+    """The loss, the number of correct images, and 1 or 0 for a gradient that is not finite and for SIGTERM."""
 
 
 class _Run:
@@ -361,7 +361,7 @@ class _Run:
         """Describe the kind of images, and the augmentation settings that follow from it."""
         names = ("shift", "hflip", "color_jitter")
         used = ", ".join(f"{name} {getattr(self.config, name)}" for name in names)
-        return f"{source.kind}: {used}; the options of these names change it"
+        return f"{source.kind}: {used}; to change them, use the options of the same names"
 
     def _make_loaders(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -431,7 +431,7 @@ class _Run:
             if done == total:
                 self.reporter.line(f"{self.folder} is finished: {config.epochs} epochs")
             elif done:
-                at = "its test" if self.step == self.steps else f"step {self.step + 1} of {self.steps}"
+                at = "before its test" if self.step == self.steps else f"step {self.step + 1} of {self.steps}"
                 self.reporter.line(f"resuming at epoch {self.epoch + 1}, {at}")
             while self.epoch < config.epochs:
                 if self._is_out_of_patience():
@@ -516,7 +516,7 @@ class _Run:
         """Process the results of past steps, except for the last few, which may not be ready yet.
 
         Args:
-            to: how many steps to leave.
+            to: how many steps to leave pending.
 
         Raises:
             TrainingError: a loss or a gradient was not finite.
@@ -580,7 +580,7 @@ class _Run:
             self._stop()
 
     def _see_nothing(self) -> None:
-        """Take part in a forward of the other processes, which need this process's part of the weights."""
+        """Take part in a forward pass of the other processes, which need this process's part of the weights."""
         self._evaluated()(torch.zeros(1, *self.preprocessing["input_size"], device=self.accelerator.device))
 
     def _check_weights(self) -> None:

@@ -37,8 +37,8 @@ class MetricsLog:
 
     Args:
         path: the file.
-        size: the number of bytes to truncate it to first: its size when the state was saved from which a run resumes.
-            If the file is shorter, its complete lines stay.
+        size: the number of bytes to truncate it to first: its size at the time of the state that a run resumes
+            from. If the file is shorter, its complete lines stay.
     """
 
     def __init__(self, path: str | Path, size: int = 0) -> None:

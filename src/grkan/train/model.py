@@ -63,17 +63,17 @@ def resolve_model(config: Config, default: str) -> dict[str, Any]:
         default: the default model for the data.
 
     Raises:
-        ValueError: there is no model to start from, or `model` differs from that one.
+        ValueError: there is no model to start from, or `model` names a different one.
     """
     if config.init is None:
         if config.convert:
-            raise GrkanValueError("convert makes a KAT of the model that init names; init is not given")
+            raise GrkanValueError("convert must be used with init, which names the model to convert; got no init")
         return {"model": config.model or default}
     init, held, arguments = find_start(config.init, config.model)
     if config.model not in (None, held):
         to_kat = config.model.startswith("kat_") and not held.startswith("kat_")
-        convert = "; --convert makes a KAT of it" if to_kat else ""
-        raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model, or --init{convert}")
+        convert = ", or convert it with --convert" if to_kat else ""
+        raise GrkanValueError(f"init holds a {held}, not a {config.model}; leave out --model or --init{convert}")
     return {"init": init, "model": held, "model_args": {**arguments, **config.model_args}}
 
 
@@ -141,24 +141,23 @@ def make_model(
         output = trial(torch.zeros(2, *preprocessing["input_size"]))
         wanted = (2, len(classes))
         if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
-            kind = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
-            raise GrkanValueError(f"its output for two images {kind}; logits of shape {wanted} are wanted")
+            kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise GrkanValueError(f"its output for two images must be logits of shape {wanted}; got {kind}")
     return Start(model, preprocessing, new_head, notes)
 
 
 def _convert(model: nn.Module, training: ImageData, preprocessing: Preprocessing, label: str) -> str:
     """Convert a model to a KAT, and return a note about it."""
     if no_weight_decay(model):
-        raise GrkanValueError(f"convert makes a KAT of a model without rational functions; {label} has some already")
+        raise GrkanValueError(f"convert must start from a model without rational functions; {label} already has some")
     report = convert_(model, calibration=calibration_batches(training, preprocessing, _CALIBRATION))
-    return f"converted: {len(report.layers)} MLPs, outputs off by {report.relative_error:.2g} of their norm"
+    return f"converted: {len(report.layers)} MLPs; the relative error of the outputs is {report.relative_error:.2g}"
 
 
 def _create_model(config: Config, classes: int | None) -> nn.Module:
     if refused := [name for name in config.model_args if name in _NOT_MODEL_ARGS]:
         raise GrkanValueError(
-            f"model_args say what the model is; {refused[0]} is not for them: weights come from --init, the number of "
-            "classes from --data"
+            f"model_args must not contain {refused[0]}; weights come from --init, and the number of classes from --data"
         )
     with _blaming_model_args(config):
         return timm.create_model(config.model, num_classes=classes, **config.model_args)
@@ -166,7 +165,7 @@ def _create_model(config: Config, classes: int | None) -> nn.Module:
 
 @contextlib.contextmanager
 def _blaming_model_args(config: Config) -> Iterator[None]:
-    """Report errors as wrong arguments, if there are any: timm and PyTorch have no type for such an error."""
+    """Report any error as wrong `model_args`, if some are given: timm and PyTorch have no type for such an error."""
     given = ", ".join(f"{key}={value!r}" for key, value in config.model_args.items())
     try:
         with warnings.catch_warnings():
@@ -205,7 +204,7 @@ def _fit_preprocessing(
     channels = given.get("in_chans", channels)
     height, width = to_2tuple(given.get("img_size", (height, width)))
     if channels not in (1, 3):
-        raise GrkanValueError(f"images are gray or RGB; the model takes in_chans={channels}")
+        raise GrkanValueError(f"in_chans must be 1 or 3, because images are gray or RGB; got {channels}")
     mean, std, crop = found["mean"], found["std"], found["crop_pct"]
     if normalisation is not None and not known:
         mean, std = ([value] for value in normalisation())
@@ -247,7 +246,7 @@ def load_trained(path: str | Path) -> TrainedModel:
     metadata = read_metadata(path)
     classes, preprocessing = metadata["classes"], metadata["preprocessing"]
     if not classes or not preprocessing:
-        raise GrkanValueError(f"{path} does not say its classes and preprocessing; files that grkan train writes do")
+        raise GrkanValueError(f"{path} must contain class names and preprocessing, as files written by grkan train do")
     device, model = _device(), load_model(path)
     _check_preprocessing(model, preprocessing, len(classes), path)
     return TrainedModel(model.to(device), classes, preprocessing, device, _settings_of_run(path.parent))
@@ -304,7 +303,7 @@ def load_original(
         check_model_name(name)
     if checkpoint is None:
         if name is None:
-            raise GrkanValueError("give --model, --checkpoint or both: what is to be converted?")
+            raise GrkanValueError("give --model, --checkpoint or both, to name the model to convert")
         model = _load_pretrained(name) if pretrained else timm.create_model(name)
         classes, preprocessing = None, None
     elif name is None or Path(checkpoint).is_dir() or is_model_file(checkpoint):
@@ -361,7 +360,7 @@ def _check_preprocessing(model: nn.Module, preprocessing: Preprocessing, classes
     except _NOT_THE_ARGUMENTS:
         raise
     except Exception as error:
-        raise GrkanValueError(f"{path} does not hold the preprocessing of its model: {_reason(error)}") from error
+        raise GrkanValueError(f"the preprocessing in {path} does not fit its model: {_reason(error)}") from error
     if classes is not None and tuple(output.shape) != (1, classes):
         raise GrkanValueError(f"{path} has {classes} classes, but outputs of shape {tuple(output.shape)} for an image")
 
@@ -371,7 +370,7 @@ def _example(preprocessing: Preprocessing, path: Path | str) -> Tensor:
     try:
         return evaluation_transform(preprocessing)(Image.new("L", (8, 8)))
     except Exception as error:  # timm, torchvision and Pillow all have their own errors
-        raise GrkanValueError(f"{path} holds preprocessing that cannot be used: {_reason(error)}") from error
+        raise GrkanValueError(f"the preprocessing in {path} cannot be used: {_reason(error)}") from error
 
 
 def _device() -> torch.device:
@@ -383,9 +382,7 @@ def _load_pretrained(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # the download may raise any error
-        raise GrkanValueError(
-            f"there are no pretrained weights of {name} at hand: {error}; give --checkpoint"
-        ) from error
+        raise GrkanValueError(f"pretrained weights of {name} are not available: {error}; give --checkpoint") from error
 
 
 def _load_checkpoint_of_timm(name: str, checkpoint: str | Path) -> nn.Module:

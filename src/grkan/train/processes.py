@@ -21,7 +21,7 @@ _PATIENCE = 5.0
 
 
 class TrainingError(GrkanRuntimeError):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
 
 class Later:
@@ -97,7 +97,7 @@ def check_all_see(folder: Path, seen: bool) -> None:
     sees = next((rank for rank, (seen, _) in enumerate(sight) if seen), None)
     if blind is not None and sees is not None:
         raise GrkanValueError(
-            f"the run's folder {folder} must be one that all nodes share, for each process resumes from the state in "
-            f"it; process {blind} on {sight[blind][1]} does not see that of process {sees} on {sight[sees][1]}; give a "
-            "folder of a shared file system: --output"
+            f"the run's folder {folder} must be shared by all nodes, because each process resumes from the state in "
+            f"it; process {blind} on {sight[blind][1]} does not see the files that process {sees} on {sight[sees][1]} "
+            "sees; choose an --output on a shared file system"
         )

@@ -63,8 +63,8 @@ def check_local(folder: str) -> None:
     """Raise ValueError if `folder` is not a folder on a disk."""
     if "://" in folder or folder.startswith("pipe:"):
         raise GrkanValueError(
-            f"--data wds:{folder}: remote shards have no random access, without which a run could not be resumed "
-            "exactly; copy them to a disk, and give the folder that holds train/*.tar and val/*.tar"
+            f"--data wds:{folder}: remote shards have no random access, which an exact resume needs; copy them to a "
+            "disk, and give the folder that holds train/*.tar and val/*.tar"
         )
     if not os.path.isdir(folder):
         raise GrkanValueError(f"--data wds:{folder}: there is no such folder; it must hold train/*.tar and val/*.tar")
@@ -97,13 +97,13 @@ def load_shards(
     """
     folder = next((root / name for name in splits if (root / name).is_dir()), None)
     if folder is None:
-        advice = " (grkan train --val-split 0.1 tests on a part of train)" if (root / "train").is_dir() else ""
+        advice = " (use grkan train --val-split 0.1 to test on a part of train)" if (root / "train").is_dir() else ""
         raise GrkanValueError(f"{root} must hold a folder {' or '.join(splits)} of tar files; it has none{advice}")
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".tar", *_COMPRESSED)))
     if compressed := [path for path in files if path.suffix != ".tar"]:
         raise GrkanValueError(
-            f"{compressed[0]} is compressed, and has no random access, without which a run could not be resumed "
-            "exactly; unpack it to a .tar (images are compressed in themselves)"
+            f"{compressed[0]} is compressed, so it has no random access, which an exact resume needs; unpack it "
+            "to a .tar (the images in it are already compressed)"
         )
     if not files:
         raise GrkanValueError(f"{folder} holds no tar files (*.tar)")
@@ -113,7 +113,7 @@ def load_shards(
         classes = tuple(str(number) for number in range(labels.max() + 1))
     if labels.max() >= len(classes):
         raise GrkanValueError(
-            f"{root / 'classes.txt'} names {len(classes)} classes, but {folder} has the class {labels.max()} (from 0)"
+            f"{root / 'classes.txt'} names {len(classes)} classes, but {folder} has class {labels.max()} (from 0)"
         )
     return Shards(folder, index), labels, classes
 
@@ -128,7 +128,7 @@ def _read_classes(root: Path) -> tuple[str, ...] | None:
         raise GrkanValueError(f"{path} is not UTF-8") from None
     if wrong := [name for i, name in enumerate(names) if not name or name in names[:i]]:
         raise GrkanValueError(
-            f"{path} must name each class once, in a line of its own; got {wrong[0]!r} twice or empty"
+            f"{path} must have one class name per line, without repeats or empty lines; got {wrong[0]!r}"
         )
     return names
 
@@ -150,7 +150,7 @@ def _find_index(
             index = {key: stored[key] for key in ("shard", "offset", "size", "label")}
             if all(np.array_equal(stored[key], value) for key, value in identity.items()):
                 return {**identity, **index}
-    print(f"making the index of {len(files)} tar files in {folder}, once", file=sys.stderr, flush=True)
+    print(f"indexing {len(files)} tar files in {folder}; this is done only once", file=sys.stderr, flush=True)
     index = {**identity, **_make_index(files, is_image)}
     content = io.BytesIO()
     np.savez(content, **index)
@@ -186,7 +186,7 @@ def _read_shard(path: Path, is_image: Callable[[str], bool]) -> tuple[array, arr
         if image is None and label is None:
             return
         if image is None or label is None:
-            lacks = "image" if image is None else "class: a file .cls with its number"
+            lacks = "image" if image is None else "class (a .cls file with its number)"
             raise GrkanValueError(f"{path}: the sample {key} has no {lacks}")
         for column, value in zip(columns, (*image, label), strict=True):
             column.append(value)
@@ -221,4 +221,4 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
                 if member.isfile():
                     yield member, tar
     except tarfile.TarError as error:
-        raise GrkanValueError(f"{path} cannot be read as a tar file without compression: {error}") from None
+        raise GrkanValueError(f"{path} cannot be read as an uncompressed tar file: {error}") from None

@@ -85,7 +85,7 @@ def find_start(init: str, model: str | None) -> tuple[str, str, dict[str, Any]]:
     if is_model_file(path):
         metadata = read_metadata(path)
         if metadata["model"] is None:
-            raise GrkanValueError(f"init must hold a model of timm's registry, but {path} does not say which one")
+            raise GrkanValueError(f"init must hold a model of timm's registry, but {path} does not name its model")
         name, arguments = metadata["model"], _without_classes(metadata)
     elif _is_for_timm(model):
         name, arguments = model or "", {}
@@ -193,7 +193,7 @@ def _fit_head(
         known = {i for i, _ in rows}
         new_names = [name for i, name in enumerate(classes) if i not in known]
         return True, [
-            f"head: {len(rows)} of {len(classes)} classes are those of {weights.label}; new: {_list(new_names)}"
+            f"head: {len(rows)} of {len(classes)} classes are taken from {weights.label}; new: {_list(new_names)}"
         ]
     reason = "it does not name its classes" if weights.classes is None else f"its classes are {_list(weights.classes)}"
     return True, [f"head: new, for {len(classes)} classes; {weights.label} has none of them ({reason})"]
@@ -249,14 +249,14 @@ def _create_of_timm(name: str, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the download may raise any error
         reason = " ".join(str(error).split())[:200]
-        raise GrkanValueError(f"there are no pretrained weights of {name} at hand: {reason}") from error
+        raise GrkanValueError(f"pretrained weights of {name} are not available: {reason}") from error
 
 
 def _load_released(path: Path) -> nn.Module:
     try:
         return load_released_checkpoint(path)
     except (GrkanValueError, GrkanTypeError) as error:
-        raise GrkanValueError(f"{error}; a checkpoint of timm needs the name of its model: --model NAME") from error
+        raise GrkanValueError(f"{error}; for a timm checkpoint, name its model with --model NAME") from error
 
 
 def _describe(label: str, model: nn.Module) -> Weights:
