@@ -209,7 +209,7 @@ def data(seed=0):
 def test_every_kind_is_converted(kind, calibrated):
     make, layout, activation, groups = MODELS[kind]
     if kind == "gMLP" and not calibrated:
-        pytest.skip("it takes 24 tokens, which only data tell")
+        pytest.skip("the model takes 24 tokens, which only calibration data show")
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(16), make()).eval()
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -309,7 +309,7 @@ STAYS = {
 def test_what_stays_is_named(kind, calibrated):
     make, expected = STAYS[kind]
     if kind == "stem" and not calibrated:
-        pytest.skip("it takes 24 channels, which only data tell")
+        pytest.skip("the model takes 24 channels, which only calibration data show")
     model = nn.Sequential(nn.LayerNorm(16), make(), with_activation(nn.GELU()))
     report = convert_(model, calibration=data() if calibrated else None)
     assert [layer["name"] for layer in report.layers] == ["2"]
