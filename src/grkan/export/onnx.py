@@ -51,7 +51,7 @@ def write_onnx(job: Job, path: Path, inline: bool = False, int8: bool = False) -
         if int8:
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                 for weight in model.graph.initializers.values():
-                    # ONNX Runtime before 1.28 transposes weights, but not what is noted of their shapes.
+                    # ONNX Runtime before 1.32 transposes weights, but not their recorded shapes.
                     weight.shape = weight.type = None
                 save(model, Path(folder, "model.onnx"))
                 _quantise(Path(folder, "model.onnx"), file)
@@ -148,7 +148,7 @@ def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
             value.shape, value.dtype = ir.Shape(rows.shape), ir.DataType.FLOAT
             coefficients[name, parameter] = value
     nodes = [node for node in graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, NODE)]
-    # One definition for all: ONNX Runtime before 1.26 takes the first one for every overload of a function.
+    # One definition for all: ONNX Runtime before 1.27 takes the first one for every overload of a function.
     kinds = list(dict.fromkeys(_kind(act) for act in functions.values()))
     for number, node in enumerate(nodes):
         name = node.attributes.pop("of").as_string()
