@@ -1,8 +1,8 @@
-"""Hold grkan's figures against bars.yaml: `make bars`, or `make bars JSON="ops.json kernels.json"`.
+"""Compare grkan's figures with bars.yaml: `make bars`, or `make bars JSON="ops.json kernels.json"`.
 
-Without files every suite of the list is run first, a quarter of an hour in all. With files, as `grkan bench --json`
-writes them, what they say is held against the bars of their suites. The exit status is 1 if a bar is missed, or has no
-figure because a rival could not take part.
+Without files, every suite in bars.yaml is run first, which takes a quarter of an hour in all. Files are those that
+`grkan bench --json` writes; their figures are compared with the bars of their suites. The exit status is 1 if a bar is
+missed, or has no figure because a rival could not take part.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BARS: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name(
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar, and the figure that is held against it; None: it was not measured."""
+    """A bar, and the figure to compare with it, or None if it was not measured."""
 
     bar: Mapping[str, Any]
     figure: float | None
@@ -39,7 +39,7 @@ class Verdict:
 
     @property
     def what(self) -> str:
-        """Which figure of which contests."""
+        """The name of the figure, and its contests."""
         words = self.bar["figure"] + (f", {self.bar['of']}" if "of" in self.bar else "")
         words += f" / {self.bar['to']}" if "to" in self.bar else ""
         where = "; ".join(" or ".join(map(str, _alternatives(value))) for value in self.bar["in"].values())
@@ -60,13 +60,13 @@ class Verdict:
 
 
 def judge(report: Mapping[str, Any]) -> list[Verdict]:
-    """The bars of a report's suite, each with its figure in the report."""
+    """Return the bars of a report's suite, each with its figure in the report."""
     figure_of = _of_kernels if report["suite"] == "kernels" else _of_contests
     return [Verdict(bar, figure_of(bar, report)) for bar in BARS[report["suite"]]]
 
 
 def _of_contests(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
-    """The geometric mean over the contests; None if one of them, or of the two rivals, is missing."""
+    """Return the geometric mean over the contests, or None if a contest or a rival is missing."""
     figures = []
     for values in itertools.product(*map(_alternatives, bar["in"].values())):
         job = dict(zip(bar["in"], values, strict=True))
@@ -87,7 +87,7 @@ def _of_contests(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | N
 
 
 def _of_kernels(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
-    """The worst of the kernels; None if there are none of these."""
+    """Return the worst figure of the kernels that the bar selects, or None if there are no such kernels."""
     kernels = [
         kernel
         for kernel in report["kernels"]
@@ -102,9 +102,11 @@ def _alternatives(value: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, unless there are files, and print each verdict; the exit status."""
-    parser = argparse.ArgumentParser(prog="bars.py", description="Hold grkan's figures against bars.yaml.")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="what `grkan bench --json` wrote (measure now)")
+    """Measure if there are no files, print each verdict, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="bars.py", description="Compare grkan's figures with bars.yaml.")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="a file that `grkan bench --json` wrote (default: measure now)"
+    )
     files = parser.parse_args(arguments).files
     with tempfile.TemporaryDirectory() as folder:
         if not files:

@@ -2,11 +2,11 @@
 
     python benchmarks/families.py --only "transformers/*" --json build/families.json
 
-Each family is built in a process of its own, with a limit of time, converted with random inputs as calibration, and
-compared with what it computed before, on other inputs. The table says how many activations became rational, what stays
-and why, and how far the output is off. A family passes if it converts, is off by at most 1 %, or 2 % with activations
-that have kinks, and no elementwise function stays without a word. `--table` writes the table from files that earlier
-runs have written.
+Each family is built in its own process, with a time limit, and converted with random inputs as calibration. Its outputs
+before and after are compared on other inputs. The table shows how many activations became rational, what stays and why,
+and how far the output is off. A family passes if it converts, is off by at most 1 %, or 2 % with activations that have
+kinks, and the report names every elementwise function that stays. `--table` writes the table from the file of earlier
+runs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SMOOTH, KINKED = 0.01, 0.02
 KINKS = ("relu", "hardswish", "hardtanh", "prelu", "hardsigmoid", "threshold")
 SECONDS = 150
 
-# One module of timm for each family; the convolutional networks are none.
+# One module of timm for each family, without the convolutional networks.
 TIMM = (
     "beit", "byoanet", "cait", "coat", "convit", "convnext", "cpubone", "crossvit", "csatv2", "davit", "deepseek_vit",
     "deit", "edgenext", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_mit",
@@ -46,7 +46,7 @@ SMALL = (
     "small",
 )  # fmt: skip
 
-# What makes a configuration of transformers small; a list keeps its length.
+# Values that make a configuration of transformers small; a list keeps its length.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim"), 64),
     **dict.fromkeys(("dim", "embedding_size", "width"), 64),
@@ -72,7 +72,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128, "image_size": 64, "max_source_positions": 64, "n_positions": 128, "max_position_embeddings": 128,
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-# With these the configuration may be one that cannot be: then the next set is tried.
+# A configuration with these sizes may be invalid; then the next set is tried.
 ATTEMPTS = (
     tuple(SIZES),
     tuple(key for key in SIZES if not key.endswith("image_size")),
@@ -83,7 +83,7 @@ MOST_PARAMETERS = 150_000_000
 
 
 def families() -> Iterator[str]:
-    """Their names, as "timm/levit" and "transformers/bert"."""
+    """Yield the names of all families, such as "timm/levit" and "transformers/bert"."""
     yield from (f"timm/{name}" for name in TIMM)
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -91,7 +91,7 @@ def families() -> Iterator[str]:
 
 
 def timm_model(family: str) -> tuple[Any, Any]:
-    """The smallest model of a module of timm; and what makes inputs for it."""
+    """Return the smallest model of a module of timm, and a function that makes inputs for it from a seed."""
     import timm
     import torch
     from timm.models import _registry
@@ -106,14 +106,14 @@ def timm_model(family: str) -> tuple[Any, Any]:
     name = min(names, key=rank)
     try:
         model = timm.create_model(name, num_classes=0, depth=2)
-    except Exception:  # it has stages, or none to count
+    except Exception:  # the model takes no depth, or one for each stage
         model = timm.create_model(name, num_classes=0)
     size = model.pretrained_cfg["input_size"]
     return model.eval(), lambda seed: torch.randn(2, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def shrink(config: Any, keys: tuple[str, ...]) -> None:
-    """Make a configuration small in place, and those inside of it."""
+    """Make a configuration and its nested configurations small, in place."""
     from transformers import PretrainedConfig
 
     layers = None
@@ -134,13 +134,13 @@ def shrink(config: Any, keys: tuple[str, ...]) -> None:
     for key in ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers"):
         value = getattr(config, key, None)
         if layers and isinstance(value, (list, tuple)) and len(value) > layers:
-            kinds = list(dict.fromkeys(value))  # one of each kind, as far as they go
+            kinds = list(dict.fromkeys(value))  # one layer of each kind, as far as there is room
             with contextlib.suppress(Exception):
                 setattr(config, key, (kinds + list(value))[:layers])
 
 
 def inputs(model: Any, config: Any) -> Iterator[Any]:
-    """What the model may take, made from a seed."""
+    """Yield functions that make possible inputs for the model from a seed."""
     import torch
 
     def random(seed: int, *shape: int) -> Any:
@@ -188,7 +188,7 @@ def inputs(model: Any, config: Any) -> Iterator[Any]:
 
 
 def transformers_model(family: str) -> tuple[Any, Any]:
-    """A small model of a type of transformers; and what makes inputs for it."""
+    """Return a small model of a type of transformers, and a function that makes inputs for it from a seed."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -222,7 +222,7 @@ def transformers_model(family: str) -> tuple[Any, Any]:
 
 
 def first_float(output: Any) -> Any:
-    """The first floating-point tensor of what a model returns."""
+    """Return the first floating-point tensor in a model's output."""
     import torch
 
     if isinstance(output, torch.Tensor):
@@ -237,7 +237,7 @@ def first_float(output: Any) -> Any:
 
 
 def run(model: Any, batch: Any) -> Any:
-    """The model's first output; what it draws at random is always the same."""
+    """Return the model's first output, with the same random numbers in each call."""
     import torch
 
     with torch.no_grad():
@@ -246,7 +246,7 @@ def run(model: Any, batch: Any) -> Any:
 
 
 def measure(family: str, groups: int) -> dict[str, Any]:
-    """What becomes of a family."""
+    """Build, convert and compare a family, and return its row."""
     import torch
 
     import grkan
@@ -279,7 +279,7 @@ def measure(family: str, groups: int) -> dict[str, Any]:
 
 
 def silent(model: Any, batch: Any, skipped: list[str]) -> list[str]:
-    """The modules that still compute an elementwise function, though nothing is said about them."""
+    """Return the modules that still compute an elementwise function, but are not named in the report."""
     from grkan.convert.observe import observe
     from grkan.nn import GroupRational
 
@@ -294,13 +294,13 @@ def silent(model: Any, batch: Any, skipped: list[str]) -> list[str]:
 
 
 def passes(row: dict[str, Any]) -> bool:
-    """Whether a family that was built converts, and keeps within its bound."""
+    """Whether a family that was built converts within its error bound and leaves no function unreported."""
     kinked = any(kink in activation.lower() for activation in row.get("activations", ()) for kink in KINKS)
     return "error" in row and row["error"] <= (KINKED if kinked else SMOOTH) and not row.get("silent")
 
 
 def in_time(family: str, seconds: float, groups: int) -> dict[str, Any]:
-    """`measure`, in a process that ends after so many seconds of computing."""
+    """Run `measure` in a process with a limit on its CPU time."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
@@ -324,7 +324,7 @@ def in_time(family: str, seconds: float, groups: int) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
+    """Format a row for the terminal."""
     if "error" not in row:
         kind = "refused" if "refused" in row else "not_built"
         return f"{row['family']:<44} {kind}: {row[kind]}"
@@ -341,7 +341,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows in Markdown."""
+    """Return all rows in Markdown."""
     built = [row for row in rows if "not_built" not in row]
     good = sum(map(passes, built))
     text = [f"{good} of {len(built)} families pass; {len(rows) - len(built)} could not be built or run.", ""]
@@ -361,14 +361,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="families that match a pattern, as 'timm/*'; several times")
-    parser.add_argument("--skip", action="append", default=[], help="none that match")
-    parser.add_argument("--json", type=Path, help="a file that gets one line for each family; those in it are done")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of computing, for each family")
-    parser.add_argument("--groups", type=int, default=8, help="at most, for each function; fewer take less time")
-    parser.add_argument("--table", action="store_true", help="write the table of the file's rows, and run nothing")
+    parser.add_argument("--only", action="append", help="test families that match a pattern like 'timm/*'; repeatable")
+    parser.add_argument("--skip", action="append", default=[], help="skip families that match a pattern; repeatable")
+    parser.add_argument("--json", type=Path, help="append a line per family to this file; skip families already in it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of CPU seconds per family (%(default)s)")
+    parser.add_argument("--groups", type=int, default=8, help="most groups per function; fewer take less time (8)")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows in the file and test nothing")
     chosen = parser.parse_args(arguments)
     rows = []
     if chosen.json is not None and chosen.json.exists():
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.table:
         print(table(sorted(rows, key=lambda row: row["family"])))
         return 0
-    # Before the fork, so that they are there for all.
+    # Import before the fork, so that the processes of all families share these modules.
     import timm  # noqa: F401
     from transformers.models.auto import modeling_auto  # noqa: F401
     from transformers.models.bert import modeling_bert  # noqa: F401

@@ -1,7 +1,7 @@
 """Write the figures of benchmarks into a page: python benchmarks/tables.py docs/benchmarks.md FILE...
 
-Each FILE is what `grkan bench SUITE --json FILE` wrote. Its tables replace the lines between `<!-- SUITE -->` and
-`<!-- end -->` in the page, and the bars of all files those between `<!-- bars -->` and `<!-- end -->`.
+`grkan bench SUITE --json FILE` writes each FILE. Its tables replace the lines between `<!-- SUITE -->` and
+`<!-- end -->` in the page, and the bars of all files replace those between `<!-- bars -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import bars
 from grkan.bench.report import RATE_COLUMNS, format_ratio, format_time, job_title
 
 COLUMNS = {"ops": "shape", "layers": "pass", "models": "pass", "deploy": "batch"}
-"""The part of a contest's job that has a column for each of its values; the other parts have a table each."""
+"""The part of a contest's job whose values become columns; each combination of the other parts gets its own table."""
 
 
 def tables(report: Mapping[str, Any]) -> Iterator[str]:
@@ -51,7 +51,7 @@ def _time(measured: Mapping[str, Any] | None) -> str:
 
 
 def _facts(rivals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Return what is known of the rivals besides their times: fact, rival, text."""
+    """Return the figures of the rivals other than times, as text, by fact and rival."""
     facts: dict[str, dict[str, str]] = {}
     for name, measured in rivals.items():
         for fact, value in measured.items():

@@ -1,6 +1,6 @@
-"""What the training loop costs, in images a second: the loader alone, the step alone and the loop around the step on
-batches that are at hand; then the step and the loop with batches of the loader. The step is forward, loss, backward and
-optimiser in plain PyTorch.
+"""Measure the cost of the training loop, in images per second: the loader alone; the step alone and the loop around it,
+both on batches in memory; then the step and the loop with batches from the loader. The step is forward, loss, backward
+and optimiser in plain PyTorch.
 
     python benchmarks/train_loop.py --data FOLDER --model NAME --batch-size N --workers N --steps N
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="kat_micro_patch4_28")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20, help="of one measurement")
+    parser.add_argument("--steps", type=int, default=20, help="steps per measurement (20)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
         config = loop.resolve(make_config(settings, {"output": str(Path(folder) / "run")}))
         loop._connect()
         run = loop._Run(config, False, RunLock(Path(config.output or "")))
-        # One after the other in every round, so that whatever else the machine does hits all alike.
+        # Each round runs all of them, so that other programs on the machine affect all alike.
         measures = {
             "loader": _loader(run, options.steps),
             "step": _step(run, options.steps, _at_hand(run, options.steps)),
@@ -92,7 +92,7 @@ def _step(run: Any, steps: int, loader: Any) -> Callable[[], None]:
 
 
 def _loop(run: Any, steps: int, loader: Any) -> Callable[[], None]:
-    """The epoch of a run, cut off after some steps and before its test."""
+    """An epoch of a run that ends after some steps and omits the test."""
     run.reporter, run.notice, run.board = Reporter(False, steps), Notice(), None
     run._evaluate, run._end_epoch = lambda: None, lambda result: None
 

@@ -1,11 +1,11 @@
-"""Fine-tune a pretrained encoder as a KAT, by transformers' Trainer: all of it, LoRA and the functions, or these alone.
+"""Fine-tune a pretrained encoder as a KAT with transformers' Trainer: all of it, LoRA and the functions, or only these.
 
     pip install "grkan[fit]" transformers accelerate peft
     python examples/finetune_encoder.py --model sentence-transformers/all-MiniLM-L6-v2 \
         --train train.tsv --test test.tsv --trainable lora
 
-The files have a sentence, a tab and a label in each line. `--trainable functions` trains the coefficients of the
-functions and the head alone, and writes a file of some kilobytes, `functions.safetensors`, beside the model's folder.
+Each line of the files has a sentence, a tab and a label. `--trainable functions` trains only the coefficients of the
+functions and the head, and writes them to `functions.safetensors`, a file of a few kilobytes.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def encode(tokenizer, texts: list[str], labels: list[str], classes: list[str]) -
 
 
 def choose_parameters(model: torch.nn.Module, trainable: str) -> torch.nn.Module:
-    """Freeze what is not to be trained; the head is always trained."""
+    """Freeze the parameters that `trainable` excludes; the head is always trained."""
     functions = grkan.no_weight_decay(model)
     if trainable == "functions":
         for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--trainable", choices=("all", "lora", "functions"), default="lora")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--lr", type=float, help="default: 5e-5 for all, 1e-3 otherwise")
-    parser.add_argument("--function-lr", type=float, default=1e-5, help="of the functions (1e-5)")
+    parser.add_argument("--function-lr", type=float, default=1e-5, help="learning rate of the functions (1e-5)")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
     options = parser.parse_args()
 
@@ -78,7 +78,7 @@ def main() -> None:
         parser.error(f"--test has labels that --train does not have: {', '.join(unknown)}")
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(classes))
 
-    # The functions are fitted to what the model sees: some of the text that it is to be trained on will do.
+    # The functions are fitted to the inputs that reach them, so calibrate with some of the training text.
     batch = tokenizer(train[0][:64], padding=True, truncation=True, max_length=128, return_tensors="pt")
     report = grkan.convert_(model, calibration=[batch])
     print(f"converted {len(report.layers)} MLPs; the output is off by {report.relative_error:.2%}")
@@ -95,7 +95,8 @@ def main() -> None:
         save_strategy="no",
         report_to=[],
     )
-    # A step of Adam changes a coefficient by its learning rate, and at x = 10 a change of 1e-5 in that of x^5 is 1.
+    # A step of Adam changes a coefficient by about the learning rate. At x = 10, adding 1e-5 to the coefficient of x^5
+    # adds 1 to the numerator.
     groups = grkan.param_groups(model, 0.01, lr=arguments.learning_rate, coefficient_lr=options.function_lr)
     trainer = Trainer(
         model,

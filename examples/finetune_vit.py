@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained vision transformer of timm as a KAT, in a plain loop of timm's parts.
+"""Fine-tune a pretrained vision transformer of timm as a KAT, in a plain loop built from timm's parts.
 
     pip install "grkan[fit,models]" torchvision
     python examples/finetune_vit.py --data FOLDER --model vit_tiny_patch16_224.augreg_in21k_ft_in1k
@@ -61,7 +61,7 @@ def main() -> None:
         for folder, training in zip(folders, (True, False), strict=True)
     )
 
-    # The functions are fitted to what some images of the task give: the model computes the same afterwards.
+    # The functions are fitted on some images of the task, so the converted model computes the same.
     images, _ = next(iter(train))
     report = grkan.convert_(model, calibration=images)
     print(f"converted {len(report.layers)} MLPs; the output is off by {report.relative_error:.2%}")

@@ -4,7 +4,7 @@
     python examples/language_model.py --text corpus/*.txt --output runs/language_model
     accelerate launch examples/language_model.py --text corpus/*.txt     # on several GPUs
 
-It is a LLaMA of transformers, or a GPT-2, but for the one line with `grkan.convert_`. On a CPU try `--width 128
+It is a LLaMA or GPT-2 of transformers, except for one line with `grkan.convert_`. On a CPU, try `--width 128
 --layers 4 --context 256 --steps 500`.
 """
 
@@ -45,7 +45,7 @@ class Windows(Dataset):
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: it knows every text, and every token stands for whole bytes."""
+    """Train a byte-level BPE: it can encode any text, and each token stands for whole bytes."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END)
@@ -70,7 +70,7 @@ def make_model(kind: str, vocabulary: int, width: int, layers: int, context: int
             **ends,
         )
     model = AutoModelForCausalLM.from_config(config)
-    # Every MLP gets rational functions that learn, and weights that preserve the variance with them.
+    # Every MLP gets rational functions that learn, and weights that preserve the variance.
     grkan.convert_(model, start="scratch", num_groups=groups)
     return model
 
@@ -85,7 +85,7 @@ def bits_per_byte(model, batches, bytes_per_token: float, accelerator: Accelerat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files; the last tenth is held out")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; the last tenth is held out")
     parser.add_argument("--output", type=Path, default=Path("runs/language_model"))
     parser.add_argument("--kind", choices=("llama", "gpt2"), default="llama")
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -149,7 +149,7 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(options.output)
         tokenizer.save_pretrained(options.output)
-        # Whoever imports grkan has the model, with its functions, by transformers' own means.
+        # In any program that imports grkan, `from_pretrained` loads the model with its functions.
         model = AutoModelForCausalLM.from_pretrained(options.output)
         tokenizer = AutoTokenizer.from_pretrained(options.output)
         prompt = tokenizer(text[cut : cut + 100], return_tensors="pt").input_ids

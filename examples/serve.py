@@ -5,8 +5,8 @@
     python examples/serve.py --model kat.onnx --port 8000
     curl --data-binary @photo.jpg "localhost:8000/predict?top=3"
 
-The body of a request is the image file itself: JPEG, PNG or WebP. It becomes an input by the preprocessing that the
-ONNX file names, as in `grkan predict`.
+The body of a request is the image file itself: JPEG, PNG or WebP. The image is preprocessed as the ONNX file says, as
+in `grkan predict`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Classifier:
-    """An exported model in ONNX Runtime, and what its file says about inputs and outputs."""
+    """An exported model in ONNX Runtime, with the preprocessing and the class names from its file."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
@@ -51,7 +51,7 @@ class Classifier:
         self.transform = evaluation_transform(json.loads(metadata["preprocessing"]))
 
     def predict(self, body: bytes, top: int) -> dict[str, Any]:
-        """Return the `top` most probable classes of an image file, which may hold anything."""
+        """Return the `top` most probable classes of an image file, whose content is not trusted."""
         x = self.transform(read_image(body))[None].numpy()
         (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: x})
         odds = np.exp(logits[0] - logits[0].max())
@@ -62,7 +62,7 @@ class Classifier:
 
 
 def read_image(body: bytes) -> Image.Image:
-    """Decode an image after a look at its header: a file of some kilobytes can hold billions of pixels."""
+    """Decode an image after checking its header: a file of a few kilobytes can hold billions of pixels."""
     if not body:
         raise HTTPException(400, "The body is empty; it must be an image file.")
     try:

@@ -1,9 +1,9 @@
-"""Train a KAT whose parameters are spread over processes: by FSDP2, by tensor parallelism, or by both.
+"""Train a KAT whose parameters are split over processes by FSDP2, tensor parallelism, or both.
 
     torchrun --nproc-per-node 4 examples/shard.py                        FSDP2 over four
     torchrun --nproc-per-node 4 examples/shard.py --tensor-parallel 2    pairs share every layer, FSDP2 over the pairs
 
-It runs on GPUs, and on CPUs to try it. The model is made on the meta device, so no process ever holds all of it.
+It runs on GPUs, and on CPUs for a trial. The model is created on the meta device, so no process ever holds all of it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def make_model(name: str, tensor_parallel: int, device: str) -> torch.nn.Module:
     )
     for block in model.blocks:
         if tensor_parallel > 1:
-            # fc1 gives every process a part of the channels, act2 has the groups of this part, fc2 adds the parts up.
+            # fc1 gives a process part of the channels, act2 holds the groups of this part, and fc2 adds the parts up.
             plan = {"mlp.fc1": ColwiseParallel(), "mlp.act2": grkan.GroupParallel(), "mlp.fc2": RowwiseParallel()}
             parallelize_module(block, mesh["tensor"], plan)
         fully_shard(block, mesh=mesh["data"])

