@@ -143,7 +143,8 @@ def _train_all(configs: Mapping[str, Config], jobs: int) -> Iterator[tuple[str, 
         for folder, config in configs.items():
             yield folder, _train_or_resume(config)
         return
-    threads, method = max(1, (os.cpu_count() or 1) // jobs), multiprocessing.get_start_method()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    method = multiprocessing.get_start_method(allow_none=True)  # without fixing it for the caller
     # Forking a process with threads, or one that has used a GPU, is not safe. The fork server has only run the imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -190,7 +191,7 @@ def _stop(*_: object) -> NoReturn:
     raise TrainingStopped("stopped by SIGTERM")
 
 
-def _start_worker(threads: int, method: str) -> None:
+def _start_worker(threads: int, method: str | None) -> None:
     multiprocessing.set_start_method(method, force=True)  # of processes that load images, as in a run alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # a run saves its state
