@@ -382,6 +382,8 @@ def test_compile_of_torch_func(backend, name):
     def f(x):
         return TRANSFORMS[name](grkan.group_rational, x, a, b, t)
 
+    if name == "jacfwd" and torch.__version__ < (2, 11):
+        pytest.skip("PyTorch 2.10 does not compile jacfwd of several tensors")
     actual = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(actual, f(x), rtol=1e-4, atol=1e-4)
 
