@@ -367,7 +367,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip", action="append", default=[], help="skip families that match a pattern; repeatable")
     parser.add_argument("--json", type=Path, help="append a line per family to this file; skip families already in it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of CPU seconds per family (%(default)s)")
-    parser.add_argument("--groups", type=int, default=8, help="most groups per function; fewer take less time (8)")
+    parser.add_argument(
+        "--groups", type=int, default=8, help="most groups per function; fewer are faster (%(default)s)"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the rows in the file and test nothing")
     chosen = parser.parse_args(arguments)
     rows = []

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="kat_micro_patch4_28")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20, help="steps per measurement (20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per measurement (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

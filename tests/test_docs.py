@@ -52,6 +52,9 @@ def test_lines_run(section, tmp_path, monkeypatch):
     run(section, first + own, {})
 
 
+KEPT = []  # OpenVINO must not be freed by another thread, see grkan.export.openvino.core
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lines_about_deployment_run(tmp_path, monkeypatch):
     """One after the other: each stands on those before."""
@@ -66,6 +69,7 @@ def test_lines_about_deployment_run(tmp_path, monkeypatch):
             left_out.append(f"{section}: {why_not(section)}")
         else:
             run(section, blocks(text), namespace)
+    KEPT.append(namespace.get("core"))
     assert sum(bool(blocks(text)) for text in DEPLOY.values()) >= 5
     assert len(left_out) <= 3, left_out
 

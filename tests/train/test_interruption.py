@@ -251,7 +251,7 @@ next(batches)
 print(batches._workers[0].pid, flush=True)
 if sys.stdin.readline() == "terminate\\n":
     batches._workers[0].terminate()
-    print(batches._workers[0].join(), flush=True)
+    batches._workers[0].join()
 sys.stdin.read()
 """
 

@@ -148,10 +148,12 @@ def _complete(model: ir.Model, functions: dict[str, GroupRational]) -> None:
             value.shape, value.dtype = ir.Shape(rows.shape), ir.DataType.FLOAT
             coefficients[name, parameter] = value
     nodes = [node for node in graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, NODE)]
+    if not nodes:
+        return
+    names = [node.attributes.pop("of").as_string() for node in nodes]
     # One definition for all: ONNX Runtime before 1.27 takes the first one for every overload of a function.
-    kinds = list(dict.fromkeys(_kind(act) for act in functions.values()))
-    for number, node in enumerate(nodes):
-        name = node.attributes.pop("of").as_string()
+    kinds = list(dict.fromkeys(_kind(functions[name]) for name in names))
+    for number, (node, name) in enumerate(zip(nodes, names, strict=True)):
         inputs = [coefficients[name, parameter] for parameter in _PARAMETERS]
         for value in inputs:
             graph.register_initializer(value)
@@ -210,21 +212,17 @@ def function_text(kinds: Sequence[Kind], opset: int = OPSET) -> str:
     for i in reversed(others):
         lines += [f"number_{i} = Constant <value_int: int = {i}> ()", f"is_{i} = Equal (kind, number_{i})"]
         branch, value = _kind_text(*kinds[i], i)
-        then = f"then_branch: graph = kind_{i} () => ({value}) {{ {_lines(branch)} }}"
-        otherwise = f"else_branch: graph = not_{i} () => ({result}) {{ {_lines(choice)} }}"
-        choice, result = [f"choice_{i} = If (is_{i}) <{then}, {otherwise}>"], f"choice_{i}"
-    body = _lines([*lines, *choice, f"y = CastLike ({result}, x)"])
+        then = f"then_branch: graph = kind_{i} () => ({value}) {{ {branch} }}"
+        otherwise = f"else_branch: graph = not_{i} () => ({result}) {{ {choice} }}"
+        choice, result = f"choice_{i} = If (is_{i}) <{then}, {otherwise}>", f"choice_{i}"
+    body = "\n".join([*lines, choice, f"y = CastLike ({result}, x)"])
     attributes = "form, channel_dim, kind" if others else "form, channel_dim"
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
     return f"{head}\n{NODE} <{attributes}> (x, numerator, denominator) => (y)\n{{\n{body}\n}}"
 
 
-def _lines(lines: Sequence[str]) -> str:
-    return "\n".join(lines)
-
-
-def _kind_text(m: int, n: int, form: str, number: int) -> tuple[list[str], str]:
-    """Return the lines that compute a function of a kind from x, and the name of its value."""
+def _kind_text(m: int, n: int, form: str, number: int) -> tuple[str, str]:
+    """Return the text of the nodes that compute a function of a kind from x, and the name of its value."""
     lines = ["z = Cast <to: int = 1> (x)"]
 
     def columns(letter: str, name: str, count: int) -> None:
@@ -265,7 +263,7 @@ def _kind_text(m: int, n: int, form: str, number: int) -> tuple[list[str], str]:
         lines.append(f"{result} = Div ({numerator}, Q)")
     else:
         lines.append(f"{result} = Identity ({numerator})")
-    return lines, result
+    return "\n".join(lines), result
 
 
 def _describe(model: ir.Model, job: Job) -> None:

@@ -1,5 +1,6 @@
 """OpenVINO: its converter reads an ONNX file with standard operators only, because it does not need functions."""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,17 @@ import openvino
 from ..writing import replacing_files
 from .job import Call, Job, quietly
 from .onnx import feeds, save, to_onnx
+
+
+@functools.cache
+def core() -> openvino.Core:
+    """Return the process's Core, which is never freed.
+
+    To compile for the CPU, OpenVINO gives the calling thread a signal stack (sigaltstack), and frees it with the Core.
+    If another thread does that, for example in a garbage collection, the next signal that Python handles ends the
+    process (seen with OpenVINO 2026.4).
+    """
+    return openvino.Core()
 
 
 def write_openvino(job: Job, path: Path) -> None:
@@ -34,13 +46,12 @@ def runner(file: Path, threads: int = 0, fixed: Call | None = None) -> Any:
         threads: 0: as many as OpenVINO chooses.
         fixed: a call whose sizes all calls have. OpenVINO joins more operations if it knows the sizes.
     """
-    core = openvino.Core()
-    model = core.read_model(file)
+    model = core().read_model(file)
     names = [value.any_name for value in model.inputs]
     if fixed is not None:
         model.reshape({name: list(array.shape) for name, array in feeds(names, fixed).items()})
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = core.compile_model(model, "CPU", settings)
+    compiled = core().compile_model(model, "CPU", settings)
 
     def run(call: Call) -> Sequence[Any]:
         result = compiled(feeds(names, call))

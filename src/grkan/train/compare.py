@@ -30,7 +30,7 @@ from ..errors import GrkanValueError
 from ..plot import plot_curves, plot_scores, save_figure
 from ..writing import replacing, write_bytes
 from .config import Config, make_config, merge
-from .interruption import SIGTERM_STATUS, TrainingStopped, when_parent_ends
+from .interruption import SIGTERM_STATUS, TrainingStopped, starter, when_starter_ends
 from .loop import Summary, TrainingError, check_same, holds_run, resolve, resume, train
 from .metrics import read_metrics
 from .model import check_model
@@ -194,7 +194,7 @@ def _stop(*_: object) -> NoReturn:
 def _start_worker(threads: int, method: str | None) -> None:
     multiprocessing.set_start_method(method, force=True)  # of processes that load images, as in a run alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # a run saves its state
+    when_starter_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # a run saves its state
     torch.set_num_threads(threads)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the progress of several runs would mix
 
@@ -207,11 +207,9 @@ def _train_or_resume(config: Config) -> Summary:
 def _train_and_end(config: Config) -> Summary:
     """Train in a worker process.
 
-    End the process on SIGTERM, because it would otherwise start the next run, and if its parent is gone, because it
-    would otherwise wait forever.
+    End the process on SIGTERM, because it would otherwise start the next run, and if the process that started it is
+    gone, because it would otherwise wait forever.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
     stopped = False
     try:
         return _train_or_resume(config)
@@ -219,7 +217,7 @@ def _train_and_end(config: Config) -> Summary:
         stopped = True
         raise
     finally:
-        if stopped or not parent.is_alive():
+        if stopped or not starter().is_alive():
             gc.collect()  # ends the processes that load images
             os._exit(SIGTERM_STATUS)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
@@ -52,17 +53,23 @@ class Notice:
         self.given = True
 
 
-def when_parent_ends(act: Callable[[], None]) -> None:
-    """Call `act` in a thread when the process that made this one by multiprocessing has ended, even by SIGKILL.
+def starter() -> BaseProcess:
+    """Return the process that started this one by multiprocessing.
 
     With the start method "forkserver", `os.getppid` gives the process of multiprocessing's server instead, which lives
     as long as any of its processes.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    process = multiprocessing.parent_process()
+    assert process is not None
+    return process
+
+
+def when_starter_ends(act: Callable[[], None]) -> None:
+    """Call `act` in a thread when the process that started this one has ended, even by SIGKILL."""
+    process = starter()
 
     def wait() -> None:
-        parent.join()
+        process.join()
         act()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -75,8 +82,7 @@ def shield_loading_process(_: int = 0) -> None:
     function as `worker_init_fn` of a DataLoader. Where the sender of a signal is unknown (macOS), SIGTERM works as
     before.
     """
-    training = multiprocessing.parent_process()
-    assert training is not None
+    training = starter()
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training.pid:
@@ -86,4 +92,4 @@ def shield_loading_process(_: int = 0) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=wait, daemon=True).start()
-    when_parent_ends(lambda: os._exit(0))
+    when_starter_ends(lambda: os._exit(0))
