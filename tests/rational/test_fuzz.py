@@ -73,20 +73,24 @@ class Case:
         )
 
 
-def draw(seed: int, backend: str = "native") -> Case:
+def draw(seed: int, backend: str = "native", device: str = "cpu") -> Case:
     rng = np.random.default_rng(seed)
     dtype = DTYPES[rng.integers(len(DTYPES))]
     m, n = [(5, 4), (7, 6), (int(rng.integers(10)), int(rng.integers(9)))][rng.choice(3, p=[0.25, 0.15, 0.6])]
+    if device != "cpu":  # the kernels are compiled for each order
+        m, n = ((5, 4), (2, 3))[rng.integers(2)]
     groups = int(rng.choice([1, 2, 3, 8]))
     width = int(rng.choice([1, 2, 7, 16, 24, 33, 96]))
+    if device != "cpu":  # and for each vector
+        width = int(rng.choice([7, 24, 96]))
     rows = int(rng.choice([1, 2, 5, 40]))
     if rng.random() < 0.02:
         rows, width = 1 + int(rng.integers(3)), 20_000 + int(rng.integers(30_000))
     wide = torch.float64 if dtype == torch.float64 or rng.random() < 0.1 else torch.float32
     shape = (rows, groups, width)
     # The reference promises less: it multiplies by the gradient first, and is for gradients and coefficients of usual
-    # size.
-    usual = backend == "reference"
+    # size. So does the kernel for GPUs, whose powers of x underflow.
+    usual = backend == "reference" or device != "cpu"
     x = _numbers(rng, shape, [*list(SIZES)[usual:], *SPECIAL]).to(dtype)
     if n == 0:  # whether NaN gets into the derivatives of a_0 and a_1 x is not promised
         x = x.nan_to_num(0.0, torch.inf, -torch.inf)
@@ -192,10 +196,10 @@ def _beyond(case: Case) -> np.ndarray:
     return ~(largest < bound)
 
 
-def wrong(case: Case, backend: str) -> list[str]:
+def wrong(case: Case, backend: str, device: str = "cpu") -> list[str]:
     """What is wrong, in words."""
     with np.errstate(all="ignore"):
-        return _wrong(case, _compute(case, backend))
+        return _wrong(case, _compute(case, backend, device))
 
 
 def _wrong(case: Case, found: dict[str, Tensor]) -> list[str]:
@@ -295,24 +299,22 @@ def _at_infinity(case: Case, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return limit, slope
 
 
-def _compute(case: Case, backend: str) -> dict[str, Tensor]:
+def _compute(case: Case, backend: str, device: str) -> dict[str, Tensor]:
     rows, _groups, width = case.x.shape
-    x = case.x.reshape(rows, -1).clone().requires_grad_()
-    a, b = (c.clone().requires_grad_() for c in (case.numerator, case.denominator))
+    x, grad, *coefficients = (t.to(device) for t in (case.x, case.grad, case.numerator, case.denominator))
+    leaf, a, b = (t.clone().requires_grad_() for t in (x.reshape(rows, -1), *coefficients))
     with grkan.set_backend(backend):
-        y = grkan.group_rational(x, a, b, form=case.form)
+        y = grkan.group_rational(leaf, a, b, form=case.form)
         dx, da, db = torch.autograd.grad(
-            y, (x, a, b), case.grad.reshape(rows, -1), allow_unused=True, materialize_grads=True
+            y, (leaf, a, b), grad.reshape(rows, -1), allow_unused=True, materialize_grads=True
         )
-    found = {"y": y.detach().reshape(case.x.shape), "dx": dx.reshape(case.x.shape), "da": da, "db": db}
+    found = {"y": y.detach().reshape(x.shape), "dx": dx.reshape(x.shape), "da": da, "db": db}
     if backend == "native":
-        of_backward = op.KERNELS["cpu"].backward(
-            case.grad, case.x, case.numerator, case.denominator, case.form, width, True
-        )
+        of_backward = op.KERNELS[device].backward(grad, x, *coefficients, case.form, width, True)
         found["y2"] = of_backward[3]
         for name, tensor in zip(("dx", "da", "db"), of_backward, strict=False):
             assert torch.equal(found[name].nan_to_num(7), tensor.nan_to_num(7)), f"{name}: other bits with y"
-    return found
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("first", range(0, CASES, FEW))
@@ -326,19 +328,30 @@ def test_random_inputs(backend, first):
         assert not problems, f"seed {seed}: {case}:\n" + "\n".join(problems)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("first", range(0, CASES, CASES // 4))
+def test_random_inputs_on_a_gpu(first):
+    for seed in range(first, first + CASES // 4):
+        case = draw(seed, device="cuda")
+        problems = wrong(case, "native", "cuda")
+        assert not problems, f"seed {seed}: {case}:\n" + "\n".join(problems)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=0.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--first", type=int, default=1_000_000)
     parser.add_argument("--backend", choices=["native", "reference"], default="native")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments: Any = parser.parse_args()
     torch.set_num_threads(1)
     seed = arguments.first if arguments.seed is None else arguments.seed
     end, failures, started = time.monotonic() + 3600 * arguments.hours, 0, seed
     while True:
-        case = draw(seed, arguments.backend)
-        if problems := wrong(case, arguments.backend):
+        case = draw(seed, arguments.backend, arguments.device)
+        if problems := wrong(case, arguments.backend, arguments.device):
             failures += 1
             print(f"seed {seed}: {case}", *problems, sep="\n    ", flush=True)
         seed += 1

@@ -7,8 +7,9 @@ gradients of these are computed together with that of x.
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,11 +137,16 @@ class _Activation(NamedTuple):
 def _installed_kernels(rational: tuple[Tensor, ...]) -> dict[str, _Activation]:
     """Return others' installed Triton kernels for the rational function: form sum_of_abs, for NVIDIA's GPUs only.
 
-    github.com/Adamdad/rational_kat_cu, the released code, has a module kat_rational; github.com/felippe-alves/
-    rational_kat_cu has rational_kat_cu, and shares the numerator.
+    github.com/Adamdad/rational_kat_cu, the released code, has a module kat_rational; github.com/OSU-STARLAB/FlashKAT
+    (arXiv 2505.13813) has rational_kat; github.com/felippe-alves/rational_kat_cu has rational_kat_cu, and shares the
+    numerator.
     """
     found = {}
     a, b = rational
+
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What autocast makes of these kernels, which are for float32."""
+        return lambda x, *learned: function(x.float(), *learned).to(x.dtype)
 
     def load(module: str, name: str) -> Any:
         try:
@@ -149,11 +155,13 @@ def _installed_kernels(rational: tuple[Tensor, ...]) -> dict[str, _Activation]:
             return None
 
     if released := load("kat_rational", "RationalTriton1DGroup"):
-        found["released Triton"] = _Activation(lambda x, a, b: released.apply(x, a, b, GROUPS), (a, b))
+        found["released Triton"] = _Activation(in_float32(lambda x, a, b: released.apply(x, a, b, GROUPS)), (a, b))
+    if flash := load("rational_kat.kernels.flash_rational_triton", "FlashRationalTriton1DGroup"):
+        found["FlashKAT"] = _Activation(in_float32(flash.apply), (a, b))
     if rat_cuda := load("rational_kat_cu", "rat_cuda"):
         shared = a[0].detach().clone().requires_grad_()
         found["felippe-alves' Triton"] = _Activation(
-            lambda x, a, b: rat_cuda(x.flatten(0, -2), a, b).view_as(x), (shared, b)
+            in_float32(lambda x, a, b: rat_cuda(x.flatten(0, -2), a, b).view_as(x)), (shared, b)
         )
     return found
 
@@ -280,11 +288,23 @@ def single_calls(device: str, pass_: str) -> dict[str, Rival]:
     }
 
 
-# Layers.
+# Layers and models. On a GPU they run as models are trained there, under autocast to bfloat16.
+
+
+def precision_of(device: str) -> dict[str, str]:
+    """Describe the precision of layers and models on a device, for the job of a contest."""
+    return {"precision": "autocast to bfloat16"} if device == "cuda" else {}
+
+
+def _precision(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()
 
 
 def mlps(device: str, shape: tuple[int, int, int], pass_: str) -> dict[str, Rival]:
-    """Return a transformer's MLP, pairs of B-spline KAN layers, and GRKAN: widths d, 4d, d; x is (N, tokens, d)."""
+    """Return a transformer's MLP, pairs of B-spline KAN layers, and GRKAN: widths d, 4d, d; x is (N, tokens, d).
+
+    On a GPU others' installed kernels take the place of the B-splines, which need tens of gigabytes there.
+    """
     from timm.layers import Mlp
 
     torch.manual_seed(0)
@@ -292,40 +312,63 @@ def mlps(device: str, shape: tuple[int, int, int], pass_: str) -> dict[str, Riva
     width = shape[-1]
     hidden = 4 * width
     products = 2 * 2 * width * hidden
-    # Operations per token as the paper counts them: a B-spline KAN evaluates the bases anew for every weight.
-    edge = round(9 * ORDER * (GRID + 1.5 * ORDER) + 2 * GRID - 2.5 * ORDER + 3)
-    entries = {
-        "Mlp": (Mlp(width, hidden), products),
-        "B-spline KAN": (_spline_pair(width, hidden), 2 * width * hidden * edge),
-        "B-spline KAN, hidden d": (_spline_pair(width, width), 2 * width * width * edge),
-        "GRKAN": (GRKAN(width, hidden, num_groups=GROUPS), products + (2 * 5 + 2 * 4 + 3) * (width + hidden)),
-    }
+    functions = (2 * 5 + 2 * 4 + 3) * (width + hidden)
+    entries: dict[str, tuple[nn.Module, int]] = {"Mlp": (Mlp(width, hidden), products)}
+    if device == "cpu":
+        # Operations per token as the paper counts them: a B-spline KAN evaluates the bases anew for every weight.
+        edge = round(9 * ORDER * (GRID + 1.5 * ORDER) + 2 * GRID - 2.5 * ORDER + 3)
+        entries["B-spline KAN"] = (_spline_pair(width, hidden), 2 * width * hidden * edge)
+        entries["B-spline KAN, hidden d"] = (_spline_pair(width, width), 2 * width * width * edge)
+    else:
+        for name, act in _installed_kernels(_swish((5, 4), device)).items():
+            entries[f"GRKAN, {name}"] = (_OthersGRKAN(width, hidden, act), products + functions)
+    entries["GRKAN"] = (GRKAN(width, hidden, num_groups=GROUPS), products + functions)
     rivals = {}
     for name, (module, operations) in entries.items():
         module.to(device)
-        call = _pass(pass_, _functional(module), x, tuple(module.parameters()), grad)
+        call = _pass(pass_, _functional(module, device), x, tuple(module.parameters()), grad)
         facts = {}
         if pass_ == TRAINING:
+            with _precision(device):
+                kept = bytes_kept(module, x)
             facts = {
                 "parameters": sum(p.numel() for p in module.parameters()),
                 "operations a token": operations,
                 "multiply-adds a token": count_operations(module, shape[1:])["multiply_adds"] // shape[1],
-                "bytes kept": bytes_kept(module, x),
+                "bytes kept": kept,
             }
         rivals[name] = Rival(call, facts)
     return rivals
+
+
+class _OthersGRKAN(nn.Module):
+    """GRKAN with another's function of x and of trainable tensors."""
+
+    def __init__(self, width: int, hidden: int, act: _Activation):
+        super().__init__()
+        self.function = act.function
+        self.first, self.second = (
+            nn.ParameterList([t.detach().clone() for t in act.learned]) for _ in ("first", "second")
+        )
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(self.function(x, *self.first))
+        return cast(Tensor, self.fc2(self.function(x, *self.second)))
 
 
 def _spline_pair(width: int, hidden: int) -> nn.Module:
     return nn.Sequential(SplineKAN(width, hidden), SplineKAN(hidden, width))
 
 
-def _functional(module: nn.Module) -> Callable[..., Tensor]:
+def _functional(module: nn.Module, device: str) -> Callable[..., Tensor]:
     """Return a call of the module that ignores the given parameters; they are passed only to get their gradients."""
-    return lambda x, *parameters: module(x)
 
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        with _precision(device):
+            return cast(Tensor, module(x)).to(x.dtype)
 
-# Whole models.
+    return call
 
 
 def vision_models(device: str, names: Sequence[str], batch: int, pass_: str) -> dict[str, Rival]:
@@ -344,17 +387,21 @@ def vision_models(device: str, names: Sequence[str], batch: int, pass_: str) -> 
         # A learning rate so low that the model does not change during the measurement.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8)
         parameters = sum(p.numel() for p in model.parameters())
-        facts = {"parameters": parameters, "bytes kept": bytes_kept(model, images)}
+        with _precision(device):
+            facts = {"parameters": parameters, "bytes kept": bytes_kept(model, images)}
         rivals[name] = Rival(partial(_train_step, model, optimizer, images, labels), facts)
     return rivals
 
 
 def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     optimizer.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
+    with _precision(images.device.type):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
     optimizer.step()
 
 
 @torch.inference_mode()
 def _infer(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
+    with _precision(images.device.type):
+        return cast(Tensor, model(images))

@@ -15,7 +15,9 @@ from .rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
 OPS_SHAPES = ((8, 197, 192), (8, 197, 768), (8, 197, 3072))
 """8 images of 197 tokens, with the width of tiny, its hidden width (the width of base), and base's hidden width."""
 
-GPU_SHAPES = tuple((128, *shape[1:]) for shape in OPS_SHAPES)
+GPU_BATCH = 128
+
+GPU_SHAPES = tuple((GPU_BATCH, *shape[1:]) for shape in OPS_SHAPES)
 """More images for a GPU: with eight, launching a kernel takes longer than running it."""
 
 LAYER_WIDTHS = (192, 384, 768)
@@ -63,12 +65,22 @@ def ops(
     return Suite(contests, notes)
 
 
-def layers(device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int = 8, tokens: int = 197) -> Suite:
-    """Return the suite of layers in a transformer's block: MLP, B-spline KAN and GRKAN; input (8, 197, d)."""
+def layers(
+    device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int | None = None, tokens: int = 197
+) -> Suite:
+    """Return the suite of layers in a transformer's block: MLP, B-spline KAN and GRKAN; input (8, 197, d).
+
+    On a GPU there are 128 images, and no B-splines.
+    """
     from ..models import kat  # noqa: F401  (its ImportError names the extra that brings timm)
 
+    batch = batch or (8 if device == "cpu" else GPU_BATCH)
     contests = [
-        Contest({"width": width, "pass": pass_}, "Mlp", partial(rivals.mlps, device, (batch, tokens, width), pass_))
+        Contest(
+            {"width": width, **rivals.precision_of(device), "pass": pass_},
+            "Mlp",
+            partial(rivals.mlps, device, (batch, tokens, width), pass_),
+        )
         for width in widths
         for pass_ in (FORWARD, TRAINING)
     ]
@@ -77,14 +89,26 @@ def layers(device: str = "cpu", widths: Sequence[int] = LAYER_WIDTHS, batch: int
 
 def models(
     device: str = "cpu",
-    names: tuple[str, str] = ("vit_tiny_patch16_224", "kat_tiny_patch16_224"),
-    batches: Sequence[int] = (8, 32),
+    pairs: Sequence[tuple[str, str]] | None = None,
+    batches: Sequence[int] | None = None,
 ) -> Suite:
-    """Compare a Vision Transformer with the KAT of its size: a whole training step with AdamW, and inference."""
+    """Compare a Vision Transformer with the KAT of its size: a whole training step with AdamW, and inference.
+
+    Of size tiny, with 8 and 32 images; on a GPU also of size base, with 128 images.
+    """
     from ..models import kat  # noqa: F401  (registers the models; its ImportError names the extra that brings timm)
 
+    if pairs is None:
+        sizes = ("tiny",) if device == "cpu" else ("tiny", "base")
+        pairs = [(f"vit_{size}_patch16_224", f"kat_{size}_patch16_224") for size in sizes]
+    batches = batches or ((8, 32) if device == "cpu" else (GPU_BATCH,))
     contests = [
-        Contest({"batch": batch, "pass": pass_}, names[0], partial(rivals.vision_models, device, names, batch, pass_))
+        Contest(
+            {"batch": batch, **rivals.precision_of(device), "pass": pass_},
+            names[0],
+            partial(rivals.vision_models, device, names, batch, pass_),
+        )
+        for names in pairs
         for batch in batches
         for pass_ in (TRAIN_STEP, INFERENCE)
     ]

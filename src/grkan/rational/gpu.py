@@ -38,9 +38,6 @@ SUM_BLOCK = 1024
 SAFE_BITS = tl.constexpr(96)
 """In float32, |x|^m and |x|^n may reach 2^96. That leaves a factor of 2^31 for the coefficients."""
 
-SMALL_B = tl.constexpr(2.0**-64)
-"""If |b_1| is smaller, the other coefficients may decide the sign of A(x) near 0, where float32 underflows."""
-
 
 # Where things are. An offset counts vectors from the start of x, so every address is a multiple of a vector's size.
 
@@ -120,16 +117,18 @@ def _coefficients(pointer, COUNT: tl.constexpr, ABSOLUTE: tl.constexpr, DTYPE: t
 
 @triton.jit
 def _horner(c, x, COUNT: tl.constexpr):
-    """Evaluate c[0] + c[1] x + ... with COUNT >= 1 coefficients, and its derivative."""
+    """Evaluate p(x) = c[0] + c[1] x + ... with COUNT >= 1 coefficients, p'(x), and (p(x) - c[0]) / x."""
     value = tl.zeros_like(x) + c[COUNT - 1]
     slope = tl.zeros_like(x)
+    before = tl.zeros_like(x)
     for k in tl.static_range(1, COUNT):
         if k == 1:
             slope = value
         else:
             slope = tl.fma(slope, x, value)
+        before = value
         value = tl.fma(value, x, c[COUNT - 1 - k])
-    return value, slope
+    return value, slope, before
 
 
 @triton.jit
@@ -162,10 +161,10 @@ def _flip(x, sign):
 @triton.jit
 def _value(x, a, b, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.constexpr):
     """F(x)."""
-    value, _ = _horner(a, x, M + 1)
+    value, _, _ = _horner(a, x, M + 1)
     if N > 0:
         t = tl.abs(x) if ABSOLUTE else x
-        last, _ = _horner(b, t, N)
+        last, _, _ = _horner(b, t, N)
         value *= _inverse(1.0 + tl.abs(last * t))
     elif M == 0:
         value += 0.0 * x  # NaN stays NaN
@@ -179,10 +178,10 @@ def _gradient(g, x, a, b, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.c
     With r = 1 / Q and v = -s F: da_i += g (r x^i), db_j += g v (r x^j), dx = g (r (P' + v A')). In this order a product
     underflows only if its result does; g / Q would underflow earlier. If `sums` is empty, return the terms themselves.
     """
-    value, slope = _horner(a, x, M + 1)
+    value, slope, _ = _horner(a, x, M + 1)
     if N > 0:
         t = tl.abs(x) if ABSOLUTE else x
-        last, of_last = _horner(b, t, N)
+        last, of_last, rest = _horner(b, t, N)
         # Fused, so that an underflow keeps its sign. An exact zero is +0, whose sign is +1 by convention.
         inner = tl.fma(last, t, 0.0)
         of_inner = tl.fma(of_last, t, last)
@@ -195,7 +194,8 @@ def _gradient(g, x, a, b, sums, M: tl.constexpr, N: tl.constexpr, ABSOLUTE: tl.c
             slope = tl.fma(odd, of_inner, slope)
             odd_gv = g * odd
         else:
-            v = _flip(-value, _sign_bit(inner))
+            # If b_1 = 0, x^2 may underflow, but A(x) has the sign of A(x) / x^2.
+            v = _flip(-value, _sign_bit(tl.where(b[0] == 0, rest, inner)))
             slope = tl.fma(v, of_inner, slope)
             odd_gv = g * v
         gv = _flip(odd_gv, sign) if ABSOLUTE else odd_gv
@@ -276,11 +276,11 @@ def _exceeds(largest, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _sign_is_open(b, N: tl.constexpr):
-    """Whether coefficients other than b_1 decide the sign of A(x) near 0. For the form abs_of_sum."""
-    others = False
-    for j in tl.static_range(1, N):
-        others = others | (b[j] != 0)
-    return (tl.abs(b[0]) < SMALL_B) & (others | (b[0] != 0))
+    """Whether a power above x^2 decides the sign of A(x) near 0, where it underflows. For the form abs_of_sum."""
+    higher = False
+    for j in tl.static_range(2, N):
+        higher = higher | (b[j] != 0)
+    return (b[0] == 0) & (b[1] == 0) & higher
 
 
 @triton.jit
@@ -375,7 +375,7 @@ def backward_kernel(
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
         offset, column = _next(offset, column, groups, units, LANES)
     careful = _exceeds(largest, M, N)
-    if N > 0 and not ABSOLUTE and DTYPE == tl.float32:
+    if N > 2 and not ABSOLUTE and DTYPE == tl.float32:
         careful = careful | _sign_is_open(b, N)
     stride = groups * chunks
     sums_ptr += group * chunks + chunk
