@@ -153,8 +153,8 @@ def test_indices_of_64_bits(monkeypatch):
     """The code for tensors of more than 2^31 scalars, on a small one."""
     plan = gpu.plan
 
-    def long_plan(*arguments):
-        programs, sizes, options = plan(*arguments)
+    def long_plan(*arguments, gradient):
+        programs, sizes, options = plan(*arguments, gradient=gradient)
         return programs, sizes, {**options, "LONG": True}
 
     monkeypatch.setattr(gpu, "plan", long_plan)
@@ -337,7 +337,9 @@ def test_plans():
     ]:
         for rows in (1, 1000, 2_000_000):
             x = torch.empty(rows, 8, width, dtype=dtype, device="meta")
-            programs, (found, groups, units, tiles, chunks), options = gpu.plan(x, a, b, "abs_of_sum", width)
+            programs, (found, groups, units, tiles, chunks), options = gpu.plan(
+                x, a, b, "abs_of_sum", width, gradient=True
+            )
             assert (found, groups, units * vector, options["VECTOR"]) == (rows, 8, width, vector)
             assert programs == groups * chunks
             lanes = options["LANES"] * tiles

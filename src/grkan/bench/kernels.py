@@ -33,9 +33,6 @@ TENSORS = {"forward": 2, "backward": 3, "backward with F": 4}
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
 """Triton's name and the bytes of each dtype."""
 
-CHUNK = 4096
-"""Scalars per chunk, as for a tensor of 17 million scalars. Instructions around the loop are divided by this."""
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -87,7 +84,7 @@ class Stats:
     per lane.
 
     `instructions` are those of the loop per scalar, including range handling. `with_ends` adds the instructions that a
-    lane executes once, divided by its share of a chunk of 4096 scalars. It is an upper bound, because it includes the
+    lane executes once, divided by its share of a chunk. It is an upper bound, because it includes the
     start and end of the float64 path. `bytes` have to be moved per scalar; `sums` are those for the sums of the chunks.
     """
 
@@ -174,11 +171,12 @@ def compile_kernel(
     function = gpu.forward_kernel if kernel == "forward" else gpu.backward_kernel
     name, size = DTYPES[dtype]
     gpu_target = GPUTarget(*TARGETS[target])
+    _, warps = _program(kernel)
     constants = {
         "M": order[0],
         "N": order[1],
         "ABSOLUTE": form == "sum_of_abs",
-        "LANES": gpu_target.warp_size,
+        "LANES": warps * gpu_target.warp_size,
         "VECTOR": vector or gpu.VECTOR_BYTES // size,
         "LONG": False,
     }
@@ -190,7 +188,13 @@ def compile_kernel(
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in function.arg_names}
     aligned = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers if n in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=gpu_target, options={"num_warps": 1})
+    return triton.compile(source, target=gpu_target, options={"num_warps": warps})
+
+
+def _program(kernel: str) -> tuple[int, int]:
+    """Return the scalars and the warps of a program, for an x that is large."""
+    gpu = _gpu()
+    return (gpu.SHORTEST_CHUNK, gpu.FORWARD_WARPS) if kernel == "forward" else (gpu.LONGEST_CHUNK, gpu.BACKWARD_WARPS)
 
 
 def _gpu() -> ModuleType:
@@ -228,9 +232,10 @@ def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int
     size = DTYPES[dtype][1]
     vector = vector or _gpu().VECTOR_BYTES // size
     loop = loops[0]
-    share = CHUNK / TARGETS[target][2]
+    chunk, warps = _program(kernel)
+    share = chunk / (warps * TARGETS[target][2])
     # Each sum of a chunk is written and read once, as float64.
-    sums = 0.0 if kernel == "forward" else 16 * (order[0] + 1 + order[1]) / CHUNK
+    sums = 0.0 if kernel == "forward" else 16 * (order[0] + 1 + order[1]) / chunk
     instructions = len(loop) / vector
     return Stats(
         target, kernel, dtype, form, order, vector, registers, stack,

@@ -2,7 +2,7 @@
 
 A group holds rows x width scalars. The kernels read them in vectors: the vector size is the largest power of two
 scalars that divides the width, up to 16 bytes. A lane processes one vector at a time. A tile is one vector for each
-lane. A program is a single warp and processes a chunk of consecutive tiles. The chunk length depends only on the shape.
+lane. A program is one or two warps and processes a chunk of consecutive tiles, whose length depends only on the shape.
 Each chunk writes its sums for the coefficients' gradients to memory, and a second kernel adds them in a fixed order. So
 there are no atomics, and the bits are the same each time, whatever the number of multiprocessors.
 
@@ -27,10 +27,15 @@ from ..errors import GrkanRuntimeError
 VECTOR_BYTES = 16
 """The most that one instruction reads or writes."""
 
-SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 4096, 4096
-"""Chunk lengths in scalars. x is cut into 4096 chunks, about what a GPU processes at once, within these two limits. At
-the lower limit, the sums are below 2 % of the bytes that a chunk reads and writes at order (7, 6). At the upper limit,
-a lane adds at most 32 partial sums, one for each vector: float32 is right to 1e-6 even if all roundings go one way."""
+FORWARD_WARPS, BACKWARD_WARPS = 2, 1
+"""Warps of a program. A multiprocessor holds at most 32 programs, so one warp each is too few to wait for memory. The
+backward has not the registers for more, and adds the sums of one warp without a barrier."""
+
+SHORTEST_CHUNK, LONGEST_CHUNK, PROGRAMS = 2048, 4096, 8192
+"""Chunk lengths in scalars. The backward cuts x into 8192 chunks, about twice what a GPU processes at once, within
+these limits. At the lower one, the sums are below 2 % of the bytes that a chunk reads and writes at order (7, 6). At
+the upper one, a lane adds at most 32 partial sums, one for each vector: float32 is right to 1e-6 even if all roundings
+go one way. The forward, which adds nothing, takes the lower one."""
 
 SUM_BLOCK = 1024
 """The number of sums that the second kernel adds in parallel."""
@@ -355,11 +360,25 @@ def backward_kernel(
     largest = tl.zeros([LANES], DTYPE)
     sums = _zeros(M + 1 + N, LANES, DTYPE)
     offset, column = _first(chunk, tiles, group, groups, units, LANES, LONG)
-    for _ in tl.range(tiles):
-        at = _addresses(offset, VECTOR)
-        inside = at < end * VECTOR
-        xs = _split(tl.load(x_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
-        gs = _split(tl.load(grad_ptr + at, inside, 0.0).to(DTYPE), LANES, VECTOR)
+    # Of 16 bits, read the next tile early: the registers leave too few warps to wait for memory.
+    EARLY: tl.constexpr = STORED.primitive_bitwidth == 16
+    at = _addresses(offset, VECTOR)
+    inside = at < end * VECTOR
+    if EARLY:
+        next_x, next_grad = tl.load(x_ptr + at, inside, 0.0), tl.load(grad_ptr + at, inside, 0.0)
+    for tile in tl.range(tiles):
+        if EARLY:
+            x, grad = next_x, next_grad
+        else:
+            x, grad = tl.load(x_ptr + at, inside, 0.0), tl.load(grad_ptr + at, inside, 0.0)
+        offset, column = _next(offset, column, groups, units, LANES)
+        next_at = _addresses(offset, VECTOR)
+        next_inside = next_at < end * VECTOR
+        if EARLY:
+            next_inside &= tile + 1 < tiles
+            next_x = tl.load(x_ptr + next_at, next_inside, 0.0)
+            next_grad = tl.load(grad_ptr + next_at, next_inside, 0.0)
+        xs, gs = _split(x.to(DTYPE), LANES, VECTOR), _split(grad.to(DTYPE), LANES, VECTOR)
         dxs, ys, terms = (), (), ()
         for k in tl.static_range(VECTOR):
             largest = _larger(largest, xs[k])
@@ -373,8 +392,12 @@ def backward_kernel(
         tl.store(dx_ptr + at, _join(dxs, LANES, VECTOR, 0).to(STORED), inside)
         if OUTPUT:
             tl.store(y_ptr + at, _join(ys, LANES, VECTOR, 0).to(STORED), inside)
-        offset, column = _next(offset, column, groups, units, LANES)
-    careful = _exceeds(largest, M, N)
+        at, inside = next_at, next_inside
+    # A sum beyond float32 may be one within float64, which the coefficients may have.
+    nothing = sums[0] * 0.0
+    for i in tl.static_range(1, M + 1 + N):
+        nothing = tl.fma(sums[i], tl.zeros([LANES], DTYPE), nothing)
+    careful = _exceeds(_larger(largest, nothing), M, N)
     if N > 2 and not ABSOLUTE and DTYPE == tl.float32:
         careful = careful | _sign_is_open(b, N)
     stride = groups * chunks
@@ -477,7 +500,7 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
     """F(x), see `op.Kernel`."""
     a, b, y = _readable(numerator), _readable(denominator), torch.empty_like(x)
     if x.numel():
-        programs, sizes, options = plan(x, a, b, form, width)
+        programs, sizes, options = plan(x, a, b, form, width, gradient=False)
         with torch.cuda.device_of(x):
             forward_kernel[(programs,)](x, a, b, y, *_steps(a, b), *sizes[:4], **options)
     return y
@@ -491,7 +514,7 @@ def backward(
     y = torch.empty_like(x) if output else None
     if not x.numel():
         return dx, torch.zeros_like(numerator), torch.zeros_like(denominator), y
-    programs, sizes, options = plan(x, a, b, form, width)
+    programs, sizes, options = plan(x, a, b, form, width, gradient=True)
     da, db = torch.empty_like(a), torch.empty_like(b)
     columns = a.shape[1] + b.shape[1]
     sums = torch.empty(columns, programs, dtype=torch.float64, device=x.device)
@@ -512,12 +535,16 @@ def try_out() -> None:
         raise GrkanRuntimeError("the compiled kernel gives a wrong result")
 
 
-def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:
+def plan(
+    x: Tensor, a: Tensor, b: Tensor, form: str, width: int, *, gradient: bool
+) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:
     """Return the number of programs, (rows, groups, units, tiles, chunks), and the compile-time options."""
     groups = max(a.shape[0], b.shape[0])
-    vector, lanes = math.gcd(width, VECTOR_BYTES // x.itemsize), _warp_size(x.device)
+    warps = BACKWARD_WARPS if gradient else FORWARD_WARPS
+    vector, lanes = math.gcd(width, VECTOR_BYTES // x.itemsize), warps * _warp_size(x.device)
     units, rows = width // vector, x.numel() // (groups * width)
-    tiles = min(max(x.numel() // PROGRAMS, SHORTEST_CHUNK), LONGEST_CHUNK) // (lanes * vector)
+    chunk = min(max(x.numel() // PROGRAMS, SHORTEST_CHUNK), LONGEST_CHUNK) if gradient else SHORTEST_CHUNK
+    tiles = chunk // (lanes * vector)
     tiles = min(tiles, -(-rows * units // lanes))
     chunks = -(-rows * units // (lanes * tiles))
     # Lanes behind the last row have offsets, too.
@@ -529,7 +556,7 @@ def plan(x: Tensor, a: Tensor, b: Tensor, form: str, width: int) -> tuple[int, t
         "LANES": lanes,
         "VECTOR": vector,
         "LONG": last >= 2**31,
-        "num_warps": 1,
+        "num_warps": warps,
     }
     return groups * chunks, (rows, groups, units, tiles, chunks), options
 
