@@ -456,11 +456,12 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     """Return the remaining runs and their tokens, the most informative first; None if the learning rate is unknown."""
     tokens, ordered = settings.tokens, [*MAIN, *(name for name in ROWS if name not in MAIN)]
     searched = [name for name in ordered if ROWS[name].tuned_as is None]
+    others = [name for name in searched if name not in MAIN]
+    fewer = [name for name in ordered if ROWS[name].tuned_as is not None]
     wanted: list[tuple[Run | None, int]] = []
-    for rate in RATES[:1]:
-        wanted += [(Run(name, tokens, rate, 0), tokens) for name in searched]
-    for names in (MAIN, [name for name in searched if name not in MAIN]):
-        wanted += [(Run(name, tokens, rate, 0), tokens) for rate in RATES[1:] for name in names]
+
+    def rates(names: Sequence[str]) -> None:
+        wanted.extend((Run(name, tokens, rate, 0), tokens) for rate in RATES for name in names)
 
     def seeds(names: Sequence[str], numbers: range, length: int) -> None:
         for seed in numbers:
@@ -468,13 +469,12 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
                 rate = best_rate(ROWS[name].tuned_as or name, done, settings)
                 wanted.append((None if rate is None else Run(name, length, rate, seed), length))
 
-    fewer = [name for name in ordered if ROWS[name].tuned_as is not None]
-    others = [name for name in searched if name not in MAIN]
-    seeds(MAIN, range(1, settings.other_seeds), tokens)
+    rates(MAIN)
+    seeds(MAIN, range(1, settings.main_seeds), tokens)
+    rates(others)
     seeds(MAIN, range(1), settings.long)
     seeds(fewer, range(settings.other_seeds), tokens)
     seeds(others, range(1, settings.other_seeds), tokens)
-    seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
     seeds(MAIN, range(1, settings.other_seeds), settings.long)
     return [(run, length) for run, length in wanted if run is None or run not in done]
 
