@@ -104,7 +104,7 @@ def test_bytes_kept_by_activations(tiny):
 
 @pytest.fixture
 def kernels_of_others(monkeypatch):
-    """Modules with the interfaces of the two packages, which are installed with a GPU alone."""
+    """Modules with the interfaces of the three packages, which are installed with a GPU alone."""
     called = []
 
     class RationalTriton1DGroup:
@@ -117,7 +117,21 @@ def kernels_of_others(monkeypatch):
         called.append(("felippe-alves", tuple(x.shape), tuple(a.shape), tuple(b.shape)))
         return x * a.sum() * b.sum()
 
-    for name, attribute in (("kat_rational", RationalTriton1DGroup), ("rational_kat_cu", rat_cuda)):
+    class FlashRationalTriton1DGroup:
+        @staticmethod
+        def apply(x, a, b):
+            assert x.dtype == torch.float32
+            called.append(("FlashKAT", tuple(x.shape), tuple(a.shape), tuple(b.shape)))
+            return x * a.sum() * b.sum()
+
+    flash = "rational_kat.kernels.flash_rational_triton"
+    for name in ("rational_kat", "rational_kat.kernels"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name, attribute in (
+        ("kat_rational", RationalTriton1DGroup),
+        (flash, FlashRationalTriton1DGroup),
+        ("rational_kat_cu", rat_cuda),
+    ):
         module = types.ModuleType(name)
         setattr(module, attribute.__name__, attribute)
         monkeypatch.setitem(sys.modules, name, module)
@@ -126,20 +140,21 @@ def kernels_of_others(monkeypatch):
 
 def test_others_kernels_compete_where_they_are_installed(kernels_of_others):
     a, b = rivals._swish((5, 4), "cpu")
-    x = torch.randn(2, 3, 16)
+    x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     for name, entry in rivals._installed_kernels((a, b)).items():
         y = entry.function(x, *entry.learned)
-        assert y.shape == x.shape, name
+        assert (y.shape, y.dtype) == (x.shape, x.dtype), name
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), entry.learned))
     assert kernels_of_others == [
         ("released", (2, 3, 16), (8, 6), (8, 4), 8),
+        ("FlashKAT", (2, 3, 16), (8, 6), (8, 4)),
         ("felippe-alves", (6, 16), (6,), (8, 4)),
     ]
 
 
 def test_others_kernels_are_for_a_gpu(kernels_of_others, monkeypatch):
     assert not any("Triton" in name for name in rivals.activations("cpu", (2, 16), torch.float32, FORWARD, False))
-    for name in ("kat_rational", "rational_kat_cu"):
+    for name in ("kat_rational", "rational_kat.kernels.flash_rational_triton", "rational_kat_cu"):
         monkeypatch.setitem(sys.modules, name, None)
     assert rivals._installed_kernels(rivals._swish((5, 4), "cpu")) == {}
 

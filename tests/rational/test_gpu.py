@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grkan
-from grkan.rational import op
+from grkan.rational import op, table
 from grkan.rational.reference import FORMS, rational, rational_backward
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -248,6 +248,36 @@ def test_sign_near_zero_where_b_1_is_zero():
     b[0, 1], b[1, 1] = -1, 0
     db = run(x, grad, a, b, "abs_of_sum")[3]
     torch.testing.assert_close(db[:, 0].double(), wanted_of(x, grad, a, b, "abs_of_sum")[3][:, 0], rtol=1e-5, atol=0)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel cannot be changed; the interpreter runs it")
+def test_the_tables_functions_need_no_float64(monkeypatch):
+    """Swish has b_1 = 0, with which a model starts."""
+
+    def fail(*_, **__):
+        raise AssertionError("the chunk is computed once more")
+
+    monkeypatch.setattr(gpu, "_careful", fail)
+    for name in ("swish", "gelu"):
+        x, grad, _, _ = inputs((40, 2, 24))
+        a, b = (torch.tensor([row] * 2) for row in table.coefficients(name, (5, 4)))
+        assert_right(x, grad, a, b, "abs_of_sum")
+    with pytest.raises(Exception, match="once more"):
+        run(x.fill_(1e30), grad, a, b, "abs_of_sum")
+
+
+@needs_triton
+@runs_kernels
+def test_sums_beyond_float32():
+    """Coefficients in float64 have gradients in float64, whatever x has."""
+    x, grad, a, b = inputs((3, 2, 24), (2, 3))
+    x, a, b = x.fill_(1e9), torch.zeros_like(a, dtype=torch.float64), torch.zeros_like(b, dtype=torch.float64)
+    a[:, 2] = 1
+    db = run(x, grad, a, b, "abs_of_sum")[3]
+    torch.testing.assert_close(db, wanted_of(x, grad, a, b, "abs_of_sum")[3], rtol=1e-5, atol=0)
+    assert db.abs().max() > 1e44
 
 
 @pytest.fixture
@@ -516,6 +546,25 @@ def test_a_kernel_that_does_not_run_is_named_and_replaced(unloaded, monkeypatch)
     with pytest.warns(RuntimeWarning, match="Triton does not work: RuntimeError: Failed to find C compiler"):
         op._check_backend("cuda")
     assert "cuda" not in op.KERNELS
+
+
+@needs_triton
+def test_a_kernel_that_fails_once_is_tried_again(unloaded, monkeypatch):
+    """While another process writes into Triton's cache, for example."""
+    from grkan.rational import gpu
+
+    failures = [FileNotFoundError("kernel.ttir.tmp")]
+
+    def try_out():
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(gpu, "try_out", try_out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op._check_backend("cuda")
+    assert op.KERNELS["cuda"].forward is gpu.forward
 
 
 def test_import_does_not_load_triton():

@@ -22,6 +22,7 @@ import functools
 import math
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,13 +146,23 @@ def _load_gpu_kernel() -> None:
         from . import gpu
 
         if torch.cuda.is_available():
-            gpu.try_out()
+            _persist(gpu.try_out)
     except Exception as error:  # Triton calls compilers and drivers, and each can fail in its own way
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
         _why_no_gpu_kernel = f"{problem}; version {_TRITON} or newer is needed"
     else:
         KERNELS["cuda"] = Kernel(gpu.forward, gpu.backward)
+
+
+def _persist(act: Callable[[], None]) -> None:
+    """Call `act` up to three times: it can fail while other processes compile the same kernel into Triton's cache."""
+    for pause in (0.2, 1.0):
+        try:
+            return act()
+        except Exception:
+            time.sleep(pause)
+    return act()
 
 
 def why_too_old(triton_version: str) -> str:
