@@ -60,7 +60,8 @@ gpu: $(VENV)/test.done
 	mkdir -p build
 	$(BIN)/python -m torch.utils.collect_env > $(GPU_REPORT)  # GPU, driver, torch, triton
 	status=0; $(BIN)/python -m pytest -m gpu >> $(GPU_REPORT) 2>&1 || status=$$?; \
-		$(BIN)/grkan bench ops --device cuda >> $(GPU_REPORT) 2>&1 || status=$$?; \
+		for suite in ops layers models; do \
+			$(BIN)/grkan bench $$suite --device cuda >> $(GPU_REPORT) 2>&1 || status=$$?; done; \
 		cat $(GPU_REPORT); exit $$status
 
 # The kernel's tests once more, with the address and undefined-behaviour sanitizers watching it. Takes some ten minutes.

@@ -70,7 +70,9 @@ def _of_contests(bar: Mapping[str, Any], report: Mapping[str, Any]) -> float | N
     figures = []
     for values in itertools.product(*map(_alternatives, bar["in"].values())):
         job = dict(zip(bar["in"], values, strict=True))
-        rivals: Mapping[str, Any] = next((c["rivals"] for c in report["contests"] if c["job"] == job), {})
+        rivals: Mapping[str, Any] = next(
+            (c["rivals"] for c in report["contests"] if job.items() <= c["job"].items()), {}
+        )
         if not {bar["of"], bar.get("to", bar["of"])} <= rivals.keys():
             return None
         if "to" not in bar:

@@ -1,7 +1,8 @@
 """Write the figures of benchmarks into a page: python benchmarks/tables.py docs/benchmarks.md FILE...
 
 `grkan bench SUITE --json FILE` writes each FILE. Its tables replace the lines between `<!-- SUITE -->` and
-`<!-- end -->` in the page, and the bars of all files replace those between `<!-- bars -->` and `<!-- end -->`.
+`<!-- end -->` in the page, or with `--device cuda` those after `<!-- SUITE on a GPU -->`. The bars of all files from a
+CPU replace those between `<!-- bars -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ COLUMNS = {"ops": "shape", "layers": "pass", "models": "pass", "deploy": "batch"
 
 def tables(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield where a report was measured, then its tables, in Markdown."""
-    machine = f"{report['cores']} cores of an {report['processor']} ({report['vectors']})"
+    machine = report.get("gpu") or f"{report['cores']} cores of an {report['processor']} ({report['vectors']})"
     torch, date = report["torch"].partition("+")[0], report["date"].partition("T")[0]
     yield f"Measured by `{report['command']}` on {machine}, torch {torch}, {date}."
     column = COLUMNS[report["suite"]]
@@ -89,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page = args.page.read_text()
     for report in reports:
         if report["suite"] in COLUMNS:
-            page = replace(page, report["suite"], "\n\n".join(tables(report)))
-    args.page.write_text(replace(page, "bars", bars_table(reports)))
+            place = report["suite"] + (" on a GPU" if "gpu" in report else "")
+            page = replace(page, place, "\n\n".join(tables(report)))
+    if judged := [report for report in reports if "gpu" not in report]:
+        page = replace(page, "bars", bars_table(judged))
+    args.page.write_text(page)
 
 
 if __name__ == "__main__":

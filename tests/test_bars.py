@@ -201,6 +201,12 @@ def test_the_tables_of_a_page_are_replaced(tmp_path):
     assert "| bytes kept, GRKAN / Mlp; 192; forward + backward | ≤ 0.6 | 0.6 | met |\n" in text
     assert "old" not in text
     assert text.endswith("<!-- end -->\nafter\n")
+    (tmp_path / "gpu.json").write_text(json.dumps({**report, "gpu": "A GPU"}))
+    page.write_text("<!-- layers on a GPU -->\n<!-- end -->\n")  # and no bars
+    tables.main([str(page), str(tmp_path / "gpu.json")])
+    assert page.read_text().startswith(
+        "<!-- layers on a GPU -->\nMeasured by `grkan bench layers` on A GPU, torch 2.14.1, "
+    )
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="the page has no place for layers"):
         tables.main([str(page), str(tmp_path / "layers.json")])

@@ -143,6 +143,6 @@ def test_kernels_are_compiled_and_shown(monkeypatch, tmp_path, capsys):
     assert [kernel["target"] for kernel in report["kernels"]] == ["sm_90", "sm_100"]
     assert (report["kernels"][0]["load"], report["kernels"][0]["stack"]) == (128, 0)
     assert "sm_90; estimate for H100 SXM" in out
-    assert "nothing ran on a GPU" in out
+    assert "nothing was run on a GPU" in out
     assert all(rates["source"] in out for rates in report["rates"].values())
     assert "FlashKAT" in out

@@ -41,6 +41,14 @@ def test_shapes_and_baseline_of_a_gpu():
     assert [contest.baseline for contest in found.contests] == ["clone"] * 12 + ["GELU"] * 2
 
 
+def test_layers_and_models_of_a_gpu():
+    """Larger, and under autocast; in `test_all_is_on_the_device` they are on one."""
+    autocast = "autocast to bfloat16"
+    assert jobs(suites.layers("cuda"))[:2] == [(192, autocast, FORWARD), (192, autocast, TRAINING)]
+    names = [f"kat_{size}_patch16_224" for size in ("tiny", "base")]
+    assert jobs(suites.models("cuda")) == [(n, 128, autocast, p) for n in names for p in (TRAIN_STEP, INFERENCE)]
+
+
 def test_layers():
     suite = suites.SUITES["layers"]("cpu")
     assert jobs(suite) == [(width, pass_) for width in (8, 16) for pass_ in (FORWARD, TRAINING)]
@@ -52,7 +60,8 @@ def test_layers():
 
 def test_models():
     suite = suites.SUITES["models"]("cpu")
-    assert jobs(suite) == [(batch, pass_) for batch in (1, 2) for pass_ in (TRAIN_STEP, INFERENCE)]
+    kat = "kat_micro_patch2_8"
+    assert jobs(suite) == [(kat, batch, pass_) for batch in (1, 2) for pass_ in (TRAIN_STEP, INFERENCE)]
     for contest in suite.contests:
         result = hold(contest, rounds=1)
         assert list(result.measurements) == ["grkan_vit_micro_patch2_8", "kat_micro_patch2_8"]

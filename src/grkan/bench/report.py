@@ -24,7 +24,7 @@ RATE_COLUMNS = {"images per second": ("images/s", 1.0), "bytes per second": ("GB
 KERNELS_LEGEND = (
     "registers, and bytes of stack, a lane; bits of the widest load and store; instructions a scalar: in the loop, and "
     "with what is around it (at most); bytes a scalar. An estimate is 10^9 scalars a second, and their limit; nothing "
-    "ran on a GPU."
+    "was run on a GPU for this table."
 )
 
 

@@ -104,7 +104,7 @@ def models(
     batches = batches or ((8, 32) if device == "cpu" else (GPU_BATCH,))
     contests = [
         Contest(
-            {"batch": batch, **rivals.precision_of(device), "pass": pass_},
+            {"model": names[1], "batch": batch, **rivals.precision_of(device), "pass": pass_},
             names[0],
             partial(rivals.vision_models, device, names, batch, pass_),
         )
