@@ -69,6 +69,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_selected_experts", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    "rotary_dim": 8,
     "vocab_size": 128, "image_size": 64, "max_source_positions": 64, "n_positions": 128, "max_position_embeddings": 128,
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -124,8 +125,10 @@ def shrink(config: Any, keys: tuple[str, ...]) -> None:
             with contextlib.suppress(Exception):
                 setattr(config, key, SIZES[key])
                 layers = 2 if "layers" in key else layers
-        elif keys and key == "vocab_size" and value is None:
-            config.vocab_size = SIZES[key]
+        elif key in keys and key in ("vocab_size", "num_experts_per_tok") and value is None:
+            setattr(config, key, SIZES[key])
+        elif key == "use_cache":
+            config.use_cache = False  # some caches do not fit the shortened list of layers
         elif keys and key.endswith(("token_id", "token_index")) and isinstance(value, int):
             with contextlib.suppress(Exception):
                 setattr(config, key, TOKENS.get(key, 3))
