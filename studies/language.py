@@ -547,17 +547,13 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def lines(done: dict[Run, dict[str, Any]], settings: Settings) -> list[Line]:
-    """Return a line for each length and row, in the order of the table, with the best learning rate known so far."""
+    """Return a line for each length and row whose learning rate is known, in the order of the table."""
     found: list[Line] = []
     for tokens in (settings.tokens, settings.long):
         for name, row in ROWS.items():
-            mine = {run: result for run, result in done.items() if (run.row, run.tokens) == (name, tokens)}
-            if not mine:
-                continue
-            tuned = best_rate(row.tuned_as or name, done, settings)
-            firsts = {run.rate: _or_infinite(r["bits_per_byte"]) for run, r in mine.items() if run.seed == 0}
-            rate = tuned if tuned is not None else min(firsts, key=firsts.__getitem__)
-            by_seed = {run.seed: result for run, result in sorted(mine.items()) if run.rate == rate}
+            rate = best_rate(row.tuned_as or name, done, settings)
+            wanted = (name, tokens, rate)
+            by_seed = {run.seed: r for run, r in sorted(done.items()) if (run.row, run.tokens, run.rate) == wanted}
             if by_seed:
                 found.append(Line(name, tokens, rate, by_seed))
     return found

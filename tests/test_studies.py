@@ -75,6 +75,7 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
 
     language.print_plan(output, settings, 2)
     assert "1 done, 10 left" in capsys.readouterr().out
+    assert language.lines(language.results(output), settings) == []  # its learning rate is not known
     language.study(output, settings)
     assert language.plan(language.results(output), settings) == []
     page = tmp_path / "page.md"
