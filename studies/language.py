@@ -441,11 +441,8 @@ def results(output: Path) -> dict[Run, dict[str, Any]]:
 def best_rate(row: str, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
     """Return the learning rate with the best result of seed 0, or None while a result is missing."""
     tried = {rate: done.get(Run(row, settings.tokens, rate, 0)) for rate in RATES}
-    if any(result is None or not math.isfinite(result["bits_per_byte"]) for result in tried.values()):
-        tried = {rate: result for rate, result in tried.items() if result is not None}
-        if len(tried) < len(RATES):
-            return None
-    return min(tried, key=lambda rate: _or_infinite(tried[rate]["bits_per_byte"]))  # type: ignore[index]
+    known = {rate: _or_infinite(result["bits_per_byte"]) for rate, result in tried.items() if result is not None}
+    return min(known, key=known.__getitem__) if len(known) == len(RATES) else None
 
 
 def _or_infinite(value: float) -> float:
