@@ -33,6 +33,9 @@ TENSORS = {"forward": 2, "backward": 3, "backward with F": 4}
 DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4), "float64": ("fp64", 8)}
 """Triton's name and the bytes of each dtype."""
 
+LARGE = 2**31
+"""Scalars of a tensor whose chunks are as long as they get."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -84,8 +87,8 @@ class Stats:
     per lane.
 
     `instructions` are those of the loop per scalar, including range handling. `with_ends` adds the instructions that a
-    lane executes once, divided by its share of a chunk. It is an upper bound, because it includes the
-    start and end of the float64 path. `bytes` have to be moved per scalar; `sums` are those for the sums of the chunks.
+    lane executes once, divided by its share of a chunk. It is an upper bound, because it includes the start and end of
+    the float64 path. `bytes` have to be moved per scalar; `sums` are those for the sums of the chunks.
     """
 
     target: str
@@ -171,7 +174,7 @@ def compile_kernel(
     function = gpu.forward_kernel if kernel == "forward" else gpu.backward_kernel
     name, size = DTYPES[dtype]
     gpu_target = GPUTarget(*TARGETS[target])
-    _, warps = _program(kernel)
+    _, warps = gpu.program(LARGE, kernel != "forward")
     constants = {
         "M": order[0],
         "N": order[1],
@@ -189,12 +192,6 @@ def compile_kernel(
     aligned = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers if n in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=gpu_target, options={"num_warps": warps})
-
-
-def _program(kernel: str) -> tuple[int, int]:
-    """Return the scalars and the warps of a program, for an x that is large."""
-    gpu = _gpu()
-    return (gpu.SHORTEST_CHUNK, gpu.FORWARD_WARPS) if kernel == "forward" else (gpu.LONGEST_CHUNK, gpu.BACKWARD_WARPS)
 
 
 def _gpu() -> ModuleType:
@@ -232,7 +229,7 @@ def stats(target: str, kernel: str, dtype: str, form: str, order: tuple[int, int
     size = DTYPES[dtype][1]
     vector = vector or _gpu().VECTOR_BYTES // size
     loop = loops[0]
-    chunk, warps = _program(kernel)
+    chunk, warps = _gpu().program(LARGE, kernel != "forward")
     share = chunk / (warps * TARGETS[target][2])
     # Each sum of a chunk is written and read once, as float64.
     sums = 0.0 if kernel == "forward" else 16 * (order[0] + 1 + order[1]) / chunk

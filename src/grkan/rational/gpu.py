@@ -540,10 +540,9 @@ def plan(
 ) -> tuple[int, tuple[int, ...], dict[str, int | bool]]:
     """Return the number of programs, (rows, groups, units, tiles, chunks), and the compile-time options."""
     groups = max(a.shape[0], b.shape[0])
-    warps = BACKWARD_WARPS if gradient else FORWARD_WARPS
+    chunk, warps = program(x.numel(), gradient)
     vector, lanes = math.gcd(width, VECTOR_BYTES // x.itemsize), warps * _warp_size(x.device)
     units, rows = width // vector, x.numel() // (groups * width)
-    chunk = min(max(x.numel() // PROGRAMS, SHORTEST_CHUNK), LONGEST_CHUNK) if gradient else SHORTEST_CHUNK
     tiles = chunk // (lanes * vector)
     tiles = min(tiles, -(-rows * units // lanes))
     chunks = -(-rows * units // (lanes * tiles))
@@ -559,6 +558,13 @@ def plan(
         "num_warps": warps,
     }
     return groups * chunks, (rows, groups, units, tiles, chunks), options
+
+
+def program(size: int, gradient: bool) -> tuple[int, int]:
+    """Return the chunk length and the warps of a program of the forward or the backward, for `size` scalars."""
+    if not gradient:
+        return SHORTEST_CHUNK, FORWARD_WARPS
+    return min(max(size // PROGRAMS, SHORTEST_CHUNK), LONGEST_CHUNK), BACKWARD_WARPS
 
 
 @functools.cache
