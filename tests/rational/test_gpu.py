@@ -60,6 +60,24 @@ def small_chunks(monkeypatch):
         monkeypatch.setattr(gpu, "SUM_BLOCK", 2)
 
 
+@pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """Half of the interpreter's time goes into patching Triton's language anew for each call of a device function."""
+    if not (HAS_TRITON and INTERPRETED):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_done(function):
+        languages = [module for module in (tl, tl.core) if module in function.__globals__.values()]
+        if any(tl.core.is_builtin(module.arange) for module in languages):
+            return patch(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_unless_done)
+
+
 def inputs(size, order=(5, 4), dtype=torch.float32, seed=0):
     """x, grad, numerator, denominator on the device."""
     rows, groups, width = size
