@@ -11,14 +11,15 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/train.done
 	$(BIN)/grkan compare --config configs/demo.yaml --output runs/demo
 
-# One thread a worker: the tests are many and small. pytest-xdist hangs if it replaces a crashed worker.
+# One thread a worker: the tests are many and small. A file stays in one worker, which then makes what its tests share once.
+# pytest-xdist hangs if it replaces a crashed worker.
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 10
 
 # With the oldest versions that pyproject.toml allows: make test-oldest PYTHON=python3.10
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/test.done
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 --durations 10
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 10
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .

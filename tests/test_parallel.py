@@ -15,10 +15,9 @@ pytest.importorskip("timm")
 WORKER = Path(__file__).with_name("two_processes.py")
 NAMES = re.findall(r"^@check\ndef (\w+)", WORKER.read_text(), re.MULTILINE)
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"),
-    pytest.mark.xdist_group("two_processes"),  # or each of pytest's workers would start torchrun
-]
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"
+)
 
 
 @pytest.fixture(scope="module")

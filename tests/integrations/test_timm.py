@@ -1,5 +1,7 @@
 """timm saves, loads and optimises KATs and converted models as any other."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -31,8 +33,13 @@ def converted(name="vit_tiny_patch16_224", **arguments):
     return learned(model)
 
 
+@functools.cache
+def _vit():
+    return converted(depth=2, num_classes=7, img_size=32)  # some seconds, for the fits
+
+
 def vit():
-    return converted(depth=2, num_classes=7, img_size=32)
+    return copy.deepcopy(_vit())
 
 
 @pytest.mark.skipif(not hasattr(timm.models, "get_model_args"), reason="this timm does not save a model's arguments")
@@ -116,7 +123,7 @@ def test_a_checkpoint_of_another_form_is_refused(tmp_path, ending):
 
 MODELS = {
     "KAT": lambda: timm.create_model("kat_micro_patch2_8", depth=2),
-    "converted ViT": lambda: converted(depth=2, img_size=32),
+    "converted ViT": vit,
     "mlp_layer=GRKAN": lambda: timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, mlp_layer=grkan.GRKAN),
 }
 
