@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..nn.kinds import is_conv1d
 from ..rational import table
-from ..rational.fit import RationalFit, local_fits, np
+from ..rational.fit import Rational, RationalFit, local_fits, measured, np
 from .structure import Activation, Site
 
 # The low bits of float32 that a bin's number ignores, and the number of bins per sign.
@@ -258,7 +258,7 @@ class GroupFit:
     """float64, (n,): the middles of the non-empty bins, in ascending order."""
     weights: Any
     """float64, (n,): the counts of the bins, as fractions of 1."""
-    best: RationalFit
+    best: Rational
     """The function of this order with the smallest mean squared error over the histogram that a search from several
     starts finds. Its values elsewhere do not matter."""
 
@@ -307,7 +307,7 @@ def fit_group(
     points, mass = _merged(x, weights, usual)
     data = _Data(named, target, points, mass, low, high, usual)
     found = _representable(data, order, form)
-    rivals = [found, *local_fits(named, order, form, points, mass, (low, high), [found])]
+    rivals = [found, *local_fits(named, order, form, points, mass, [found])]
     best = min(rivals, key=lambda rival: _square(rival, target, x, weights))
     return GroupFit(layer, group, activation.name, target, found, x, weights, best)
 
@@ -347,7 +347,7 @@ def _merged(x: Any, weights: Any, usual: float) -> tuple[Any, Any]:
     return np.bincount(cell, weights * (x / usual)) / mass * usual, mass
 
 
-def _square(f: RationalFit, target: Callable[[Any], Any], x: Any, weights: Any) -> float:
+def _square(f: Rational, target: Callable[[Any], Any], x: Any, weights: Any) -> float:
     with np.errstate(all="ignore"):
         square = float((weights * (f(x) - target(x)) ** 2).sum())
     return square if math.isfinite(square) else math.inf
@@ -401,19 +401,21 @@ def _near(data: _Data, order: tuple[int, int], form: str) -> RationalFit:
     outside = np.maximum(low - outer, outer - high) / (high - low)
     samples = np.concatenate([points, outer])
     rare = mass.sum() / len(outer) / (1 + (4 * outside) ** 2)
+    rounding = 1e-6 * slope * (high - low)
     for tail in _TAIL_WEIGHTS:
         weights = np.concatenate([mass, tail * rare]) if tail else mass
         by = samples if tail else points
         # With a numerator of one degree less, F is flat far out, and often stays near f where the best fit does not.
         for m in range(order[0], max(order[0] - 2, 0), -1):
-            for found in local_fits(data.named, (m, order[1]), form, by, weights, (low, high)):
+            for found in local_fits(data.named, (m, order[1]), form, by, weights):
                 found = replace(found, numerator=np.pad(found.numerator, (0, order[0] - m)))
-                # A spike between the points shows only in the largest error.
-                known = float(np.abs(found(points) - target(points)).max())
-                spiky = found.max_error > 2 * known + 1e-6 * slope * (high - low)
-                if not spiky and _stays_near(found, target, low, high, far, slope):
-                    return found
-    return found
+                # A spike between the points shows only in the largest error on the range, which takes long to measure.
+                limit = 2 * float(np.abs(found(points) - target(points)).max()) + rounding
+                if _stays_near(found, limit, target, low, high, far, slope):
+                    fit = measured(found, data.named, (low, high))
+                    if fit.max_error <= limit and _stays_near(fit, fit.max_error, target, low, high, far, slope):
+                        return fit
+    return measured(found, data.named, (low, high))
 
 
 def _is_named(activation: Activation, target: Callable[[Any], Any], low: float, high: float) -> bool:
@@ -429,13 +431,16 @@ def _finite(target: Callable[[Any], Any], x: Any) -> Any:
         return x[np.isfinite(target(x))]
 
 
-def _stays_near(f: RationalFit, target: Callable[[Any], Any], low: float, high: float, far: Any, slope: float) -> bool:
+def _stays_near(
+    f: Rational, error: float, target: Callable[[Any], Any], low: float, high: float, far: Any, slope: float
+) -> bool:
+    """Return whether F stays near the activation beyond the range, given its error in it and the largest slope."""
     points = np.concatenate([far, _finite(target, _zeros(f, low, high))])
     distance = np.maximum(low - points, points - high)
-    return bool(np.all(np.abs(f(points) - target(points)) <= f.max_error + slope * distance))
+    return bool(np.all(np.abs(f(points) - target(points)) <= error + slope * distance))
 
 
-def _zeros(f: RationalFit, low: float, high: float) -> Any:
+def _zeros(f: Rational, low: float, high: float) -> Any:
     """Return the denominator polynomial's zeros outside the range: |A| has a notch where A changes its sign."""
     if f.form == "sum_of_abs" or not np.any(f.denominator):
         return np.empty(0)

@@ -56,8 +56,8 @@ Function = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
-class RationalFit:
-    """A rational function F = P / Q fitted to a target, with its errors.
+class Rational:
+    """A rational function F = P / Q.
 
     Calling it evaluates F in float64: a float gives a float, an array gives an array of its shape.
     """
@@ -68,12 +68,6 @@ class RationalFit:
     """float64, (n,), b_1 first."""
     form: str
     """"abs_of_sum" or "sum_of_abs"."""
-    interval: tuple[float, float]
-    """Where the errors were measured."""
-    max_error: float
-    """The largest |F - target| on the interval."""
-    rms_error: float
-    """The root of the mean of (F - target)^2 over the interval, uniformly weighted, even if the fit had weights."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -89,6 +83,21 @@ class RationalFit:
         values = np.asarray(x, dtype=np.float64)
         y = _evaluate(self.numerator, self.denominator, self.form, values)
         return float(y) if values.ndim == 0 else y
+
+
+@dataclass(frozen=True, eq=False)
+class RationalFit(Rational):
+    """A rational function F = P / Q fitted to a target, with its errors.
+
+    Calling it evaluates F in float64: a float gives a float, an array gives an array of its shape.
+    """
+
+    interval: tuple[float, float]
+    """Where the errors were measured."""
+    max_error: float
+    """The largest |F - target| on the interval."""
+    rms_error: float
+    """The root of the mean of (F - target)^2 over the interval, uniformly weighted, even if the fit had weights."""
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -142,7 +151,7 @@ def fit(
     if samples is not None:
         x, w = _checked_samples(samples, weights)
         bounds = (float(x.min()), float(x.max())) if interval is None else _checked_interval(interval)
-        return next(local_fits(target, (m, n), form, x, w, bounds))
+        return measured(next(local_fits(target, (m, n), form, x, w)), target, bounds)
     if weights is not None:
         raise GrkanValueError("weights need samples; got weights without samples")
     if interval is not None:
@@ -160,20 +169,24 @@ def local_fits(
     form: str,
     samples: Array,
     weights: Array,
-    interval: tuple[float, float],
-    starts: Sequence[RationalFit] = (),
-) -> Iterator[RationalFit]:
-    """Yield the result of `fit` on samples, then the other local optima found on the way, best first.
+    starts: Sequence[Rational] = (),
+) -> Iterator[Rational]:
+    """Yield the function that `fit` finds for samples, then the other local optima found on the way, best first.
 
     Args:
-        starts: further fits to start from, of the same order and form.
+        starts: further functions to start from, of the same order and form.
     """
     f = _as_function(target)
     given = [(start.numerator, start.denominator) for start in starts]
     if (entry := _table_entry(target, order, form)) is not None:
         given.append(entry)
     for a, b in _least_squares(samples, f(samples), weights, *order, form, given):
-        yield _measured(f, a, b, form, interval)
+        yield Rational(a, b, form)
+
+
+def measured(found: Rational, target: str | Function, interval: tuple[float, float]) -> RationalFit:
+    """Measure the errors of a function on an interval, which takes as long as finding it."""
+    return _measured(_as_function(target), found.numerator, found.denominator, found.form, interval)
 
 
 # The solvers work on u = x / scale in [-1, 1] and on values divided by the largest one, so powers are harmless and
