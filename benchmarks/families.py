@@ -12,6 +12,7 @@ runs.
 import argparse
 import contextlib
 import fnmatch
+import inspect
 import json
 import multiprocessing
 import os
@@ -77,10 +78,11 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_star
 ATTEMPTS = (
     tuple(SIZES),
     tuple(key for key in SIZES if not key.endswith("image_size")),
+    tuple(key for key in SIZES if re.search("layer|intermediate|ffn|expert|vocab|depth|moe|group", key)),
     tuple(key for key in SIZES if "layer" in key or key in ("vocab_size", "depth")),
     (),
 )
-MOST_PARAMETERS = 150_000_000
+MOST_PARAMETERS = 300_000_000
 
 
 def families() -> Iterator[str]:
@@ -134,6 +136,13 @@ def shrink(config: Any, keys: tuple[str, ...]) -> None:
                 setattr(config, key, TOKENS.get(key, 3))
         elif key == "depths" and keys and isinstance(value, (list, tuple)):
             config.depths = [min(int(depth), 2) for depth in value]
+    # What a default configuration may leave open.
+    known = vars(config)
+    heads, width = known.get("num_attention_heads"), known.get("hidden_size")
+    open_sizes = {"num_key_value_heads": heads, "head_dim": heads and width and width // heads, "prediction_length": 8}
+    for key, size in open_sizes.items():
+        if keys and size and key in known and known[key] is None:
+            setattr(config, key, size)
     for key in ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers"):
         value = getattr(config, key, None)
         if layers and isinstance(value, (list, tuple)) and len(value) > layers:
@@ -181,10 +190,43 @@ def inputs(model: Any, config: Any) -> Iterator[Any]:
                          lambda s: {"input_values": random(s, 2, 1024, 128)},
                          lambda s: {"input_values": random(s, 2, 1, 16000)}],
     }  # fmt: skip
-    yield from makers.get(name, [])
+    if not isinstance(name, list):  # some models have several
+        yield from makers.get(name, [])
     yield from makers["input_ids"]
     yield from makers["pixel_values"]
     yield lambda s: {"inputs_embeds": random(s, 4, 24, hidden)}
+
+    def size(key: str, otherwise: int) -> int:
+        value = getattr(vision, key, None)
+        return value if isinstance(value, int) else otherwise
+
+    patch = channels * size("temporal_patch_size", 1) * size("patch_size", 14) ** 2
+    named = {
+        "input_ids": lambda s: ids(s, 16),
+        "decoder_input_ids": lambda s: ids(s, 16),
+        "qformer_input_ids": lambda s: ids(s, 16),
+        "pixel_values": lambda s: random(s, 4, channels, *sides),
+        "input_values": lambda s: random(s, 4, 16000),
+        "input_features": lambda s: random(s, 4, mels, frames),
+        "past_values": lambda s: random(s, 4, size("context_length", 32), size("num_input_channels", 1)),
+        "query_embeds": lambda s: random(s, 4, 16, hidden),
+        "visual_feats": lambda s: random(s, 4, 9, size("visual_feat_dim", 2048)),
+        "visual_pos": lambda s: random(s, 4, 9, 4),
+        "states": lambda s: random(s, 4, 9, size("state_dim", 17)),
+        "actions": lambda s: random(s, 4, 9, size("act_dim", 4)),
+        "rewards": lambda s: random(s, 4, 9, 1),
+        "returns_to_go": lambda s: random(s, 4, 9, 1),
+        "timesteps": lambda s: torch.arange(9).expand(4, 9),
+        "hidden_states": lambda s: random(s, 32, patch),  # two images of 4 x 4 patches
+        "grid_thw": lambda s: torch.tensor([[1, 4, 4], [1, 4, 4]]),
+    }
+    parameters = inspect.signature(model.forward).parameters
+    if "grid_thw" in parameters:
+        named["pixel_values"] = named["hidden_states"]
+    accepted = [key for key in parameters if key in named]
+    required = [key for key in accepted if key == name or parameters[key].default is inspect.Parameter.empty]
+    for chosen in (required, accepted):
+        yield lambda s, chosen=chosen: {key: named[key](s) for key in chosen}
     with contextlib.suppress(Exception):
         dummy = dict(model.dummy_inputs)
         yield lambda s: dummy
@@ -217,11 +259,26 @@ def transformers_model(family: str) -> tuple[Any, Any]:
         for make in inputs(model, config):
             with contextlib.suppress(Exception):
                 output = run(model, make(0))
+                if output is not None and not output.any():
+                    settle(model, make(0))
+                    output = run(model, make(0))
                 if output is not None and output.isfinite().all() and output.norm() > 0:
                     return model, make
         problem = problem or ValueError("no inputs were found for it")
     assert problem is not None
     raise problem
+
+
+def settle(model: Any, batch: Any) -> None:
+    """Give batch norms the statistics of a batch: with their initial ones, deep convolutional networks return zeros."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+            module.train()
+    run(model, batch)
+    model.eval()
 
 
 def first_float(output: Any) -> Any:

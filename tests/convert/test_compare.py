@@ -71,6 +71,33 @@ def test_what_generates_tokens_is_compared_by_its_logits():
     assert report.relative_error == pytest.approx(error(model, before, x), rel=1e-3)
 
 
+def test_zeros_of_a_new_head_are_not_compared():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.head = mlp(), nn.Linear(16, 3)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+        def forward(self, x):
+            return self.head(self.mlp(x))
+
+    model, x = Model(), data(64, 16)
+    before = model.mlp(x).detach()
+    report = convert_(model, calibration=[x])
+    assert report.relative_error == pytest.approx(error(model, before, x), rel=1e-3)
+    assert 1e-3 < report.relative_error < 0.05
+
+    nothing = nn.Sequential(Model(), nn.Linear(3, 3, bias=False)).apply(
+        lambda module: nn.init.zeros_(module.weight) if isinstance(module, nn.Linear) else None
+    )
+    with torch.no_grad():
+        nothing[0].mlp[0].bias.zero_()
+        nothing[0].mlp[2].bias.zero_()
+    report = convert_(nothing, calibration=[x])
+    assert (report.cosine, report.relative_error) == (None, None)
+
+
 def test_the_first_output_that_is_no_loss():
     logits, states = data(2, 3), data(2, 3, 4)
     assert main_output({"loss": data(2), "aux_loss": data(3), "logits": logits}) is logits

@@ -60,18 +60,19 @@ class KeptBatches:
         """Return some rows of the model's first output that is not a loss, for a batch."""
         masks = real_tokens(batch)
         found = None if self.inside else main_output(self.run(self.model, batch))
-        if found is None:  # only tokens or a loss: look at outputs inside the model
-            found = self.output_inside(batch)
-            self.inside = found is not None
+        if found is None or not found.any():  # only tokens, a loss, or zeros of a new head: look inside the model
+            inside = self.output_inside(batch)
+            self.inside = inside is not None
+            found = found if inside is None else inside
         return None if found is None else _some_rows(found, masks)
 
     def output_inside(self, batch: Any) -> Tensor | None:
-        """Return the output of the first call of the model (which may generate), or else of its last part that ran."""
+        """Return the output of the model's first call (it may generate), or else of its last part; none of zeros."""
         own: list[Tensor] = []
         parts: list[Tensor] = []
 
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if (found := main_output(output)) is not None:
+            if (found := main_output(output)) is not None and found.any():
                 if module is self.model:
                     own.append(found.detach().clone()) if not own else None
                 else:
@@ -84,7 +85,7 @@ class KeptBatches:
         return next(iter(own + parts), None)
 
     def compare(self) -> tuple[float | None, float | None]:
-        """Return the cosine and relative error of the current outputs against the kept ones; None if none is kept."""
+        """Return the cosine and relative error of the current outputs against the kept ones; None if all are zero."""
         before, after = [], []
         with evaluating(self.model):
             for _, batch, output in self.kept:
@@ -92,6 +93,8 @@ class KeptBatches:
                 if now is not None and now.shape == output.shape:
                     before.append(output)
                     after.append(now)
+        if not any(output.any() for output in before + after):
+            return None, None
         return _cosine_and_error(before, after)
 
 

@@ -30,8 +30,8 @@ class ConversionReport:
     """The activations that were not converted, and why."""
     cosine: float | None
     """The cosine between the model's outputs after and before, over some of the calibration batches. The output is the
-    first float one that is not a loss, without padding, or the logits or hidden states if the model returns only tokens
-    or a loss. None without calibration."""
+    first float one that is not a loss, without padding, or the logits or hidden states if the model returns only
+    tokens, a loss or zeros (of a new head). None without calibration, or if all that could be compared is zero."""
     relative_error: float | None
     """|after - before| / |before| of the same outputs, in Euclidean norms."""
     recipe: dict[str, Any]

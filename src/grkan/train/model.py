@@ -151,7 +151,9 @@ def _convert(model: nn.Module, training: ImageData, preprocessing: Preprocessing
     if no_weight_decay(model):
         raise GrkanValueError(f"convert must start from a model without rational functions; {label} already has some")
     report = convert_(model, calibration=calibration_batches(training, preprocessing, _CALIBRATION))
-    return f"converted: {len(report.layers)} MLPs; the relative error of the outputs is {report.relative_error:.2g}"
+    error = report.relative_error
+    compared = "; the outputs are zero" if error is None else f"; the relative error of the outputs is {error:.2g}"
+    return f"converted: {len(report.layers)} MLPs{compared}"
 
 
 def _create_model(config: Config, classes: int | None) -> nn.Module:
