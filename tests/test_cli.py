@@ -647,7 +647,7 @@ def test_export_of_a_run_for_timm(run, tmp_path, capsys):
     assert "epochs: 1\n" in settings
     assert str(run) not in settings + card
     line = _fails(capsys, ["export", run, "--format=timm", "--output", tmp_path / "kat"])
-    assert "is there already; a new or an empty folder is wanted" in line
+    assert "already exists and is not an empty folder; choose a new or empty one" in line
 
 
 @pytest.mark.parametrize(

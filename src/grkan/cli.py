@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data",
         type=_name,
-        help="training images to fit the functions to, as for train (by default the weights decide)",
+        help="training images to fit the functions to, as for train (by default, the weights predict the inputs)",
     )
     sub.add_argument(
         "--images", type=_positive, default=256, metavar="N", help="the number of training images to use (%(default)s)"
@@ -630,7 +630,7 @@ def _bench(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("rounds", "threads", "device")}
     given = {name: value for name, value in settings.items() if value is not None}
     if options.suite == "kernels" and given:
-        raise GrkanValueError(f"--{next(iter(given))} does not go with kernels, which are compiled and not timed")
+        raise GrkanValueError(f"--{next(iter(given))} cannot be used with kernels, which are compiled but not timed")
     from .bench import run_kernels, run_suite
 
     if options.suite == "kernels":

@@ -35,7 +35,7 @@ class GroupParallel(ParallelStyle):
     a DTensor, or the local channels of this rank, and returns the same kind.
 
     Raises:
-        TypeError: the module is no `GroupRational`.
+        TypeError: the module is not a `GroupRational`.
         ValueError: the number of ranks does not divide its number of groups.
     """
 
@@ -92,7 +92,7 @@ def shard_(
         The module.
 
     Raises:
-        TypeError: module is no module.
+        TypeError: module is not a module.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 

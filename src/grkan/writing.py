@@ -105,7 +105,7 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise OSError(errno.EEXIST, "is there already; a new or an empty folder is wanted", str(path))
+        raise OSError(errno.EEXIST, "already exists and is not an empty folder; choose a new or empty one", str(path))
     check_writable(target / "file" if target.is_dir() else target)
 
 

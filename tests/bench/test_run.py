@@ -99,9 +99,9 @@ def test_a_missing_timm_is_named_with_its_extra():
         (["ops", "--device=cuda"], 1, "device is 'cuda', but PyTorch finds no GPU"),
         (["ops", "--json", "nowhere/ops.json"], 1, "nowhere: there is no such folder"),
         (["kernels", "--json", "nowhere/kernels.json"], 1, "nowhere: there is no such folder"),
-        (["kernels", "--rounds=15"], 1, "--rounds does not go with kernels"),
-        (["kernels", "--threads=2"], 1, "--threads does not go with kernels"),
-        (["kernels", "--device=cpu"], 1, "--device does not go with kernels"),
+        (["kernels", "--rounds=15"], 1, "--rounds cannot be used with kernels"),
+        (["kernels", "--threads=2"], 1, "--threads cannot be used with kernels"),
+        (["kernels", "--device=cpu"], 1, "--device cannot be used with kernels"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_at_once(arguments, status, message, capsys, monkeypatch, tmp_path):

@@ -349,7 +349,7 @@ def test_what_is_never_called_is_not_converted():
         model = nn.Sequential(Unused(), with_activation(nn.GELU()))
         report = convert_(model, calibration=calibration)
         assert [layer["name"] for layer in report.layers] == ["1"]
-        assert report.skipped == [("0.act", "silu: its module is called, but never calls it")]
+        assert report.skipped == [("0.act", "silu: its module runs, but never calls it")]
 
 
 class Second(MLP):

@@ -355,7 +355,7 @@ class _Finder:
             site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
             reason = observe.why_not(places)
         elif self.seen is not None and parent in self.seen.called and parent._modules.get(slot) not in self.seen.called:
-            site, reason = None, "its module is called, but never calls it"
+            site, reason = None, "its module runs, but never calls it"
         elif self.named(full, name):
             site = site or self.alone(name, parent, slot, activation)
         doubt = "" if self.named(full, name) else "a gate" if activation.name in _GATES else reason

@@ -107,8 +107,8 @@ class Job:
                 difference = float((got - wanted.double()).abs().max()) / (scale or 1.0) if wanted.numel() else 0.0
                 if not difference <= tolerance:
                     raise GrkanRuntimeError(
-                        f"{what} computes something else than PyTorch: for inputs of shape {shapes}, {name} differs by "
-                        f"{difference:.2g} of its largest number, more than the tolerance "
+                        f"{what} computes something different from PyTorch: for inputs of shape {shapes}, {name} "
+                        f"differs by {difference:.2g} of its largest number, more than the tolerance "
                         f"{tolerance:g}; nothing was written"
                     )
                 worst = max(worst, difference)

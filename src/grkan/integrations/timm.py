@@ -59,7 +59,7 @@ def grkan_converted(
         grkan: a mapping with architecture, a name in timm's registry, and conversion, a recipe.
 
     Raises:
-        ValueError: grkan is None; or the conversion is no recipe, or does not fit the model.
+        ValueError: grkan is None; or the conversion is not a recipe, or does not fit the model.
     """
     if grkan is None:
         raise GrkanValueError(

@@ -92,7 +92,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
     Raises:
         ImportError: safetensors, or timm for a model of its registry, is missing.
         FileNotFoundError: there is no such file.
-        TypeError: path is no path, or model is no module.
+        TypeError: path is not a path, or model is not a module.
         ValueError: the file is not one of grkan's, is damaged or of a newer version; the model cannot be built, or is
             on the meta device; or file and model differ in names, shapes, or the form of a rational function. The
             message says which.

@@ -31,7 +31,7 @@ def count_operations(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)
           nothing else. Other tools call them MACs; `torch.utils.flop_counter` counts twice as many.
 
     Raises:
-        TypeError: model is no module; input_size is no sequence of ints.
+        TypeError: model is not a module; input_size is not a sequence of ints.
         ValueError: input_size has a number below 1, or the model does not take an input of that size; the message gives
             the reason.
     """

@@ -15,7 +15,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     several names is listed under all of them.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     coefficients = _coefficients(check_module("model", model))
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in coefficients}
@@ -40,7 +40,7 @@ def param_groups(
         empty groups are left out.
 
     Raises:
-        TypeError: model is no module, or a rate is no number.
+        TypeError: model is not a module, or a rate is not a number.
         ValueError: a rate is negative.
     """
     coefficients = _coefficients(check_module("model", model))

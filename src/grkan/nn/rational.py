@@ -152,7 +152,7 @@ class GroupRational(nn.Module):
         """Return one group's current F as a plain function in float64: a float gives a float, a numpy array an array.
 
         Raises:
-            TypeError: group is no int.
+            TypeError: group is not an int.
             ValueError: there is no such group.
         """
         group = check_integer("group", group)

@@ -61,7 +61,7 @@ def canonical_name(name: str, argument: str = "name") -> str:
     """Return the name itself, or the name that it is an alias of: "swish" gives "silu".
 
     Raises:
-        TypeError: `name` is no string; the messages call it `argument`.
+        TypeError: `name` is not a string; the messages call it `argument`.
         ValueError: no function has that name; the message lists all names, then the nearest one.
     """
     if not isinstance(name, str):
