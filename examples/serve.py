@@ -115,7 +115,7 @@ def main() -> None:
     try:
         classifier = Classifier(options.model, options.threads)
     except (ValueError, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
-        parser.error(f"--model: {error}")
+        parser.error(f"--model: {str(error).strip()}")
     uvicorn.run(create_app(classifier), host=options.host, port=options.port)
 
 

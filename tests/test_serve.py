@@ -136,7 +136,7 @@ def test_a_model_that_is_not_for_images(serve, tmp_path, monkeypatch, capsys):
     messages = {
         "layer": "does not say how to preprocess images",
         "noise": "Protobuf parsing failed",
-        "empty": "No graph was found",
+        "empty": " graph",  # ONNX Runtime 1.20: does not have a graph; 1.27: No graph was found
         "none": "there is no file",
     }
     for name, message in messages.items():

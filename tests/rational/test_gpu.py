@@ -494,8 +494,10 @@ def test_the_sign_of_what_underflows_is_kept(stats, target):
         r"(FFMA|DFMA) \S+, \S+, \S+, RZ ;|v_((?:pk_)?fma_f\d\d) [^,]+, [^,]+, [^,]+, 0(?: op_sel.*)?\n", code
     )
     names = [nvidia or amd for nvidia, amd in found]
-    assert names.count("FFMA") + names.count("fma_f32") + 2 * names.count("pk_fma_f32") == 8
-    assert names.count("DFMA") + names.count("fma_f64") == 1
+    single = names.count("FFMA") + names.count("fma_f32") + 2 * names.count("pk_fma_f32")
+    double = names.count("DFMA") + names.count("fma_f64")
+    assert double  # Triton 3.6 has both of them twice
+    assert single == 8 * double
 
 
 def test_narrow_vectors_compile(stats):

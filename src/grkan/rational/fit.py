@@ -304,7 +304,11 @@ class _Problem:
         b = z[self.basis.m + 1 :]
         inner = [(self.basis.columns(factor * self.outside)[1] @ b).reshape(2, -1) for factor in _FAR]
         sides = np.hstack(inner)
-        crosses = self.basis.form == "abs_of_sum" and any(np.any(side > 0) and np.any(side < 0) for side in sides)
+        # An A that only touches zero may be negative by a rounding error.
+        rounding = 1e-12 * np.abs(sides).max(initial=0.0)
+        crosses = self.basis.form == "abs_of_sum" and any(
+            side.max(initial=0.0) > rounding and side.min(initial=0.0) < -rounding for side in sides
+        )
         return not crosses and bool(np.all(np.abs(self.error(z, self.outside)) <= self.allowed * 1.02))
 
 
