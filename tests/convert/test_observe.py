@@ -72,6 +72,23 @@ class OddName(MLP):
         return self.fc2(self.nonlinearity(self.fc1(x)))
 
 
+def _default_gate(self, x):
+    return self.nonlinearity(x)
+
+
+class Given(nn.Module):
+    """Calls a function in an attribute from a method that was given to the class under another name."""
+
+    _gate = _default_gate
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.nonlinearity = nn.Linear(16, 32), nn.Linear(32, 16), F.gelu
+
+    def forward(self, x):
+        return self.fc2(self._gate(self.fc1(x)))
+
+
 class StarReLU(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,6 +199,7 @@ MODELS = {
     "written out": (Written, "linear", "y * torch.sigmoid(1.702 * y)", 8),
     "written out, and squared": (WrittenGate, "linear", "u * (u * F.softplus(u).tanh())", 8),
     "attribute of any name": (OddName, "linear", "gelu", 8),
+    "attribute that a given function calls": (Given, "linear", "gelu", 8),
     "PReLU": (lambda: with_activation(nn.PReLU()), "linear", "PReLU", 8),
     "PReLU of channels": (lambda: PixelNorm(nn.Linear(16, 32), nn.PReLU(32), nn.Linear(32, 16)), "linear", "PReLU", 8),
     "StarReLU": (lambda: with_activation(StarReLU()), "linear", "squared_relu", 8),

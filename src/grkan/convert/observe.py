@@ -283,6 +283,9 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
         method, node = calls.find(type(owner), frame.f_code, frame.f_lasti)
     except Exception as error:  # the source may be anything
         seen.problem = str(error) or type(error).__name__
+        # A function that was given to the class under another name is not found, but may call one that the owner holds.
+        held = [key for key in frame.f_code.co_names if callable(vars(owner).get(key))]
+        seen.slot = held[0] if len(held) == 1 else None
         return seen
     seen.label = ast.unparse(node.func).rpartition(".")[2] if isinstance(node.func, ast.Attribute) else name
     target = node.func
