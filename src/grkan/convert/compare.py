@@ -60,7 +60,7 @@ class KeptBatches:
         """Return some rows of the model's first output that is not a loss, for a batch."""
         masks = real_tokens(batch)
         found = None if self.inside else main_output(self.run(self.model, batch))
-        if found is None or not found.any():  # only tokens, a loss, or zeros of a new head: look inside the model
+        if found is None or _is_zero(found):  # only tokens, a loss, or zeros of a new head: look inside the model
             inside = self.output_inside(batch)
             self.inside = inside is not None
             found = found if inside is None else inside
@@ -72,7 +72,7 @@ class KeptBatches:
         parts: list[Tensor] = []
 
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if (found := main_output(output)) is not None and found.any():
+            if (found := main_output(output)) is not None and not _is_zero(found):
                 if module is self.model:
                     own.append(found.detach().clone()) if not own else None
                 else:
@@ -93,9 +93,14 @@ class KeptBatches:
                 if now is not None and now.shape == output.shape:
                     before.append(output)
                     after.append(now)
-        if not any(output.any() for output in before + after):
+        if all(map(_is_zero, before + after)):
             return None, None
         return _cosine_and_error(before, after)
+
+
+def _is_zero(output: Tensor) -> bool:
+    parts = output.unbind() if output.is_nested else [output]  # nested tensors lack `any`
+    return not any(part.any() for part in parts)
 
 
 def main_output(output: Any, name: str = "") -> Tensor | None:
