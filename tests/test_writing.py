@@ -277,7 +277,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, exists):
         (folder / "file").write_text("whole")
     assert (path / "file").read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileExistsError, match="a new or an empty folder is wanted"), new_folder(path):
+    with pytest.raises(FileExistsError, match="already exists and is not an empty folder"), new_folder(path):
         pass
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "missing" / "folder"):
         pass

@@ -52,7 +52,7 @@ def test_mistakes(arguments, kind, message, tmp_path, monkeypatch):
 
 def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="a new or an empty folder is wanted"):
+    with pytest.raises(FileExistsError, match="already exists and is not an empty folder"):
         grkan.export(Never(), tmp_path, format="timm")
     assert (tmp_path / "file").read_text() == "mine"
 
