@@ -362,6 +362,24 @@ class Unused(MLP):
         return self.fc2(self.fc1(x))
 
 
+def _direct_gate(self, x):
+    return self.nonlinearity(F.silu(x))
+
+
+class GivenBoth(Given):
+    """The same method calls an activation that it does not take from an attribute."""
+
+    _gate = _direct_gate
+
+
+def test_every_activation_of_a_given_method_is_converted_or_named():
+    for calibration in (data(), None):
+        model = GivenBoth()
+        model.nonlinearity = torch.sin  # not what the other place calls
+        report = convert_(nn.Sequential(model, with_activation(nn.GELU())), calibration=calibration)
+        assert any("silu" in reason for _, reason in report.skipped), report
+
+
 def test_what_is_never_called_is_not_converted():
     for calibration in (data(), None):
         model = nn.Sequential(Unused(), with_activation(nn.GELU()))

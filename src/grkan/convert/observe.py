@@ -285,7 +285,8 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
         seen.problem = str(error) or type(error).__name__
         # A function that was given to the class under another name is not found, but may call one that the owner holds.
         held = [key for key in frame.f_code.co_names if callable(vars(owner).get(key))]
-        seen.slot = held[0] if len(held) == 1 else None
+        if len(held) == 1 and _is_called(vars(owner)[held[0]], name, frame):
+            seen.slot = held[0]
         return seen
     seen.label = ast.unparse(node.func).rpartition(".")[2] if isinstance(node.func, ast.Attribute) else name
     target = node.func
@@ -302,6 +303,17 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
         seen.call, seen.problem = method.recipe(whole, tensor), ""
         seen.label = seen.call.source
     return seen
+
+
+def _is_called(function: Any, name: str, frame: FrameType) -> bool:
+    """Return whether a function is what a frame calls: it runs now, or, if it is built in, has the operation's name."""
+    function = getattr(function, "func", function)  # of a partial
+    if not hasattr(function, "__code__"):
+        return getattr(function, "__name__", "") == name
+    inner = sys._getframe()
+    while inner.f_back is not None and inner.f_back is not frame:
+        inner = inner.f_back
+    return inner.f_code is function.__code__
 
 
 def _around(
