@@ -270,6 +270,8 @@ class Row:
     """The row whose learning rate this row uses."""
     decayed: bool = False
     """Whether weight decay applies to the coefficients."""
+    coefficient_rate: float = 1.0
+    """The learning rate of the coefficients, as a multiple of that of all other parameters."""
 
 
 def _operations(hidden: int, matrices: int = 2, rational: int = 0, per_scalar: int = 21) -> int:
@@ -301,6 +303,14 @@ ROWS = {
     ),
     "published": Row(
         "GR-KAN, start as published", as_published, _operations(HIDDEN, 2, WIDTH + HIDDEN), decayed=True
+    ),
+    "grkan8-slow": Row(
+        "GR-KAN, 8 groups, coefficients at a tenth of the rate", gr_kan,
+        _operations(HIDDEN, 2, WIDTH + HIDDEN), tuned_as="grkan8", coefficient_rate=0.1,
+    ),
+    "grkan1-slow": Row(
+        "GR-KAN, 1 group, coefficients at a tenth of the rate", lambda: gr_kan(num_groups=1),
+        _operations(HIDDEN, 2, WIDTH + HIDDEN), tuned_as="grkan1", coefficient_rate=0.1,
     ),
     "grkan8-fewer": Row(
         "GR-KAN, 8 groups, as many operations as GELU", lambda: gr_kan(FEWER),
@@ -377,10 +387,11 @@ def train(run: Run, output: Path, settings: Settings) -> None:
     row, text = ROWS[run.row], Text(output, settings)
     torch.manual_seed(run.seed)
     model = Decoder(row, settings)
-    groups = grkan.param_groups(model, WEIGHT_DECAY)
+    groups = grkan.param_groups(model, WEIGHT_DECAY, lr=run.rate, coefficient_lr=run.rate * row.coefficient_rate)
     if row.decayed:
         groups[-1]["weight_decay"] = WEIGHT_DECAY
     optimiser = torch.optim.AdamW(groups, lr=run.rate, betas=(0.9, 0.95))
+    peaks = [group["lr"] for group in groups]
     steps = run.tokens // (settings.batch * settings.context)
     warmup, every = max(1, steps // 20), max(1, steps // settings.curve_points)
     state, curve, first, seconds = output / f"{run.name}.pt", [], 0, 0.0
@@ -393,8 +404,8 @@ def train(run: Run, output: Path, settings: Settings) -> None:
     for step in range(first, steps):
         progress = max(0.0, (step - warmup) / max(1, steps - warmup))
         factor = min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        for group in optimiser.param_groups:
-            group["lr"] = run.rate * factor
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
         inputs, targets = text.draw(run.seed, step)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimiser.zero_grad()
@@ -454,7 +465,7 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     tokens, ordered = settings.tokens, [*MAIN, *(name for name in ROWS if name not in MAIN)]
     searched = [name for name in ordered if ROWS[name].tuned_as is None]
     others = [name for name in searched if name not in MAIN]
-    fewer = [name for name in ordered if ROWS[name].tuned_as is not None]
+    tuned_as_others = [name for name in ordered if ROWS[name].tuned_as is not None]
     wanted: list[tuple[Run | None, int]] = []
 
     def rates(names: Sequence[str]) -> None:
@@ -467,10 +478,11 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
                 wanted.append((None if rate is None else Run(name, length, rate, seed), length))
 
     rates(MAIN)
+    seeds(tuned_as_others, range(1), tokens)
     seeds(MAIN, range(1, settings.main_seeds), tokens)
     rates(others)
     seeds(MAIN, range(1), settings.long)
-    seeds(fewer, range(settings.other_seeds), tokens)
+    seeds(tuned_as_others, range(1, settings.other_seeds), tokens)
     seeds(others, range(1, settings.other_seeds), tokens)
     seeds(MAIN, range(1, settings.other_seeds), settings.long)
     return [(run, length) for run, length in wanted if run is None or run not in done]
