@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -497,7 +498,7 @@ def study(output: Path, settings: Settings, jobs: int = 1) -> None:
             train(left[0], output, settings)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would share PyTorch's threads
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_stop_with_the_study) as pool:
         running: dict[Future[None], Run] = {}
         while True:
             left = [
@@ -512,6 +513,18 @@ def study(output: Path, settings: Settings, jobs: int = 1) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
                 future.result()
+
+
+def _stop_with_the_study() -> None:
+    """End this worker when the study is killed: otherwise it goes on beside the next one."""
+
+    def watch() -> None:
+        study_process = multiprocessing.parent_process()
+        assert study_process is not None
+        study_process.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def print_plan(output: Path, settings: Settings, jobs: int) -> None:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,51 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert "±" in written
     assert (tmp_path / "language_curves.png").stat().st_size > 1000
     assert (tmp_path / "language_functions.png").stat().st_size > 1000
+
+
+STUDY_WITHOUT_END = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {studies!r})
+import language
+if __name__ == "__main__":
+    settings = language.Settings(
+        vocabulary=300, context=16, batch=2, tokens=10**9, validation_windows=4, held_out=4, checkpoint_seconds=0.0
+    )
+    output = Path({output!r})
+    texts = [(f"document {{n}}", " ".join(str(n * i) for i in range(60))) for n in range(40)]
+    language.prepare(lambda: iter(texts), output, settings)
+    language.study(output, settings, jobs=2)
+"""
+
+
+def test_the_workers_end_with_a_killed_study(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "program.py").write_text(STUDY_WITHOUT_END.format(studies=str(STUDIES), output=str(tmp_path)))
+
+    def states():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+
+    program = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(states()) == 2)
+    finally:
+        program.kill()
+        program.wait()
+
+    def is_still():
+        before = states()
+        time.sleep(2.0)
+        return states() == before
+
+    wait_until(is_still)
+
+
+def wait_until(condition):
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 @pytest.fixture
