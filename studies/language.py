@@ -233,6 +233,9 @@ class XIELU(nn.Module):
         return torch.where(x > 0, above, below) + 0.5 * x
 
 
+FUNCTIONS = (PolyNorm, XIELU, grkan.GroupRational)  # those with parameters
+
+
 def gr_kan(hidden: int = HIDDEN, frozen: bool = False, **arguments: Any) -> nn.Module:
     layer = grkan.GRKAN(WIDTH, hidden, bias=False, **arguments)
     if frozen:
@@ -271,6 +274,8 @@ class Row:
     """The row whose learning rate this row uses."""
     decayed: bool = False
     """Whether weight decay applies to the coefficients."""
+    clipped_together: bool = False
+    """Whether weights and coefficients share one gradient norm when they are clipped, as in most trainers."""
     coefficient_rate: float = 1.0
     """The learning rate of the coefficients, as a multiple of that of all other parameters."""
 
@@ -312,6 +317,13 @@ ROWS = {
     "grkan1-slow": Row(
         "GR-KAN, 1 group, coefficients at a tenth of the rate", lambda: gr_kan(num_groups=1),
         _operations(HIDDEN, 2, WIDTH + HIDDEN), tuned_as="grkan1", coefficient_rate=0.1,
+    ),
+    "grkan8-together": Row(
+        "GR-KAN, 8 groups, clipped together", gr_kan, _operations(HIDDEN, 2, WIDTH + HIDDEN), clipped_together=True
+    ),
+    "grkan1-together": Row(
+        "GR-KAN, 1 group, clipped together", lambda: gr_kan(num_groups=1),
+        _operations(HIDDEN, 2, WIDTH + HIDDEN), clipped_together=True,
     ),
     "grkan8-fewer": Row(
         "GR-KAN, 8 groups, as many operations as GELU", lambda: gr_kan(FEWER),
@@ -393,6 +405,9 @@ def train(run: Run, output: Path, settings: Settings) -> None:
         groups[-1]["weight_decay"] = WEIGHT_DECAY
     optimiser = torch.optim.AdamW(groups, lr=run.rate, betas=(0.9, 0.95))
     peaks = [group["lr"] for group in groups]
+    learned = [p for module in model.modules() if isinstance(module, FUNCTIONS) for p in module.parameters()]
+    weights = [p for p in model.parameters() if not any(p is q for q in learned)]
+    parts = [[*weights, *learned]] if row.clipped_together else [weights, learned]
     steps = run.tokens // (settings.batch * settings.context)
     warmup, every = max(1, steps // 20), max(1, steps // settings.curve_points)
     state, curve, first, seconds = output / f"{run.name}.pt", [], 0, 0.0
@@ -411,7 +426,8 @@ def train(run: Run, output: Path, settings: Settings) -> None:
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in parts:
+            nn.utils.clip_grad_norm_(part, 1.0)
         optimiser.step()
         if (step + 1) % every == 0:
             curve.append([step + 1, text.bits_per_byte(model, settings.curve_windows)])
