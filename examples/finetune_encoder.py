@@ -55,6 +55,12 @@ def choose_parameters(model: torch.nn.Module, trainable: str) -> torch.nn.Module
     return model
 
 
+def clip_each_group(optimiser: torch.optim.Optimizer, *_: object) -> None:
+    """Clip the gradients of the functions separately: in a norm of all gradients they would outweigh the others."""
+    for group in optimiser.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a name on the hub, or a folder")
@@ -92,16 +98,19 @@ def main() -> None:
         per_device_train_batch_size=16,
         learning_rate=options.lr or (5e-5 if options.trainable == "all" else 1e-3),
         lr_scheduler_type="cosine",
+        max_grad_norm=0.0,  # clip_each_group does it
         save_strategy="no",
         report_to=[],
     )
     # A step of Adam changes a coefficient by about the learning rate. At x = 10, adding 1e-5 to the coefficient of x^5
     # adds 1 to the numerator.
     groups = grkan.param_groups(model, 0.01, lr=arguments.learning_rate, coefficient_lr=options.function_lr)
+    optimiser = torch.optim.AdamW(groups)
+    optimiser.register_step_pre_hook(clip_each_group)
     trainer = Trainer(
         model,
         arguments,
-        optimizers=(torch.optim.AdamW(groups), None),
+        optimizers=(optimiser, None),
         train_dataset=encode(tokenizer, *train, classes),
         eval_dataset=encode(tokenizer, *test, classes),
         data_collator=DataCollatorWithPadding(tokenizer),

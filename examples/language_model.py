@@ -135,7 +135,9 @@ def main() -> None:
         for batch in train:
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            # Clip the functions separately: in a norm of all gradients they would outweigh the weights.
+            for group in optimiser.param_groups:
+                accelerator.clip_grad_norm_(group["params"], 1.0)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()

@@ -160,7 +160,8 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
         loss = F.cross_entropy(model(batch), labels)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimiser.step()
     model.eval()
     right = 0

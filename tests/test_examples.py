@@ -1,6 +1,8 @@
 """Every program of examples/ runs on tiny data and does what it says; a mistake ends it with one clear line."""
 
+import gc
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -44,6 +46,31 @@ def fails(run, capsys):
 
 
 @pytest.fixture
+def clipped(monkeypatch):
+    """Return the calls that clip gradients: for each, whether its parameters are coefficients of functions."""
+    clip, calls, functions = torch.nn.utils.clip_grad_norm_, [], set()
+
+    def record(parameters, max_norm, *arguments, **options):
+        parameters = list(parameters)
+        if max_norm == math.inf:  # the Trainer only measures the norm
+            return clip(parameters, max_norm, *arguments, **options)
+        if not calls:
+            rationals = [thing for thing in gc.get_objects() if type(thing) is grkan.GroupRational]
+            functions.update(id(p) for rational in rationals for p in rational.parameters())
+        calls.append({id(p) in functions for p in parameters})
+        return clip(parameters, max_norm, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    return calls
+
+
+def check_clipping(clipped):
+    assert {True} in clipped
+    assert {False} in clipped
+    assert {True, False} not in clipped
+
+
+@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{n} times {n} is {n * n}, and {n} and {n} is {2 * n}.\n" for n in range(800)))
@@ -51,7 +78,7 @@ def text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_language_model(kind, run, text, tmp_path):
+def test_language_model(kind, run, clipped, text, tmp_path):
     for package in ("transformers", "tokenizers", "accelerate"):
         pytest.importorskip(package)
     sizes = ["--vocabulary", 300, "--width", 32, "--layers", 1, "--groups", 4, "--context", 128, "--batch", 2]
@@ -60,6 +87,7 @@ def test_language_model(kind, run, text, tmp_path):
     bits = [float(line.split()[-4]) for line in output.splitlines() if line.startswith("step")]
     assert len(bits) == 10
     assert bits[-1] < 0.8 * bits[0]
+    check_clipping(clipped)
     sample = output.rpartition("bits per byte\n")[2]
     assert len(sample) > 150
     assert any(word in sample for word in ("times", "and"))
@@ -100,12 +128,13 @@ def test_mistakes_in_the_text_of_a_language_model(fails, text, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["all", "lora", "functions"])
-def test_finetune_encoder(trainable, run, encoder, tmp_path):
+def test_finetune_encoder(trainable, run, clipped, encoder, tmp_path):
     files = ["--train", tmp_path / "train.tsv", "--test", tmp_path / "test.tsv", "--output", tmp_path / "out"]
     rates = ["--lr", 3e-3 if trainable == "all" else 1e-2, "--function-lr", 1e-2]
     output = run("finetune_encoder.py", "--model", encoder, *files, "--trainable", trainable, "--epochs", 32, *rates)
     assert "converted 2 MLPs" in output
     assert float(output.split()[-1]) > (0.75 if trainable == "functions" else 0.9)  # one half at the start
+    check_clipping(clipped)
     if trainable == "functions":
         assert (tmp_path / "out/functions.safetensors").stat().st_size < 10_000
     else:
@@ -125,7 +154,7 @@ def test_mistakes_in_the_files_of_an_encoder(fails, encoder, tmp_path):
     assert "entry 2 has no tab" in fails(*files)
 
 
-def test_finetune_vit(run, fails, tmp_path):
+def test_finetune_vit(run, clipped, fails, tmp_path):
     pytest.importorskip("timm")
     image = pytest.importorskip("PIL.Image")
     for split in ("train", "val"):
@@ -138,6 +167,7 @@ def test_finetune_vit(run, fails, tmp_path):
     output = run("finetune_vit.py", *arguments, "--epochs", 4, "--lr", 1e-3, "--output", tmp_path / "kat.safetensors")
     assert "converted" in output
     assert float(output.split()[-2]) > 90
+    check_clipping(clipped)
     (tmp_path / "data/val/dark").rename(tmp_path / "data/val/black")
     assert "must have the same classes" in fails("finetune_vit.py", *arguments)
     assert "there is no folder" in fails("finetune_vit.py", "--data", tmp_path / "none")
