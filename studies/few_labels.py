@@ -36,9 +36,7 @@ PACKAGE = "sentiment@5.0.2"
 SIZES, SEEDS, STEPS, BATCH, HELD_OUT, MAX_TOKENS = (100, 300, 1000), 5, 60, 16, 1000, 32
 RATES = {"all": (5e-5, 1.5e-4), "lora": (1.5e-3, 5e-3), "few": (5e-3, 1.5e-2)}
 TUNED_WITH = 300
-# A step of Adam changes a coefficient by about the learning rate. At x = 10, adding 1e-5 to the coefficient of x^5 adds
-# 1 to the numerator.
-FUNCTION_RATE = 1e-5
+FUNCTION_RATE = 3e-3  # with `grkan.scale_coefficient_steps`
 MARKS = ("<!-- few labels -->\n", "<!-- end of few labels -->")
 
 
@@ -148,8 +146,11 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
     held_out.sort(key=lambda pair: len(pair[0]))
 
     torch.manual_seed(run.seed)
-    model = make_classifier(method, encoder, encode(random.Random(run.seed).sample(chosen, min(run.size, 100)))[0])
+    some = encode(random.Random(run.seed).sample(chosen, min(run.size, 100)))[0]
+    model = make_classifier(method, encoder, some)
     optimiser = torch.optim.AdamW(grkan.param_groups(model, 0.01, lr=run.rate, coefficient_lr=FUNCTION_RATE))
+    if method.functions:
+        grkan.scale_coefficient_steps(optimiser, encoder, [some])
     model.train()
     generator = torch.Generator().manual_seed(run.seed)
     rates = [group["lr"] for group in optimiser.param_groups]

@@ -17,6 +17,7 @@ from .rational.op import group_rational, rational_linear, set_backend
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_
     from .convert.recipe import apply_conversion_
+    from .convert.steps import scale_coefficient_steps
     from .export import export, plain
     from .export.library import onnx_library
     from .models.files import load_model, save_model
@@ -40,6 +41,7 @@ _LAZY = {
     "onnx_library": ("grkan.export.library", "onnx"),
     "plain": ("grkan.export", "models"),
     "save_model": ("grkan.models.files", "models"),
+    "scale_coefficient_steps": ("grkan.convert.steps", "fit"),
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "plain",
     "rational_linear",
     "save_model",
+    "scale_coefficient_steps",
     "set_backend",
     "variance_gain",
 ]

@@ -3,15 +3,14 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
@@ -20,6 +19,7 @@ from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
+from .batches import as_batches, check_forward, no_batches, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor, real_tokens
 from .compare import KeptBatches, errors_alone, output_error
 from .observe import Observation, observe
@@ -120,8 +120,7 @@ def convert_(
         raise GrkanValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
     from_scratch = check_choice("start", start, tuple(_ACT_INIT)) == "scratch"
     act_init = _check_act_init(_ACT_INIT[start] if act_init is None else act_init)
-    if forward is not None and not callable(forward):
-        raise GrkanTypeError(f"forward must be callable as forward(model, batch); got {forward!r}")
+    check_forward(forward)
     if not isinstance(max_error, (int, float)) or isinstance(max_error, bool):
         raise GrkanTypeError(f"max_error must be a number; got {max_error!r}")
     if not max_error > 0:
@@ -166,7 +165,7 @@ def _convert(
         raise _nothing_to_convert(model, skipped)
 
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
-    kept = KeptBatches(model, partial(_run, forward=forward))
+    kept = KeptBatches(model, partial(run_on, forward=forward))
     if calibration is not None:
         _calibrate(kept, chosen, histograms, batches)
     elif seen is not None and trial is not None:
@@ -228,9 +227,9 @@ def _trial(
     """Return the batches, and a function that runs the model once: on the first batch, or on an input made for it."""
     if calibration is None:
         return iter(()), trial_run(model)
-    batches = _batches(calibration)
+    batches = as_batches(calibration)
     first = list(islice(batches, 1))
-    run = partial(_run, model, copy.deepcopy(first[0]), forward) if first else None
+    run = partial(run_on, model, copy.deepcopy(first[0]), forward) if first else None
     return chain(first, batches), run
 
 
@@ -311,34 +310,6 @@ def _check_mlps(
     )
 
 
-def _batches(calibration: Any) -> Iterator[Any]:
-    if isinstance(calibration, (Tensor, Mapping)):
-        return iter([calibration])
-    if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
-        raise GrkanTypeError(
-            f"calibration must be an iterable of batches, a Tensor or a Mapping; got {type(calibration).__name__}"
-        )
-    return iter(calibration)
-
-
-def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
-    """Return the model's output, with the same random numbers each time; the user's generators do not change."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(0)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(0)
-        if forward is not None:
-            return forward(model, batch)
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, (tuple, list)) and batch:
-            return model(batch[0])
-        if isinstance(batch, Tensor):
-            return model(batch)
-    raise GrkanTypeError(f"a batch must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
-
-
 def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram], batches: Iterator[Any]) -> None:
     """Fill the histograms, keep some batches, and correct the layouts that the structure suggested."""
     number = -1
@@ -351,10 +322,7 @@ def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram]
             try:
                 kept.feed(number, batch)
             except Exception as error:
-                raise GrkanValueError(
-                    f"calibration must have batches that the model accepts; batch {number} raises "
-                    f"{type(error).__name__}: {' '.join(str(error).split())}"
-                ) from error
+                raise rejected(number, error) from error
             for site, histogram in zip(sites, histograms, strict=True):
                 if histogram.problem.endswith("not finite"):
                     raise GrkanValueError(
@@ -365,7 +333,7 @@ def _calibrate(kept: KeptBatches, sites: list[Site], histograms: list[Histogram]
                 if watch.calls:  # one batch is enough
                     watch.stop_watching()
     if number < 0:
-        raise GrkanValueError("calibration must have at least one batch; it is empty, or a generator that is used up")
+        raise no_batches()
     if not any(histogram.samples for histogram in histograms) and not any(h.problem for h in histograms):
         raise GrkanValueError("calibration must reach an MLP; no batch reaches any of the activations")
     for histogram, site, watch in zip(histograms, sites, watched, strict=True):

@@ -104,6 +104,26 @@ def rational_backward(
     return dx.to(x.dtype), _gather(terms_a, numerator), _gather(terms_b, denominator)
 
 
+def sums_of_squares(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how large F and its derivatives by the coefficients are on the scalars of each group.
+
+    Args:
+        x, numerator, denominator, form: as for `rational`, with x of shape [G, W].
+
+    Returns:
+        The sums over the scalars of F^2, [G, 1]; of (dF/da_i)^2, [G, m + 1]; and of (dF/db_j)^2, [G, n], in float64.
+    """
+    z, a = x.double(), _columns(numerator, torch.float64)
+    b = _magnitudes(_columns(denominator, torch.float64), form)
+    _, _, terms_a, terms_b = _ratio_backward(torch.ones_like(z), z, a, b, form)
+    value = _ratio(z, a, b, form)
+
+    def sums(terms: list[Tensor]) -> Tensor:
+        return torch.stack([term.square().sum(-1) for term in terms], -1) if terms else z.new_zeros(len(z), 0)
+
+    return sums([value]), sums(terms_a), sums(terms_b)
+
+
 def _arithmetic(
     x: Tensor, numerator: Tensor, denominator: Tensor, form: str, grad: Tensor | None = None
 ) -> torch.dtype:
