@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--trainable", choices=("all", "lora", "functions"), default="lora")
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--lr", type=float, help="default: 5e-5 for all, 1e-3 otherwise")
-    parser.add_argument("--function-lr", type=float, default=1e-5, help="learning rate of the functions (1e-5)")
+    parser.add_argument("--function-lr", type=float, default=3e-3, help="learning rate of the functions (3e-3)")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_encoder"))
     options = parser.parse_args()
 
@@ -102,11 +102,11 @@ def main() -> None:
         save_strategy="no",
         report_to=[],
     )
-    # A step of Adam changes a coefficient by about the learning rate. At x = 10, adding 1e-5 to the coefficient of x^5
-    # adds 1 to the numerator.
     groups = grkan.param_groups(model, 0.01, lr=arguments.learning_rate, coefficient_lr=options.function_lr)
     optimiser = torch.optim.AdamW(groups)
     optimiser.register_step_pre_hook(clip_each_group)
+    # Activations are large in places, where a step on the coefficient of x^5 would change much more than others do.
+    grkan.scale_coefficient_steps(optimiser, model, [batch])
     trainer = Trainer(
         model,
         arguments,

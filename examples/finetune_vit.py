@@ -70,6 +70,8 @@ def main() -> None:
     # The functions may learn faster than the weights, which are pretrained.
     groups = grkan.param_groups(model, 0.05, lr=options.lr, coefficient_lr=10 * options.lr)
     optimiser = torch.optim.AdamW(groups)
+    # Activations are large in places, where a step on the coefficient of x^5 would change much more than others do.
+    grkan.scale_coefficient_steps(optimiser, model, images.to(device))
     steps = options.epochs * len(train)
     schedule = CosineLRScheduler(optimiser, steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
     step = 0

@@ -85,6 +85,7 @@ class _Scaling:
 
     @torch.no_grad()
     def scale(self, *_: Any) -> None:
+        self.scales = [(p, scale.to(p.device)) for p, scale in self.scales]  # the model may have moved
         for (parameter, scale), before in zip(self.scales, self.before, strict=True):
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
