@@ -438,6 +438,27 @@ def ddp():
 
 
 @check
+def steps_scaled_by_the_data_of_both():
+    """Each process calibrates with its part; a sharded model is refused."""
+    one, x = grkan.GRKAN(16, 32, 16), 9.0 * numbers(40, 16)
+    two = copy.deepcopy(one)
+    gradient = [torch.ones_like(p) for p in one.act1.parameters()]
+    for model, part in ((one, x), (DDP(two), x[:30] if rank == 0 else x[30:])):
+        optimizer = torch.optim.SGD(grkan.param_groups(model, 0.0), lr=0.1)
+        grkan.scale_coefficient_steps(optimizer, model, part)
+        optimizer.zero_grad()
+        act = getattr(model, "module", model).act1
+        for p, g in zip(act.parameters(), gradient, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for p, q in zip(two.act1.parameters(), one.act1.parameters(), strict=True):
+        close(p, q, 1e-4)
+    sharded = shard_blocks(kat())
+    with pytest.raises(GrkanValueError, match=r"model must have whole coefficients; those of .* are sharded"):
+        grkan.scale_coefficient_steps(torch.optim.AdamW(sharded.parameters()), sharded, numbers(2, 3, 32, 32))
+
+
+@check
 def the_lines_of_the_documentation():
     page = (Path(__file__).parent.parent / "docs" / "in_other_hands.md").read_text(encoding="utf-8")
     x = numbers(4, 1, 8, 8)

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GroupRational
 from ..nn.init import is_sharded
 from ..nn.modes import evaluating
+from ..nn.wrappers import unwrap
 from ..rational.arguments import check_module
 from ..rational.reference import sums_of_squares
 from .batches import Forward, as_batches, check_forward, no_batches, rejected, run_on
@@ -43,11 +46,12 @@ def scale_coefficient_steps(
     most about the learning rate times rms(F) for each coefficient. No other parameter is affected.
 
     The functions have to be the ones that the optimiser was made for. A second call measures the scales anew. They are
-    not in the optimiser's state dict: call this again when training resumes.
+    not in the optimiser's state dict: call this again when training resumes. In several processes, call it in each of
+    them: with a DistributedDataParallel model, which uses the data of all processes, or with the same data.
 
     Args:
         optimizer: any optimiser of PyTorch, or Accelerate's wrapper of one.
-        model: the model with the functions; it is run in eval mode, without gradients.
+        model: the model with the functions, wrapped or not; it is run in eval mode, without gradients.
         calibration: batches, as for `convert_`.
         forward: as for `convert_`.
 
@@ -63,10 +67,10 @@ def scale_coefficient_steps(
         raise GrkanTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
     rationals = _trained(optimizer, check_module("model", model))
     check_forward(forward)
-    totals = _observe(model, rationals, as_batches(calibration), forward)
+    sums = _observe(model, rationals, as_batches(calibration), forward)
     if (previous := _scaled.pop(optimizer, None)) is not None:
         previous.remove()
-    _scaled[optimizer] = _Scaling(optimizer, [(p, _scale(total).to(p)) for p, total in totals.values()])
+    _scaled[optimizer] = _Scaling(optimizer, [(one.parameter, one.scale()) for one in sums])
 
 
 class _Scaling:
@@ -97,10 +101,11 @@ class _Scaling:
 def _trained(optimizer: Optimizer, model: nn.Module) -> dict[str, GroupRational]:
     """Return the functions of the model that the optimiser trains, by name."""
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    is_fsdp = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, GroupRational) and any(id(p) in ids for p in module.parameters()):
-            if any(is_sharded(p) for p in module.parameters()):
+            if is_fsdp or any(is_sharded(p) for p in module.parameters()):
                 raise GrkanValueError(f"model must have whole coefficients; those of {name} are sharded")
             if len(list(module.parameters(recurse=False))) < 2:
                 raise GrkanValueError(f"model must have plain coefficients; those of {name} are parametrised")
@@ -113,26 +118,42 @@ def _trained(optimizer: Optimizer, model: nn.Module) -> dict[str, GroupRational]
     return found
 
 
+@dataclass
+class _Sums:
+    """Sums over the scalars that reached a parameter: their number, F^2, and (dF/dc)^2 for each of its coefficients."""
+
+    parameter: nn.Parameter
+    values: Tensor
+    """[G, 2 + number of coefficients of a group], float64, on the CPU; one row for a numerator of all groups."""
+
+    def scale(self) -> Tensor:
+        """Return min(1, rms(F) / rms(dF/dc)) for every coefficient; 1 where F is 0 on all of the data."""
+        square, slopes = self.values[:, 1:2], self.values[:, 2:]
+        ratio = torch.where((square > 0) & (slopes > square), square / slopes, 1.0)
+        return ratio.sqrt().flatten().to(self.parameter)
+
+
 def _observe(
     model: nn.Module, rationals: dict[str, GroupRational], batches: Iterator[Any], forward: Forward
-) -> dict[int, tuple[nn.Parameter, Tensor]]:
-    """Run the model, and return for each parameter, by its id, the sums of F^2 and of the squared derivatives."""
-    totals: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    reached = set()
+) -> list[_Sums]:
+    """Run the model, and return the sums for all parameters of the functions."""
+    sums: dict[int, _Sums] = {}
+    for module in rationals.values():
+        for parameter, rows in zip((module.numerator, module.denominator), module.coefficients(), strict=True):
+            values = torch.zeros(len(rows), 2 + rows.shape[1], dtype=torch.float64, device="cpu")
+            sums.setdefault(id(parameter), _Sums(parameter, values))
 
     def add(name: str, module: GroupRational, args: Any, kwargs: Any) -> None:
-        reached.add(name)
         x = _grouped(args[0] if args else kwargs["x"], module)
         numerator, denominator = (rows.cpu() for rows in module.coefficients())
-        value, *slopes = sums_of_squares(x, numerator, denominator, module.form)
+        square, *slopes = sums_of_squares(x, numerator, denominator, module.form)
+        count = torch.full_like(square, x.shape[1])
         for parameter, slope in zip((module.numerator, module.denominator), slopes, strict=True):
-            sums = torch.cat([value, slope], -1)
-            if not sums.isfinite().all():
+            new = torch.cat([count, square, slope], -1)
+            if not new.isfinite().all():
                 raise GrkanValueError(f"calibration must lead to finite values; F of {name} or a derivative is not")
-            if parameter.numel() < slope.numel():  # one numerator for all groups
-                sums = sums.sum(0, keepdim=True)
-            _, before = totals.get(id(parameter), (parameter, torch.zeros_like(sums)))
-            totals[id(parameter)] = parameter, before + sums
+            values = sums[id(parameter)].values
+            values += new.sum(0, keepdim=True) if len(values) < len(new) else new
 
     number = -1
     with evaluating(model), ExitStack() as stack:
@@ -141,17 +162,23 @@ def _observe(
             stack.callback(hook.remove)
         for number, batch in enumerate(batches):
             try:
-                run_on(model, batch, forward)
+                run_on(unwrap(model), batch, forward)
             except (GrkanTypeError, GrkanValueError):
                 raise
             except Exception as error:
                 raise rejected(number, error) from error
     if number < 0:
         raise no_batches()
-    if missing := [name for name in rationals if name not in reached]:
+    for replicas in (module for module in model.modules() if isinstance(module, DistributedDataParallel)):
+        for one in sums.values():
+            whole = one.values.to(one.parameter.device)
+            torch.distributed.all_reduce(whole, group=replicas.process_group)
+            one.values = whole.cpu()
+    missing = [name for name, module in rationals.items() if not sums[id(module.numerator)].values[0, 0] > 0]
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise GrkanValueError(f"calibration must reach every function; none reaches {', '.join(missing[:3])}{more}")
-    return totals
+    return list(sums.values())
 
 
 def _grouped(x: Tensor, module: GroupRational) -> Tensor:
@@ -164,10 +191,3 @@ def _grouped(x: Tensor, module: GroupRational) -> Tensor:
     tokens = torch.cat([part.reshape(-1, part.shape[-1]) for part in rows])
     tokens = tokens[:: max(1, tokens.numel() // (_ENOUGH * module.num_groups))]
     return tokens.cpu().unflatten(1, (module.num_groups, -1)).transpose(0, 1).flatten(1)
-
-
-def _scale(total: Tensor) -> Tensor:
-    """Return min(1, rms(F) / rms(dF/dc)) for every coefficient of a parameter; 1 where F is 0 on all of the data."""
-    value, slopes = total[:, :1], total[:, 1:]
-    ratio = torch.where((value > 0) & (slopes > value), value / slopes, 1.0)
-    return ratio.sqrt().flatten()
