@@ -195,6 +195,30 @@ def test_the_wrapper_of_accelerate(model, data):
     torch.testing.assert_close(other[1].numerator, model[1].numerator)
 
 
+def test_the_wrapper_of_timm(model, data):
+    lookahead = pytest.importorskip("timm.optim").Lookahead
+    results = []
+    for wrap in (lambda optimizer: optimizer, lookahead):
+        part = copy.deepcopy(model)
+        optimizer = wrap(torch.optim.AdamW(part.parameters(), lr=1e-3))
+        grkan.scale_coefficient_steps(optimizer, part, data)
+        step(part, optimizer, data[0])
+        results.append(part[1].numerator.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_an_optimiser_that_calls_no_hooks_is_refused(model, data):
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            self.param_groups = [{"params": list(parameters)}]
+
+        def step(self):
+            pass
+
+    with pytest.raises(TypeError, match=r"optimizer must call the step hooks of torch\.optim\.Optimizer; Own does not"):
+        grkan.scale_coefficient_steps(Own(model.parameters()), model, data)
+
+
 def test_the_run_leaves_the_model_as_it_was(model, data):
     model.insert(2, nn.Dropout(0.5))
     before = copy.deepcopy(model.state_dict())

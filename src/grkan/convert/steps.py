@@ -50,7 +50,9 @@ def scale_coefficient_steps(
     them: with a DistributedDataParallel model, which uses the data of all processes, or with the same data.
 
     Args:
-        optimizer: any optimiser of PyTorch, or Accelerate's wrapper of one.
+        optimizer: any `torch.optim.Optimizer` that adds a step to the parameters, such as SGD, Adam, Lion and LAMB.
+            (MADGRAD and schedule-free ones interpolate instead, so steps differ from s.) Wrappers by Accelerate and
+            timm (Lookahead) are accepted.
         model: the model with the functions, wrapped or not; it is run in eval mode, without gradients.
         calibration: batches, as for `convert_`.
         forward: as for `convert_`.
@@ -61,16 +63,29 @@ def scale_coefficient_steps(
             data are empty, fail in the model, do not reach all functions that are trained, or reach them with values
             that are not finite.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise GrkanTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    optimizer = _with_hooks(optimizer)
     rationals = _trained(optimizer, check_module("model", model))
     check_forward(forward)
     sums = _observe(model, rationals, as_batches(calibration), forward)
     if (previous := _scaled.pop(optimizer, None)) is not None:
         previous.remove()
     _scaled[optimizer] = _Scaling(optimizer, [(one.parameter, one.scale()) for one in sums])
+
+
+def _with_hooks(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser inside wrappers, which calls hooks around its steps."""
+    inner: Any = optimizer
+    while inner is not None:
+        optimizer = inner
+        # Accelerate's wrapper, timm's Lookahead
+        inner = getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)
+    if not isinstance(optimizer, Optimizer):
+        raise GrkanTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    # The constructor of Optimizer wraps `step`. An optimiser that does not call it keeps hooks, but never calls them.
+    if not getattr(type(optimizer).step, "hooked", False):
+        kind = type(optimizer).__name__
+        raise GrkanTypeError(f"optimizer must call the step hooks of torch.optim.Optimizer; {kind} does not")
+    return optimizer
 
 
 class _Scaling:
