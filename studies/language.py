@@ -63,7 +63,7 @@ class Settings:
     curve_points: int = 20
     held_out: int = 50  # one document in this many
     main_seeds: int = 5
-    other_seeds: int = 3
+    other_seeds: int = 3  # of the other rows, and of the main rows at the long length
     checkpoint_seconds: float = 120.0
 
 
@@ -496,9 +496,10 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
 
     rates(MAIN)
     seeds(tuned_as_others, range(1), tokens)
-    seeds(MAIN, range(1, settings.main_seeds), tokens)
+    seeds(MAIN, range(1, settings.other_seeds), tokens)
     rates(others)
     seeds(MAIN, range(1), settings.long)
+    seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
     seeds(tuned_as_others, range(1, settings.other_seeds), tokens)
     seeds(others, range(1, settings.other_seeds), tokens)
     seeds(MAIN, range(1, settings.other_seeds), settings.long)
