@@ -136,8 +136,9 @@ def main() -> None:
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
             # Clip the functions separately: in a norm of all gradients they would outweigh the weights.
+            accelerator.unscale_gradients()
             for group in optimiser.param_groups:
-                accelerator.clip_grad_norm_(group["params"], 1.0)
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()

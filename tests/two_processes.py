@@ -453,6 +453,10 @@ def steps_scaled_by_the_data_of_both():
         optimizer.step()
     for p, q in zip(two.act1.parameters(), one.act1.parameters(), strict=True):
         close(p, q, 1e-4)
+    model = DDP(copy.deepcopy(one))
+    said = "must have at least one batch" if rank == 1 else "must succeed in every process; it failed in another"
+    with pytest.raises(GrkanValueError, match=said):
+        grkan.scale_coefficient_steps(torch.optim.AdamW(model.parameters()), model, [] if rank == 1 else [x])
     sharded = shard_blocks(kat())
     with pytest.raises(GrkanValueError, match=r"model must have whole coefficients; those of .* are sharded"):
         grkan.scale_coefficient_steps(torch.optim.AdamW(sharded.parameters()), sharded, numbers(2, 3, 32, 32))

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from grkan import convert_
-from grkan.convert.calibrate import Histogram, _filled, expected, fit_group, largest_divisor, real_tokens
+from grkan.convert.batches import real_tokens
+from grkan.convert.calibrate import Histogram, _filled, expected, fit_group, largest_divisor
 from grkan.convert.structure import as_activation, find_sites
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import grkan
@@ -120,66 +121,60 @@ def test_every_kind_of_function(rational, model, data):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_one_numerator_for_all_groups_is_measured_on_all(model, data):
-    """Its scale lies between those that the groups would have."""
-    model[1] = grkan.GroupRational(2, init="gelu")
-    shared = copy.deepcopy(model)
-    shared[1] = grkan.GroupRational(2, init="gelu", share_numerator=True)
-    moved = []
-    for part in (model, shared):
-        optimizer = torch.optim.SGD(part.parameters(), lr=1.0)
-        grkan.scale_coefficient_steps(optimizer, part, data)
-        part[1].numerator.grad = torch.ones_like(part[1].numerator)
-        before = part[1].numerator.detach().clone()
-        optimizer.step()
-        moved.append((before - part[1].numerator.detach()).view(-1, 6))
-    own, common = moved
-    assert (common >= own.amin(0) * (1 - 1e-5)).all()
-    assert (common <= own.amax(0) * (1 + 1e-5)).all()
+def scales_of(rational, calibration, model=None, **options):
+    """Return what a step of 1 on every numerator coefficient becomes."""
+    optimizer = torch.optim.SGD(rational.parameters(), lr=1.0)
+    grkan.scale_coefficient_steps(optimizer, model or rational, calibration, **options)
+    return step_of_one(rational, optimizer)
 
 
-def test_zero_inputs_leave_the_steps_as_they_are(model):
-    model[0].weight.data.zero_()
-    model[0].bias.data.zero_()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    grkan.scale_coefficient_steps(optimizer, model, torch.zeros(4, 6))
-    model[1].numerator.grad = torch.ones_like(model[1].numerator)
-    before = model[1].numerator.detach().clone()
+def step_of_one(rational, optimizer):
+    before = rational.numerator.detach().clone()
+    rational.numerator.grad = torch.ones_like(before)
     optimizer.step()
-    assert (before - model[1].numerator.detach())[1].item() == pytest.approx(1.0)
+    return before - rational.numerator.detach()
+
+
+def test_one_numerator_for_all_groups_is_measured_on_all(model, data):
+    x = model[0](torch.cat(data)).detach()
+    shared = grkan.GroupRational(2, init="gelu", share_numerator=True)
+    scalars = x.flatten()[:, None]
+    one = grkan.GroupRational(1, init="gelu")
+    torch.testing.assert_close(scales_of(shared, x), expected_scales(one, scalars)[0], rtol=1e-3, atol=1e-7)
+
+
+def test_zero_inputs_leave_the_steps_as_they_are():
+    assert scales_of(grkan.GroupRational(2), torch.zeros(4, 8))[1].item() == pytest.approx(1.0)
 
 
 def test_channels_in_another_dimension_and_nested_inputs(data):
-    torch.manual_seed(0)
     x = data[0].view(4, 50, 6)
-    rationals = [grkan.GroupRational(2, channel_dim=dim) for dim in (1, -1, -1)]
-    inputs = [x.movedim(-1, 1), x, torch.nested.nested_tensor(list(x), layout=torch.jagged)]
-    moved = []
-    for rational, value in zip(rationals, inputs, strict=True):
-        optimizer = torch.optim.SGD(rational.parameters(), lr=1.0)
-        grkan.scale_coefficient_steps(optimizer, rational, [(value,)])
-        rational.numerator.grad = torch.ones_like(rational.numerator)
-        optimizer.step()
-        moved.append(rational.numerator.detach())
-    torch.testing.assert_close(moved[0], moved[1])
-    torch.testing.assert_close(moved[2], moved[1])
+    usual = scales_of(grkan.GroupRational(2), x)
+    torch.testing.assert_close(scales_of(grkan.GroupRational(2, channel_dim=1), x.movedim(-1, 1)), usual)
+    nested = torch.nested.nested_tensor(list(x), layout=torch.jagged)
+    torch.testing.assert_close(scales_of(grkan.GroupRational(2), [(nested,)]), usual)
 
 
-def test_a_long_input_is_sampled_evenly():
-    """One channel is much larger than the others, and must not be left out."""
+def test_a_long_input_is_sampled_at_random():
+    """The first token of each sequence and one channel are unlike the others: both count for what they are."""
     torch.manual_seed(0)
-    x = torch.randn(40_000, 8)
-    x[:, 3] *= 20
-    scales = []
-    for value in (x, x[:500]):
-        rational = grkan.GroupRational(1, init="gelu")
-        optimizer = torch.optim.SGD(rational.parameters(), lr=1.0)
-        grkan.scale_coefficient_steps(optimizer, rational, value)
-        before = rational.numerator.detach().clone()
-        rational.numerator.grad = torch.ones_like(before)
-        optimizer.step()
-        scales.append(before - rational.numerator.detach())
-    torch.testing.assert_close(*scales, rtol=0.3, atol=1e-6)
+    x = 9.0 * torch.randn(8192, 4, 8)
+    x[:, 0] *= 0.01
+    x[..., 3] *= 3
+    long, short = (scales_of(grkan.GroupRational(1, init="gelu"), value) for value in (x, x[:500]))
+    assert float(long[-1]) < 0.01
+    torch.testing.assert_close(long, short, rtol=0.3, atol=1e-6)
+
+
+def test_padding_does_not_count(data):
+    x = data[0].view(4, 50, 6).clone()
+    mask = torch.ones(4, 50)
+    mask[:, 30:] = 0
+    expected = scales_of(grkan.GroupRational(2), x[:, :30])
+    x[:, 30:] = 1000.0
+    padded = {"x": x, "attention_mask": mask}
+    found = scales_of(grkan.GroupRational(2), [padded], forward=lambda model, batch: model(batch["x"]))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_wrapper_of_accelerate(model, data):
@@ -205,6 +200,56 @@ def test_the_wrapper_of_timm(model, data):
         step(part, optimizer, data[0])
         results.append(part[1].numerator.detach())
     torch.testing.assert_close(*results)
+
+
+def test_an_optimiser_inside_another(model, data):
+    class SAM(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.base_optimizer = inner
+
+        def step(self, closure=None):
+            self.base_optimizer.step()
+
+    other = copy.deepcopy(model)
+    for part, wrap in ((model, lambda inner: inner), (other, SAM)):
+        optimizer = wrap(torch.optim.AdamW(part.parameters(), lr=1e-3))
+        grkan.scale_coefficient_steps(optimizer, part, data)
+        part[0].weight.grad = None
+        step(part, getattr(optimizer, "base_optimizer", optimizer), data[0])
+    torch.testing.assert_close(model[1].numerator, other[1].numerator)
+
+
+def test_functions_that_are_measured_later_are_added(data):
+    first, second = grkan.GroupRational(2, init="gelu"), grkan.GroupRational(2, init="gelu")
+    alone = scales_of(copy.deepcopy(first), data)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=1.0)
+    grkan.scale_coefficient_steps(optimizer, first, data)
+    grkan.scale_coefficient_steps(optimizer, second, data)
+    for rational in (first, second):
+        torch.testing.assert_close(step_of_one(rational, optimizer), alone)
+        rational.numerator.grad = None
+
+
+def test_an_optimiser_whose_parameters_were_exchanged(model, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    grkan.scale_coefficient_steps(optimizer, model, data)
+    other = copy.deepcopy(model)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    with pytest.raises(
+        ValueError, match="optimizer must keep the coefficients that scale_coefficient_steps has measured"
+    ):
+        step(other, optimizer, data[0])
+
+
+def test_frozen_functions_and_parameters_need_no_data(model, data):
+    """As the original module that PEFT keeps beside the one that it trains."""
+    both = nn.ModuleDict({"used": model, "kept": copy.deepcopy(model).requires_grad_(False)})
+    model[1].denominator.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in both.parameters() if p is not model[1].denominator], lr=1e-3)
+    grkan.scale_coefficient_steps(optimizer, both, data, forward=lambda given, batch: given["used"](batch))
+    step(model, optimizer, data[0])
+    assert model[1].numerator.isfinite().all()
 
 
 def test_an_optimiser_that_calls_no_hooks_is_refused(model, data):
@@ -260,6 +305,10 @@ def test_mistakes(model, data):
         scale(optimizer, model, data, forward=lambda given, batch: given[0](batch))
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
-    nn.utils.parametrize.register_parametrization(model[1], "numerator", nn.Identity())
+    pruned = copy.deepcopy(model)
+    nn.utils.prune.identity(pruned[1], "numerator")
+    with pytest.raises(ValueError, match="model must have plain coefficients; those of 1 are parametrised"):
+        scale(torch.optim.AdamW(pruned.parameters()), pruned, data)
+    nn.utils.parametrize.register_parametrization(model[1], "numerator", nn.Hardtanh())
     with pytest.raises(ValueError, match="model must have plain coefficients; those of 1 are parametrised"):
         scale(torch.optim.AdamW(model.parameters()), model, data)

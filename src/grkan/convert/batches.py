@@ -45,6 +45,29 @@ def run_on(model: nn.Module, batch: Any, forward: Forward) -> Any:
     raise GrkanTypeError(f"a batch must be a Mapping, a Tensor, or a tuple or list of them; got {type(batch).__name__}")
 
 
+def real_tokens(batch: Any) -> list[Tensor]:
+    """Return the boolean masks of the real tokens in a batch, found by the names that transformers and PyTorch use."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = []
+    for name, mask in batch.items():
+        if not (isinstance(name, str) and isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_complex()):
+            continue
+        if name.endswith("attention_mask"):
+            found.append(mask > 0)
+        elif name.endswith("key_padding_mask") and mask.dtype == torch.bool:
+            found.append(~mask)
+    return [mask for mask in found if mask.any()]
+
+
+def selected_rows(x: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """Return the flattened mask that fits x (batch, length, C) or (batch length, C), or None if none fits."""
+    for mask in masks:
+        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return mask.flatten().to(x.device)
+    return None
+
+
 def rejected(number: int, error: Exception) -> GrkanValueError:
     """Return the error for a batch with which the model fails."""
     return GrkanValueError(

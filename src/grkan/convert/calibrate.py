@@ -30,7 +30,7 @@ lowered until the remaining coefficients can be represented in float32, and the 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ from torch import Tensor
 from ..nn.kinds import is_conv1d
 from ..rational import table
 from ..rational.fit import Rational, RationalFit, local_fits, measured, np
+from .batches import selected_rows
 from .structure import Activation, Site
 
 # The low bits of float32 that a bin's number ignores, and the number of bins per sign.
@@ -109,7 +110,7 @@ class Histogram:
             return
         rows = x.detach().movedim(self.channel_dim, -1).reshape(-1, self.width)
         if self.channel_dim == -1:
-            rows = rows[selected] if (selected := _selected(x, self.real)) is not None else rows
+            rows = rows[selected] if (selected := selected_rows(x, self.real)) is not None else rows
         offsets = torch.arange(self.groups, dtype=torch.int32, device=x.device) * _BINS
         offsets = offsets.repeat_interleave(self.width // self.groups)
         for part in rows.split(max(1, _CHUNK // self.width)):
@@ -162,29 +163,6 @@ class _Sample:
         self.rows = torch.cat([self.rows[from_old], taken]) if len(from_old) else taken
         order = torch.cat([from_old, from_new + len(self.keys)])
         self.keys, self.numbers, self.seen = keys[order], numbers[order], self.seen + len(rows)
-
-
-def real_tokens(batch: Any) -> list[Tensor]:
-    """Return the boolean masks of the real tokens in a batch, found by the names that transformers and PyTorch use."""
-    if not isinstance(batch, Mapping):
-        return []
-    found = []
-    for name, mask in batch.items():
-        if not (isinstance(name, str) and isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_complex()):
-            continue
-        if name.endswith("attention_mask"):
-            found.append(mask > 0)
-        elif name.endswith("key_padding_mask") and mask.dtype == torch.bool:
-            found.append(~mask)
-    return [mask for mask in found if mask.any()]
-
-
-def _selected(x: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """Return the flattened mask that fits x (batch, length, C) or (batch length, C), or None if none fits."""
-    for mask in masks:
-        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
-            return mask.flatten().to(x.device)
-    return None
 
 
 def _bin_of(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..nn.kinds import is_conv1d, linear_width
 from ..nn.modes import evaluating
-from .calibrate import GroupFit, Histogram, real_tokens
+from .batches import real_tokens
+from .calibrate import GroupFit, Histogram
 from .recipe import LayerRecipe, Recipe, apply_recipe
 from .structure import Site
 

@@ -19,8 +19,8 @@ from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
-from .batches import as_batches, check_forward, no_batches, rejected, run_on
-from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor, real_tokens
+from .batches import as_batches, check_forward, no_batches, real_tokens, rejected, run_on
+from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
 from .compare import KeptBatches, errors_alone, output_error
 from .observe import Observation, observe
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe

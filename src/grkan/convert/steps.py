@@ -19,7 +19,7 @@ from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap
 from ..rational.arguments import check_module
 from ..rational.reference import sums_of_squares
-from .batches import Forward, as_batches, check_forward, no_batches, rejected, run_on
+from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on, selected_rows
 
 # The scalars of a group that are used of each input. A mean over that many is off by far less than a factor of 2.
 _ENOUGH = 2**16
@@ -43,33 +43,38 @@ def scale_coefficient_steps(
         s = min(1, rms(F) / rms(dF/dc)),
 
     with the root mean square over the inputs of the group in the calibration data. A step of Adam then changes F by at
-    most about the learning rate times rms(F) for each coefficient. No other parameter is affected.
+    most about the learning rate times rms(F) for each coefficient. A function that is close to 0 therefore changes
+    slowly; s is 1 if it is exactly 0 on all of the data. No other parameter is affected.
 
-    The functions have to be the ones that the optimiser was made for. A second call measures the scales anew. They are
-    not in the optimiser's state dict: call this again when training resumes. In several processes, call it in each of
-    them: with a DistributedDataParallel model, which uses the data of all processes, or with the same data.
+    Convert the model before you make the optimiser, and call this again for functions that are added later, and when
+    training resumes: the scales are not in the optimiser's state dict, nor in a copy of the optimiser. Another call
+    measures the functions of its model anew. In several processes, call it in each of them: with a
+    DistributedDataParallel model, which uses the data of all processes, or with the same data.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` that adds a step to the parameters, such as SGD, Adam, Lion and LAMB.
-            (MADGRAD and schedule-free ones interpolate instead, so steps differ from s.) Wrappers by Accelerate and
-            timm (Lookahead) are accepted.
+        optimizer: any `torch.optim.Optimizer` that adds a step to the parameters, such as SGD, Adam, Lion and LAMB, or
+            a wrapper of one (Accelerate's, Lookahead, SAM). Not for optimisers that compute the next parameters in
+            another way: LBFGS, MADGRAD, schedule-free ones.
         model: the model with the functions, wrapped or not; it is run in eval mode, without gradients.
-        calibration: batches, as for `convert_`.
+        calibration: batches, as for `convert_`. As there, padding does not count.
         forward: as for `convert_`.
 
     Raises:
-        TypeError: an argument has a wrong type.
-        ValueError: the optimiser has no coefficients of the model; some are sharded or parametrised; the calibration
-            data are empty, fail in the model, do not reach all functions that are trained, or reach them with values
-            that are not finite.
+        TypeError: an argument has a wrong type, or the optimiser does not call the hooks of `torch.optim.Optimizer`.
+        ValueError: the optimiser trains no coefficients of the model; some are sharded or parametrised; the
+            calibration data are empty, fail in the model, do not reach all functions that are trained, or reach them
+            with values that are not finite. Later, in a step: the optimiser has other parameters than before.
     """
     optimizer = _with_hooks(optimizer)
     rationals = _trained(optimizer, check_module("model", model))
     check_forward(forward)
     sums = _observe(model, rationals, as_batches(calibration), forward)
+    ids = _ids(optimizer)
+    scales = {id(one.parameter): (one.parameter, one.scale()) for one in sums if id(one.parameter) in ids}
     if (previous := _scaled.pop(optimizer, None)) is not None:
         previous.remove()
-    _scaled[optimizer] = _Scaling(optimizer, [(one.parameter, one.scale()) for one in sums])
+        scales = {id(parameter): (parameter, scale) for parameter, scale in previous.scales} | scales
+    _scaled[optimizer] = _Scaling(optimizer, list(scales.values()))
 
 
 def _with_hooks(optimizer: Optimizer) -> Optimizer:
@@ -77,8 +82,9 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
     inner: Any = optimizer
     while inner is not None:
         optimizer = inner
-        # Accelerate's wrapper, timm's Lookahead
-        inner = getattr(inner, "optimizer", None) or getattr(inner, "_base_optimizer", None)
+        # Accelerate's wrapper, timm's Lookahead, SAM
+        names = ("optimizer", "_base_optimizer", "base_optimizer")
+        inner = next((found for name in names if (found := getattr(inner, name, None)) is not None), None)
     if not isinstance(optimizer, Optimizer):
         raise GrkanTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
     # The constructor of Optimizer wraps `step`. An optimiser that does not call it keeps hooks, but never calls them.
@@ -99,7 +105,13 @@ class _Scaling:
             optimizer.register_step_post_hook(self.scale),
         ]
 
-    def remember(self, *_: Any) -> None:
+    def remember(self, optimizer: Optimizer, *_: Any) -> None:
+        ids = _ids(optimizer)
+        if not all(id(parameter) in ids for parameter, _ in self.scales):
+            raise GrkanValueError(
+                "optimizer must keep the coefficients that scale_coefficient_steps has measured; it has others now, "
+                "for example because the model was sharded since"
+            )
         self.before = [parameter.detach().clone() for parameter, _ in self.scales]
 
     @torch.no_grad()
@@ -113,22 +125,26 @@ class _Scaling:
             handle.remove()
 
 
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _trained(optimizer: Optimizer, model: nn.Module) -> dict[str, GroupRational]:
     """Return the functions of the model that the optimiser trains, by name."""
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ids = _ids(optimizer)
     is_fsdp = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, GroupRational) and any(id(p) in ids for p in module.parameters()):
+        if isinstance(module, GroupRational) and any(id(p) in ids and p.requires_grad for p in module.parameters()):
             if is_fsdp or any(is_sharded(p) for p in module.parameters()):
                 raise GrkanValueError(f"model must have whole coefficients; those of {name} are sharded")
-            if len(list(module.parameters(recurse=False))) < 2:
+            if not all(isinstance(p, nn.Parameter) for p in (module.numerator, module.denominator)):
                 raise GrkanValueError(f"model must have plain coefficients; those of {name} are parametrised")
             found[name] = module
     if not found:
         raise GrkanValueError(
-            "optimizer must have coefficients of the model's rational functions; it has none. Make it with "
-            "grkan.param_groups, after the model is converted"
+            "optimizer must have coefficients of the model's rational functions; it has none that are trained. Make it "
+            "with grkan.param_groups, after the model is converted"
         )
     return found
 
@@ -158,8 +174,46 @@ def _observe(
             values = torch.zeros(len(rows), 2 + rows.shape[1], dtype=torch.float64, device="cpu")
             sums.setdefault(id(parameter), _Sums(parameter, values))
 
+    failure: Exception | None = None
+    try:
+        _run(model, rationals, sums, batches, forward)
+    except Exception as error:
+        failure = error
+    groups = [part.process_group for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    device = next(iter(sums.values())).parameter.device
+    for group in groups:
+        # A process that left before its peers reach a collective would keep them waiting.
+        failed = torch.tensor(float(failure is not None), device=device)
+        torch.distributed.all_reduce(failed, group=group)
+        if failed.item() and failure is None:
+            failure = GrkanValueError("calibration must succeed in every process; it failed in another one")
+    if failure is not None:
+        raise failure
+    for group in groups:
+        for one in sums.values():
+            whole = one.values.to(device)
+            torch.distributed.all_reduce(whole, group=group)
+            one.values = whole.cpu()
+    missing = [name for name, module in rationals.items() if not sums[id(module.numerator)].values[0, 0] > 0]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise GrkanValueError(f"calibration must reach every function; none reaches {', '.join(missing[:3])}{more}")
+    return list(sums.values())
+
+
+def _run(
+    model: nn.Module,
+    rationals: dict[str, GroupRational],
+    sums: dict[int, _Sums],
+    batches: Iterator[Any],
+    forward: Forward,
+) -> None:
+    """Run the model, and add to the sums."""
+    masks: list[Tensor] = []
+    generator = torch.Generator("cpu").manual_seed(0)  # the global one is the user's
+
     def add(name: str, module: GroupRational, args: Any, kwargs: Any) -> None:
-        x = _grouped(args[0] if args else kwargs["x"], module)
+        x = _scalars(args[0] if args else kwargs["x"], module, masks, generator)
         numerator, denominator = (rows.cpu() for rows in module.coefficients())
         square, *slopes = sums_of_squares(x, numerator, denominator, module.form)
         count = torch.full_like(square, x.shape[1])
@@ -176,6 +230,7 @@ def _observe(
             hook = module.register_forward_pre_hook(partial(add, name), with_kwargs=True)
             stack.callback(hook.remove)
         for number, batch in enumerate(batches):
+            masks[:] = real_tokens(batch)
             try:
                 run_on(unwrap(model), batch, forward)
             except (GrkanTypeError, GrkanValueError):
@@ -184,25 +239,20 @@ def _observe(
                 raise rejected(number, error) from error
     if number < 0:
         raise no_batches()
-    for replicas in (module for module in model.modules() if isinstance(module, DistributedDataParallel)):
-        for one in sums.values():
-            whole = one.values.to(one.parameter.device)
-            torch.distributed.all_reduce(whole, group=replicas.process_group)
-            one.values = whole.cpu()
-    missing = [name for name, module in rationals.items() if not sums[id(module.numerator)].values[0, 0] > 0]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise GrkanValueError(f"calibration must reach every function; none reaches {', '.join(missing[:3])}{more}")
-    return list(sums.values())
 
 
-def _grouped(x: Tensor, module: GroupRational) -> Tensor:
-    """Return the scalars of each group, [G, W]; of a long input, those of tokens at equal distances."""
+def _scalars(x: Tensor, module: GroupRational, masks: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Return the scalars of each group, [G, W], without padding; of a long input, those of random tokens."""
     dim = module.channel_dim
     if x.is_nested and dim >= 0:
         dim -= x.dim()
     parts = x.detach().unbind() if x.is_nested else [x.detach()]
     rows = [part.movedim(dim, -1) for part in parts]
     tokens = torch.cat([part.reshape(-1, part.shape[-1]) for part in rows])
-    tokens = tokens[:: max(1, tokens.numel() // (_ENOUGH * module.num_groups))]
+    if dim == -1 and not x.is_nested and (real := selected_rows(x, masks)) is not None:
+        tokens = tokens[real]
+    enough = 1 + _ENOUGH * module.num_groups // tokens.shape[1]
+    if len(tokens) > enough:
+        chosen = torch.randint(len(tokens), (enough,), generator=generator, device="cpu")
+        tokens = tokens[chosen.to(tokens.device)]
     return tokens.cpu().unflatten(1, (module.num_groups, -1)).transpose(0, 1).flatten(1)
