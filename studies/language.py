@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ class XIELU(nn.Module):
         return torch.where(x > 0, above, below) + 0.5 * x
 
 
+NORM = partial(nn.RMSNorm, elementwise_affine=False)  # as PolyNorm has it: without weights
 FUNCTIONS = (PolyNorm, XIELU, grkan.GroupRational)  # those with parameters
 
 
@@ -293,6 +295,14 @@ ROWS = {
     ),
     "grkan1": Row(
         "GR-KAN, 1 group", lambda: gr_kan(num_groups=1), _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True
+    ),
+    "grkan8-norm": Row(
+        "GR-KAN, 8 groups, its hidden channels normalised", lambda: gr_kan(norm_layer=NORM),
+        _operations(HIDDEN, 2, WIDTH + HIDDEN),
+    ),
+    "gelu-norm": Row(
+        "GELU, the hidden channels normalised", lambda: MLP(nn.Sequential(nn.GELU(), NORM(HIDDEN)), HIDDEN),
+        _operations(HIDDEN),
     ),
     "relu2": Row("ReLU squared", lambda: MLP(SquaredReLU(), HIDDEN), _operations(HIDDEN)),
     "polynorm": Row("PolyNorm", lambda: MLP(PolyNorm(), HIDDEN), _operations(HIDDEN)),
