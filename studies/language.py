@@ -298,14 +298,14 @@ ROWS = {
     ),
     "grkan8-norm": Row(
         "GR-KAN, 8 groups, its hidden channels normalised", lambda: gr_kan(norm_layer=NORM),
-        _operations(HIDDEN, 2, WIDTH + HIDDEN),
+        _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True,
     ),
     "gelu-norm": Row(
         "GELU, the hidden channels normalised", lambda: MLP(nn.Sequential(nn.GELU(), NORM(HIDDEN)), HIDDEN),
         _operations(HIDDEN),
     ),
     "relu2": Row("ReLU squared", lambda: MLP(SquaredReLU(), HIDDEN), _operations(HIDDEN)),
-    "polynorm": Row("PolyNorm", lambda: MLP(PolyNorm(), HIDDEN), _operations(HIDDEN)),
+    "polynorm": Row("PolyNorm", lambda: MLP(PolyNorm(), HIDDEN), _operations(HIDDEN), main=True),
     "xielu": Row("xIELU", lambda: MLP(XIELU(), HIDDEN), _operations(HIDDEN)),
     "act2": Row(
         "GR-KAN without act1", lambda: MLP(grkan.GroupRational(8), HIDDEN), _operations(HIDDEN, 2, HIDDEN)
