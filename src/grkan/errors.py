@@ -5,6 +5,10 @@ other error is a bug, of grkan or of a library, and keeps its traceback even on 
 stay the OSErrors that Python raises.
 """
 
+from collections.abc import Sequence
+
+_SHOWN = 3
+
 
 class GrkanError(Exception):
     """A mistake of the caller; the message names the argument, the value, and what would be right."""
@@ -24,3 +28,9 @@ class GrkanRuntimeError(GrkanError, RuntimeError):
 
 class GrkanImportError(GrkanError, ImportError):
     """A package that an optional part of grkan needs is missing."""
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first problems, or names, for a message that is still readable, and the number of the others."""
+    others = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f", and {others} more" if others > 0 else "")

@@ -215,7 +215,6 @@ def test_an_optimiser_inside_another(model, data):
     for part, wrap in ((model, lambda inner: inner), (other, SAM)):
         optimizer = wrap(torch.optim.AdamW(part.parameters(), lr=1e-3))
         grkan.scale_coefficient_steps(optimizer, part, data)
-        part[0].weight.grad = None
         step(part, getattr(optimizer, "base_optimizer", optimizer), data[0])
     torch.testing.assert_close(model[1].numerator, other[1].numerator)
 

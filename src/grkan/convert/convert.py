@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import GrkanTypeError, GrkanValueError
+from ..errors import GrkanTypeError, GrkanValueError, first_of
 from ..nn import GroupRational
 from ..nn.kinds import linear_width
 from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
-from .batches import as_batches, check_forward, no_batches, real_tokens, rejected, run_on
+from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
 from .compare import KeptBatches, errors_alone, output_error
 from .observe import Observation, observe
@@ -45,7 +45,7 @@ def convert_(
     exclude: str | Sequence[str] | None = None,
     act_init: Sequence[Any] | None = None,
     max_error: float = 0.05,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward = None,
 ) -> ConversionReport:
     """Turn the MLPs of a model into GR-KANs, in place (arXiv 2409.10594, section 4).
 
@@ -145,7 +145,7 @@ def _convert(
     excluded: list[str] | None,
     act_init: tuple[Any, Any],
     max_error: float,
-    forward: Callable[[nn.Module, Any], Any] | None,
+    forward: Forward,
 ) -> ConversionReport:
     batches, trial = _trial(model, calibration, forward)
     seen, unseen = _observe(model, trial)
@@ -221,9 +221,7 @@ def _convert(
     return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
 
 
-def _trial(
-    model: nn.Module, calibration: Any, forward: Callable[[nn.Module, Any], Any] | None
-) -> tuple[Iterator[Any], Callable[[], Any] | None]:
+def _trial(model: nn.Module, calibration: Any, forward: Forward) -> tuple[Iterator[Any], Callable[[], Any] | None]:
     """Return the batches, and a function that runs the model once: on the first batch, or on an input made for it."""
     if calibration is None:
         return iter(()), trial_run(model)
@@ -297,10 +295,9 @@ def _check_mlps(
     alone = errors_alone(kept.model, sites, entries, kept.kept[0][1], kept.run)
     wrong = [f"{site.name or '(model)'}: {e:.2g}" for site, e in zip(sites, alone, strict=True) if not e <= max_error]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise GrkanValueError(
             f"model must stay within max_error={max_error:g}; its output would be off by {error:.2g}, and the outputs "
-            f"of these MLPs, each converted alone, by: {'; '.join(wrong[:3])}{more}; exclude them or raise the order"
+            f"of these MLPs, each converted alone, by: {first_of(wrong)}; exclude them or raise the order"
         )
     warnings.warn(
         f"the converted model's output is off by {error:.2g}, above max_error={max_error:g}, although each "

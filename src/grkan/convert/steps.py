@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..errors import GrkanTypeError, GrkanValueError
+from ..errors import GrkanTypeError, GrkanValueError, first_of
 from ..nn import GroupRational
 from ..nn.init import is_sharded
 from ..nn.modes import evaluating
@@ -196,8 +196,7 @@ def _observe(
             one.values = whole.cpu()
     missing = [name for name, module in rationals.items() if not sums[id(module.numerator)].values[0, 0] > 0]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise GrkanValueError(f"calibration must reach every function; none reaches {', '.join(missing[:3])}{more}")
+        raise GrkanValueError(f"calibration must reach every function; none reaches {first_of(missing)}")
     return list(sums.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..convert.recipe import apply_recipe, check_recipe, recipe_of
-from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError
+from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError, first_of
 from ..nn.init import is_sharded
 from ..nn.wrappers import plain_name, unwrap
 from ..rational.arguments import check_module
@@ -275,5 +275,4 @@ def _check_weights_fit(model: nn.Module, metadata: ModelMetadata, state: dict[st
         ),
     ]
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise GrkanValueError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+        raise GrkanValueError(f"{path} does not fit the model: {first_of(problems)}")

@@ -16,7 +16,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from ..errors import GrkanError, GrkanTypeError, GrkanValueError
+from ..errors import GrkanError, GrkanTypeError, GrkanValueError, first_of
 from ..models.files import load_model, read_metadata
 from ..models.metadata import ModelMetadata, Preprocessing, describe_model
 from ..models.released import load_released_checkpoint
@@ -228,8 +228,7 @@ def _check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], label: s
         ),
     ]
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise GrkanValueError(f"{label} does not fit the model: {'; '.join(problems[:3])}{more}")
+        raise GrkanValueError(f"{label} does not fit the model: {first_of(problems)}")
 
 
 # Where weights come from
