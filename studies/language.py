@@ -4,8 +4,9 @@
     python studies/language.py --output runs/language --plan       show the remaining runs and their time
     python studies/language.py --output runs/language --report docs/language.md
 
-The text comes from three Debian packages, which `apt-get download` fetches. Every run saves its state every two minutes
-and writes its result to its own file, completely or not at all, so the study can be stopped at any moment.
+The text comes from three Debian packages, which `apt-get download` fetches. Every run saves its state every two
+minutes, so the study can be stopped at any moment. Every result is a line of one file: OUTPUT/results.jsonl, or what
+`--results` names. The results behind docs/language.md are in studies/language.jsonl.
 """
 
 import argparse
@@ -20,11 +21,10 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import grkan
+from grkan.train.interruption import when_starter_ends
 from grkan.writing import remove_leftovers, replacing, write_bytes
 
 PACKAGES = ("dict-gcide", "linux-doc-6.1", "python3.11-doc")
@@ -236,6 +237,7 @@ class XIELU(nn.Module):
 
 NORM = partial(nn.RMSNorm, elementwise_affine=False)  # as PolyNorm has it: without weights
 FUNCTIONS = (PolyNorm, XIELU, grkan.GroupRational)  # those with parameters
+SHOWN = ("grkan8", "grkan8-norm", "grkan1", "gate")  # the rows whose learned functions the picture has
 
 
 def gr_kan(hidden: int = HIDDEN, frozen: bool = False, **arguments: Any) -> nn.Module:
@@ -290,22 +292,22 @@ ROWS = {
     "gelu": Row("GELU", lambda: MLP(nn.GELU(), HIDDEN), _operations(HIDDEN), main=True),
     "swiglu": Row("SwiGLU", lambda: MLP(nn.SiLU(), GATED, gated=True), _operations(GATED, 3), main=True),
     "grkan8": Row("GR-KAN, 8 groups", gr_kan, _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True),
-    "frozen": Row(
-        "GR-KAN, frozen", lambda: gr_kan(frozen=True), _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True
-    ),
-    "grkan1": Row(
-        "GR-KAN, 1 group", lambda: gr_kan(num_groups=1), _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True
-    ),
     "grkan8-norm": Row(
         "GR-KAN, 8 groups, its hidden channels normalised", lambda: gr_kan(norm_layer=NORM),
         _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True,
+    ),
+    "polynorm": Row("PolyNorm", lambda: MLP(PolyNorm(), HIDDEN), _operations(HIDDEN), main=True),
+    "grkan1": Row(
+        "GR-KAN, 1 group", lambda: gr_kan(num_groups=1), _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True
+    ),
+    "frozen": Row(
+        "GR-KAN, frozen", lambda: gr_kan(frozen=True), _operations(HIDDEN, 2, WIDTH + HIDDEN), main=True
     ),
     "gelu-norm": Row(
         "GELU, the hidden channels normalised", lambda: MLP(nn.Sequential(nn.GELU(), NORM(HIDDEN)), HIDDEN),
         _operations(HIDDEN),
     ),
     "relu2": Row("ReLU squared", lambda: MLP(SquaredReLU(), HIDDEN), _operations(HIDDEN)),
-    "polynorm": Row("PolyNorm", lambda: MLP(PolyNorm(), HIDDEN), _operations(HIDDEN), main=True),
     "xielu": Row("xIELU", lambda: MLP(XIELU(), HIDDEN), _operations(HIDDEN)),
     "act2": Row(
         "GR-KAN without act1", lambda: MLP(grkan.GroupRational(8), HIDDEN), _operations(HIDDEN, 2, HIDDEN)
@@ -403,9 +405,13 @@ class Run:
     def name(self) -> str:
         return f"{self.row}-{self.tokens}-{self.rate:g}-{self.seed}"
 
+    def state(self, output: Path) -> Path:
+        """Return the file of the state from which the run goes on."""
+        return output / f"{self.name}.pt"
 
-def train(run: Run, output: Path, settings: Settings) -> None:
-    """Train from the saved state of the run, or from the start, and write the result."""
+
+def train(run: Run, output: Path, settings: Settings) -> dict[str, Any]:
+    """Train from the saved state of the run, or from the start, and return the result."""
     torch.set_num_threads(1)
     row, text = ROWS[run.row], Text(output, settings)
     torch.manual_seed(run.seed)
@@ -420,7 +426,7 @@ def train(run: Run, output: Path, settings: Settings) -> None:
     parts = [[*weights, *learned]] if row.clipped_together else [weights, learned]
     steps = run.tokens // (settings.batch * settings.context)
     warmup, every = max(1, steps // 20), max(1, steps // settings.curve_points)
-    state, curve, first, seconds = output / f"{run.name}.pt", [], 0, 0.0
+    state, curve, first, seconds = run.state(output), [], 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -440,7 +446,7 @@ def train(run: Run, output: Path, settings: Settings) -> None:
             nn.utils.clip_grad_norm_(part, 1.0)
         optimiser.step()
         if (step + 1) % every == 0:
-            curve.append([step + 1, text.bits_per_byte(model, settings.curve_windows)])
+            curve.append([step + 1, round(text.bits_per_byte(model, settings.curve_windows), 5)])
         if time.monotonic() - saved_at > settings.checkpoint_seconds:
             saved_at = time.monotonic()
             with replacing(state) as temporary:
@@ -449,31 +455,39 @@ def train(run: Run, output: Path, settings: Settings) -> None:
                     {**now, "curve": curve, "step": step + 1, "seconds": time.process_time() - started}, temporary
                 )
     result = {
-        "row": run.row,
-        "tokens": run.tokens,
-        "rate": run.rate,
-        "seed": run.seed,
-        "bits_per_byte": text.bits_per_byte(model),
-        "curve": curve,
+        **asdict(run),
+        "bits_per_byte": round(text.bits_per_byte(model), 6),
         "seconds": round(time.process_time() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "functions": {
-            name: [rows.tolist() for rows in module.coefficients()]
+        "curve": curve,
+    }
+    if run.seed == 0 and run.row in SHOWN:
+        result["functions"] = {
+            name: [_rounded(rows) for rows in module.coefficients()]
             for name, module in model.named_modules()
             if isinstance(module, grkan.GroupRational)
-        },
-    }
-    write_bytes(output / f"{run.name}.json", json.dumps(result).encode())
-    state.unlink(missing_ok=True)
+        }
+    return result
 
 
-def results(output: Path) -> dict[Run, dict[str, Any]]:
+def _rounded(rows: Tensor) -> list[list[float]]:
+    return [[float(f"{value:.6g}") for value in row] for row in rows.tolist()]
+
+
+def read(results: Path) -> dict[Run, dict[str, Any]]:
     """Return the results of all finished runs."""
     found = {}
-    for path in output.glob("*-*.json"):
-        result = json.loads(path.read_text())
-        found[Run(result["row"], result["tokens"], result["rate"], result["seed"])] = result
+    for line in results.read_text().splitlines() if results.exists() else ():
+        result = json.loads(line)
+        found[Run(**{name: result[name] for name in Run.__dataclass_fields__})] = result
     return found
+
+
+def record(run: Run, result: dict[str, Any], results: Path, output: Path) -> None:
+    """Add a result to the file, completely or not at all, and remove the state of its run."""
+    lines = results.read_bytes() if results.exists() else b""
+    write_bytes(results, lines + json.dumps(result).encode() + b"\n")
+    run.state(output).unlink(missing_ok=True)
 
 
 def best_rate(row: str, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
@@ -495,8 +509,8 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     tuned_as_others = [name for name in ordered if ROWS[name].tuned_as is not None]
     wanted: list[tuple[Run | None, int]] = []
 
-    def rates(names: Sequence[str]) -> None:
-        wanted.extend((Run(name, tokens, rate, 0), tokens) for rate in RATES for name in names)
+    def try_rates(names: Sequence[str], rates: Sequence[float]) -> None:
+        wanted.extend((Run(name, tokens, rate, 0), tokens) for rate in rates for name in names)
 
     def seeds(names: Sequence[str], numbers: range, length: int) -> None:
         for seed in numbers:
@@ -504,33 +518,33 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
                 rate = best_rate(ROWS[name].tuned_as or name, done, settings)
                 wanted.append((None if rate is None else Run(name, length, rate, seed), length))
 
-    rates(MAIN)
-    seeds(tuned_as_others, range(1), tokens)
+    try_rates(MAIN, RATES)
+    try_rates(others, RATES[:1])
     seeds(MAIN, range(1, settings.other_seeds), tokens)
-    rates(others)
     seeds(MAIN, range(1), settings.long)
-    seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
-    seeds(tuned_as_others, range(1, settings.other_seeds), tokens)
+    seeds(tuned_as_others, range(settings.other_seeds), tokens)
+    try_rates(others, RATES[1:])
     seeds(others, range(1, settings.other_seeds), tokens)
     seeds(MAIN, range(1, settings.other_seeds), settings.long)
+    seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
     return [(run, length) for run, length in wanted if run is None or run not in done]
 
 
-def study(output: Path, settings: Settings, jobs: int = 1) -> None:
+def study(results: Path, output: Path, settings: Settings, jobs: int = 1) -> None:
     """Do all remaining runs."""
     remove_leftovers(output)
     if jobs == 1:
-        while left := [run for run, _ in plan(results(output), settings) if run is not None]:
+        while left := [run for run, _ in plan(read(results), settings) if run is not None]:
             print(left[0].name, f"({len(left)} left)", flush=True)
-            train(left[0], output, settings)
+            record(left[0], train(left[0], output, settings), results, output)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would share PyTorch's threads
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_stop_with_the_study) as pool:
-        running: dict[Future[None], Run] = {}
+    # Workers of a killed study would go on beside the next one.
+    end = partial(when_starter_ends, partial(os._exit, 1))
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end) as pool:
+        running: dict[Future[dict[str, Any]], Run] = {}
         while True:
-            left = [
-                run for run, _ in plan(results(output), settings) if run is not None and run not in running.values()
-            ]
+            left = [run for run, _ in plan(read(results), settings) if run is not None and run not in running.values()]
             while left and len(running) < jobs:
                 run = left.pop(0)
                 print(run.name, flush=True)
@@ -538,27 +552,15 @@ def study(output: Path, settings: Settings, jobs: int = 1) -> None:
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[future]
-                future.result()
+                record(running.pop(future), future.result(), results, output)
 
 
-def _stop_with_the_study() -> None:
-    """End this worker when the study is killed: otherwise it goes on beside the next one."""
-
-    def watch() -> None:
-        study_process = multiprocessing.parent_process()
-        assert study_process is not None
-        study_process.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def print_plan(output: Path, settings: Settings, jobs: int) -> None:
+def print_plan(results: Path, settings: Settings, jobs: int) -> None:
     """Print the remaining runs, with the hours that they take at the speed of the finished runs."""
-    done = results(output)
+    done = read(results)
     left = plan(done, settings)
-    spent, made = sum(r["seconds"] for r in done.values()), sum(run.tokens for run in done)
+    timed = {run: result["seconds"] for run, result in done.items() if "seconds" in result}
+    spent, made = sum(timed.values()), sum(run.tokens for run in timed)
     speed = made / spent if spent else 6000.0
     for run, length in left:
         name = f"one of {length} tokens, its learning rate not known yet" if run is None else run.name
@@ -618,18 +620,18 @@ def table(done: dict[Run, dict[str, Any]], settings: Settings) -> str:
     ]
     for line in found:
         rivals = {other.row: other for other in found if other.tokens == line.tokens}
-        results_ = list(line.by_seed.values())
+        results = list(line.by_seed.values())
         cells = (
             f"{line.tokens / 1e6:g}M",
             ROWS[line.row].title,
             f"{line.rate:g}",
-            str(len(results_)),
-            _spread([r["bits_per_byte"] for r in results_]),
+            str(len(results)),
+            _spread([r["bits_per_byte"] for r in results]),
             line.gain_on(rivals.get("gelu")),
             line.gain_on(rivals.get("swiglu")),
-            f"{results_[0]['parameters']:,}",
+            f"{results[0]['parameters']:,}",
             f"{ROWS[line.row].operations:,}",
-            f"{statistics.fmean(r['seconds'] for r in results_):.0f}",
+            f"{statistics.fmean(r['seconds'] for r in results):.0f}",
         )
         text.append(f"| {' | '.join(cells)} |")
     rates = sorted({run.rate for run in done})
@@ -675,7 +677,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
     """Plot the learned functions, layer by layer, with their start."""
     from matplotlib.figure import Figure
 
-    shown = [line for line in lines(done, settings) if line.row in ("grkan8", "grkan1", "gate")]
+    shown = [line for line in lines(done, settings) if line.row in SHOWN and "functions" in line.by_seed.get(0, {})]
     shown = [line for line in shown if line.tokens == max(other.tokens for other in shown if other.row == line.row)]
     if not shown:
         return
@@ -683,7 +685,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
     figure = Figure(figsize=(3.2 * 2 * LAYERS, 2.6 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 2 * LAYERS, squeeze=False)
     for line, panels in zip(shown, grid, strict=True):
-        functions = next(iter(line.by_seed.values()))["functions"]
+        functions = line.by_seed[0]["functions"]
         for axes, (name, (numerator, denominator)) in zip(panels, functions.items(), strict=False):
             rows = grkan.GroupRational(
                 len(denominator), (numerator, denominator), (len(numerator[0]) - 1, len(denominator[0]))
@@ -699,9 +701,9 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
         figure.savefig(temporary, dpi=100)
 
 
-def report(output: Path, settings: Settings, page: Path) -> None:
+def report(results: Path, settings: Settings, page: Path) -> None:
     """Put the table between the marks in the page, and the pictures beside it."""
-    done = results(output)
+    done = read(results)
     before, mark, rest = page.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of the table -->")
     if not mark or not end:
@@ -714,17 +716,19 @@ def report(output: Path, settings: Settings, page: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/language"))
+    parser.add_argument("--results", type=Path, metavar="FILE", help="where the results are, and are added")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--plan", action="store_true", help="print the remaining runs")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="write the table and the pictures")
     options = parser.parse_args()
     settings = Settings()
-    options.output.mkdir(parents=True, exist_ok=True)
+    results = options.results or options.output / "results.jsonl"
     if options.plan:
-        print_plan(options.output, settings, options.jobs)
+        print_plan(results, settings, options.jobs)
     elif options.report:
-        report(options.output, settings, options.report)
+        report(results, settings, options.report)
     else:
+        options.output.mkdir(parents=True, exist_ok=True)
         with open(options.output / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -733,7 +737,7 @@ def main() -> None:
             if not (options.output / "text.json").exists():
                 fetch(options.output / "packages")
             prepare(lambda: read_documents(options.output / "packages"), options.output, settings)
-            study(options.output, settings, options.jobs)
+            study(results, options.output, settings, options.jobs)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,9 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert int(text.bytes[ids].sum()) == len("a text, für alle".encode())
 
     # A run that is killed goes on and gives what it gives otherwise.
-    run = language.Run("grkan8", settings.tokens, 1e-2, 0)
-    language.train(run, output, settings)
-    whole = (output / f"{run.name}.json").read_bytes()
-    (output / f"{run.name}.json").unlink()
+    run, results = language.Run("grkan8", settings.tokens, 1e-2, 0), tmp_path / "results.jsonl"
+    whole = language.train(run, output, settings)
+    run.state(output).unlink()
     draw, steps = language.Text.draw, []
 
     def interrupted(self, seed, step):
@@ -70,19 +69,21 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language.Text, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         language.train(run, output, settings)
-    language.train(run, output, settings)
+    resumed = language.train(run, output, settings)
     assert steps == [0, 1, 2, 2, 3]
-    first, second = json.loads(whole), json.loads((output / f"{run.name}.json").read_bytes())
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
-    language.print_plan(output, settings, 2)
+    language.record(run, resumed, results, output)
+    assert language.read(results) == {run: resumed}
+    assert not list(output.glob("*.pt"))
+    language.print_plan(results, settings, 2)
     assert "1 done, 10 left" in capsys.readouterr().out
-    assert language.lines(language.results(output), settings) == []  # its learning rate is not known
-    language.study(output, settings)
-    assert language.plan(language.results(output), settings) == []
+    assert language.lines(language.read(results), settings) == []  # its learning rate is not known
+    language.study(results, output, settings)
+    assert language.plan(language.read(results), settings) == []
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
-    language.report(output, settings, page)
+    language.report(results, settings, page)
     written = page.read_text()
     assert written.startswith("before\n<!-- table -->\n| tokens")
     assert "old" not in written
@@ -104,7 +105,7 @@ if __name__ == "__main__":
     output = Path({output!r})
     texts = [(f"document {{n}}", " ".join(str(n * i) for i in range(60))) for n in range(40)]
     language.prepare(lambda: iter(texts), output, settings)
-    language.study(output, settings, jobs=2)
+    language.study(output / "results.jsonl", output, settings, jobs=2)
 """
 
 
@@ -174,7 +175,7 @@ def test_the_study_of_few_labels(few_labels, tmp_path, monkeypatch):
     page.write_text("before\n<!-- few labels -->\n<!-- end of few labels -->\n")
     monkeypatch.setattr(sys, "argv", ["few_labels.py", "--output", str(output), "--encoder", str(encoder)])
     few_labels.main()
-    done = few_labels.results(output)
+    done = few_labels.read(output / "results.jsonl")
     assert few_labels.next_run(done) is None
     trained = {run.method: result["trained"] for run, result in done.items()}
     assert trained["head"] == 2 * 33
