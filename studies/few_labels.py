@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -182,15 +183,6 @@ def _batches(size: int, generator: torch.Generator) -> Iterator[list[int]]:
             yield from (batches[i].tolist() for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def read(results: Path) -> dict[Run, dict[str, Any]]:
-    """Return the results of all finished runs."""
-    found = {}
-    for line in results.read_text().splitlines() if results.exists() else ():
-        result = json.loads(line)
-        found[Run(**{name: result[name] for name in Run.__dataclass_fields__})] = result
-    return found
-
-
 def next_run(done: dict[Run, Any]) -> Run | None:
     """Return the next run: first all learning rates with seed 0, then all seeds with the best learning rate."""
     wanted = [Run(name, TUNED_WITH, rate, 0) for name, method in METHODS.items() for rate in method.rates]
@@ -258,12 +250,11 @@ def main() -> None:
         _, end, after = rest.partition(MARKS[1])
         if not mark or not end:
             sys.exit(f"{options.report} needs the lines {MARKS[0].strip()} and {MARKS[1]}")
-        write_bytes(options.report, f"{before}{mark}{table(read(results))}\n{end}{after}".encode())
+        write_bytes(options.report, f"{before}{mark}{table(records.read(results, Run))}\n{end}{after}".encode())
         return
-    while run := next_run(read(results)):
+    while run := next_run(records.read(results, Run)):
         print(run, flush=True)
-        result = json.dumps(train(run, options.output, options.encoder)).encode() + b"\n"
-        write_bytes(results, (results.read_bytes() if results.exists() else b"") + result)
+        records.add(train(run, options.output, options.encoder), results)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizer's threads
 
 import numpy as np
+import records
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
@@ -474,19 +475,9 @@ def _rounded(rows: Tensor) -> list[list[float]]:
     return [[float(f"{value:.6g}") for value in row] for row in rows.tolist()]
 
 
-def read(results: Path) -> dict[Run, dict[str, Any]]:
-    """Return the results of all finished runs."""
-    found = {}
-    for line in results.read_text().splitlines() if results.exists() else ():
-        result = json.loads(line)
-        found[Run(**{name: result[name] for name in Run.__dataclass_fields__})] = result
-    return found
-
-
-def record(run: Run, result: dict[str, Any], results: Path, output: Path) -> None:
-    """Add a result to the file, completely or not at all, and remove the state of its run."""
-    lines = results.read_bytes() if results.exists() else b""
-    write_bytes(results, lines + json.dumps(result).encode() + b"\n")
+def finish(run: Run, result: dict[str, Any], results: Path, output: Path) -> None:
+    """Add the result of a run to the others, and remove its state."""
+    records.add(result, results)
     run.state(output).unlink(missing_ok=True)
 
 
@@ -534,9 +525,9 @@ def study(results: Path, output: Path, settings: Settings, jobs: int = 1) -> Non
     """Do all remaining runs."""
     remove_leftovers(output)
     if jobs == 1:
-        while left := [run for run, _ in plan(read(results), settings) if run is not None]:
+        while left := [run for run, _ in plan(records.read(results, Run), settings) if run is not None]:
             print(left[0].name, f"({len(left)} left)", flush=True)
-            record(left[0], train(left[0], output, settings), results, output)
+            finish(left[0], train(left[0], output, settings), results, output)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would share PyTorch's threads
     # Workers of a killed study would go on beside the next one.
@@ -544,7 +535,8 @@ def study(results: Path, output: Path, settings: Settings, jobs: int = 1) -> Non
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end) as pool:
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
-            left = [run for run, _ in plan(read(results), settings) if run is not None and run not in running.values()]
+            done = records.read(results, Run)
+            left = [run for run, _ in plan(done, settings) if run is not None and run not in running.values()]
             while left and len(running) < jobs:
                 run = left.pop(0)
                 print(run.name, flush=True)
@@ -552,12 +544,12 @@ def study(results: Path, output: Path, settings: Settings, jobs: int = 1) -> Non
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                record(running.pop(future), future.result(), results, output)
+                finish(running.pop(future), future.result(), results, output)
 
 
 def print_plan(results: Path, settings: Settings, jobs: int) -> None:
     """Print the remaining runs, with the hours that they take at the speed of the finished runs."""
-    done = read(results)
+    done = records.read(results, Run)
     left = plan(done, settings)
     timed = {run: result["seconds"] for run, result in done.items() if "seconds" in result}
     spent, made = sum(timed.values()), sum(run.tokens for run in timed)
@@ -703,7 +695,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
 
 def report(results: Path, settings: Settings, page: Path) -> None:
     """Put the table between the marks in the page, and the pictures beside it."""
-    done = read(results)
+    done = records.read(results, Run)
     before, mark, rest = page.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of the table -->")
     if not mark or not end:

@@ -15,6 +15,7 @@ STUDIES = Path(__file__).parent.parent / "studies"
 
 
 def load(name, monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES)
     spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -56,6 +57,10 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
 
     # A run that is killed goes on and gives what it gives otherwise.
     run, results = language.Run("grkan8", settings.tokens, 1e-2, 0), tmp_path / "results.jsonl"
+
+    def done():
+        return language.records.read(results, language.Run)
+
     whole = language.train(run, output, settings)
     run.state(output).unlink()
     draw, steps = language.Text.draw, []
@@ -73,14 +78,14 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert steps == [0, 1, 2, 2, 3]
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
-    language.record(run, resumed, results, output)
-    assert language.read(results) == {run: resumed}
+    language.finish(run, resumed, results, output)
+    assert done() == {run: resumed}
     assert not list(output.glob("*.pt"))
     language.print_plan(results, settings, 2)
     assert "1 done, 10 left" in capsys.readouterr().out
-    assert language.lines(language.read(results), settings) == []  # its learning rate is not known
+    assert language.lines(done(), settings) == []  # its learning rate is not known
     language.study(results, output, settings)
-    assert language.plan(language.read(results), settings) == []
+    assert language.plan(done(), settings) == []
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
     language.report(results, settings, page)
@@ -175,7 +180,7 @@ def test_the_study_of_few_labels(few_labels, tmp_path, monkeypatch):
     page.write_text("before\n<!-- few labels -->\n<!-- end of few labels -->\n")
     monkeypatch.setattr(sys, "argv", ["few_labels.py", "--output", str(output), "--encoder", str(encoder)])
     few_labels.main()
-    done = few_labels.read(output / "results.jsonl")
+    done = few_labels.records.read(output / "results.jsonl", few_labels.Run)
     assert few_labels.next_run(done) is None
     trained = {run.method: result["trained"] for run, result in done.items()}
     assert trained["head"] == 2 * 33
