@@ -481,15 +481,33 @@ def finish(run: Run, result: dict[str, Any], results: Path, output: Path) -> Non
     run.state(output).unlink(missing_ok=True)
 
 
-def best_rate(row: str, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
+def rates_to_try(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: Settings) -> list[float]:
+    """Return the learning rates to try with seed 0; none if they depend on results that are missing.
+
+    For more tokens, these are the best rate of the short runs and its halves, until one of them is worse than the last.
+    """
+    if tokens == settings.tokens:
+        return list(RATES)
+    best = best_rate(row, settings.tokens, done, settings)
+    rates = [] if best is None else [best, best / 2]
+    values = [_value(done.get(Run(row, tokens, rate, 0))) for rate in rates]
+    while rates and None not in values and values[-1] < values[-2]:
+        rates.append(rates[-1] / 2)
+        values.append(_value(done.get(Run(row, tokens, rates[-1], 0))))
+    return rates
+
+
+def best_rate(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
     """Return the learning rate with the best result of seed 0, or None while a result is missing."""
-    tried = {rate: done.get(Run(row, settings.tokens, rate, 0)) for rate in RATES}
-    known = {rate: _or_infinite(result["bits_per_byte"]) for rate, result in tried.items() if result is not None}
-    return min(known, key=known.__getitem__) if len(known) == len(RATES) else None
+    values = {r: _value(done.get(Run(row, tokens, r, 0))) for r in rates_to_try(row, tokens, done, settings)}
+    return None if not values or None in values.values() else min(values, key=values.__getitem__)
 
 
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
+def _value(result: dict[str, Any] | None) -> Any:
+    """Return the bits per byte, infinity for a run that diverged, or None for a run that is missing."""
+    if result is None:
+        return None
+    return result["bits_per_byte"] if math.isfinite(result["bits_per_byte"]) else math.inf
 
 
 def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run | None, int]]:
@@ -500,21 +518,25 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     tuned_as_others = [name for name in ordered if ROWS[name].tuned_as is not None]
     wanted: list[tuple[Run | None, int]] = []
 
-    def try_rates(names: Sequence[str], rates: Sequence[float]) -> None:
-        wanted.extend((Run(name, tokens, rate, 0), tokens) for rate in rates for name in names)
+    def try_rates(names: Sequence[str], length: int, first: int = 0, last: int | None = None) -> None:
+        for name in names:
+            rates = rates_to_try(name, length, done, settings)[first:last]
+            wanted.extend((Run(name, length, rate, 0), length) for rate in rates)
+            if not rates:
+                wanted.append((None, length))
 
     def seeds(names: Sequence[str], numbers: range, length: int) -> None:
         for seed in numbers:
             for name in names:
-                rate = best_rate(ROWS[name].tuned_as or name, done, settings)
+                rate = best_rate(ROWS[name].tuned_as or name, length, done, settings)
                 wanted.append((None if rate is None else Run(name, length, rate, seed), length))
 
-    try_rates(MAIN, RATES)
-    try_rates(others, RATES[:1])
+    try_rates(MAIN, tokens)
+    try_rates(others, tokens, last=1)
     seeds(MAIN, range(1, settings.other_seeds), tokens)
-    seeds(MAIN, range(1), settings.long)
+    try_rates(MAIN, settings.long)
     seeds(tuned_as_others, range(settings.other_seeds), tokens)
-    try_rates(others, RATES[1:])
+    try_rates(others, tokens, first=1)
     seeds(others, range(1, settings.other_seeds), tokens)
     seeds(MAIN, range(1, settings.other_seeds), settings.long)
     seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
@@ -594,7 +616,7 @@ def lines(done: dict[Run, dict[str, Any]], settings: Settings) -> list[Line]:
     found: list[Line] = []
     for tokens in (settings.tokens, settings.long):
         for name, row in ROWS.items():
-            rate = best_rate(row.tuned_as or name, done, settings)
+            rate = best_rate(row.tuned_as or name, tokens, done, settings)
             wanted = (name, tokens, rate)
             by_seed = {run.seed: r for run, r in sorted(done.items()) if (run.row, run.tokens, run.rate) == wanted}
             if by_seed:
@@ -627,13 +649,14 @@ def table(done: dict[Run, dict[str, Any]], settings: Settings) -> str:
         )
         text.append(f"| {' | '.join(cells)} |")
     rates = sorted({run.rate for run in done})
-    text += ["", f"| row, seed 0, {settings.tokens / 1e6:g}M tokens | {' | '.join(f'{rate:g}' for rate in rates)} |"]
-    text.append(f"| --- | {' | '.join('---:' for _ in rates)} |")
-    for name, row in ROWS.items():
-        tried = [done.get(Run(name, settings.tokens, rate, 0)) for rate in rates]
-        if row.tuned_as is None and any(tried):
-            cells = ["" if r is None else f"{r['bits_per_byte']:.4f}" for r in tried]
-            text.append(f"| {row.title} | {' | '.join(cells)} |")
+    text += ["", f"| tokens | row, seed 0 | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    text.append(f"| ---: | --- | {' | '.join('---:' for _ in rates)} |")
+    for tokens in (settings.tokens, settings.long):
+        for name, row in ROWS.items():
+            tried = [done.get(Run(name, tokens, rate, 0)) for rate in rates]
+            if row.tuned_as is None and any(tried):
+                cells = ["" if r is None else f"{r['bits_per_byte']:.4f}" for r in tried]
+                text.append(f"| {tokens / 1e6:g}M | {row.title} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
