@@ -21,6 +21,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -700,6 +701,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
     figure = Figure(figsize=(3.2 * 2 * LAYERS, 2.6 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 2 * LAYERS, squeeze=False)
     for line, panels in zip(shown, grid, strict=True):
+        panels[0].set_ylabel(textwrap.fill(ROWS[line.row].title, 28), fontsize=8)
         functions = line.by_seed[0]["functions"]
         for axes, (name, (numerator, denominator)) in zip(panels, functions.items(), strict=False):
             rows = grkan.GroupRational(
@@ -708,7 +710,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
             for group in range(len(denominator)):
                 axes.plot(x, rows.to_function(group)(x), lw=1)
             axes.plot(x, x if "act1" in name else x / (1 + np.exp(-x)), color="black", lw=0.8, ls=":")
-            axes.set_title(f"{ROWS[line.row].title}: {name.replace('.mlp', '')}", fontsize=7)
+            axes.set_title(name.replace(".mlp", ""), fontsize=8)
             axes.set_ylim(-3, 6)
         for axes in panels[len(functions) :]:
             axes.set_axis_off()
