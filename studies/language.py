@@ -666,7 +666,9 @@ def draw_curves(done: dict[Run, dict[str, Any]], settings: Settings, path: Path)
     from matplotlib.figure import Figure
 
     found = lines(done, settings)
-    lengths = sorted({line.tokens for line in found})
+    lengths = sorted({line.tokens for line in found if line.row != "gelu"})
+    if not lengths:
+        return
     figure = Figure(figsize=(6.5 * len(lengths), 4.5), layout="constrained")
     for axes, tokens in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
         rows = {line.row: line for line in found if line.tokens == tokens}
