@@ -482,33 +482,36 @@ def finish(run: Run, result: dict[str, Any], results: Path, output: Path) -> Non
     run.state(output).unlink(missing_ok=True)
 
 
-def rates_to_try(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: Settings) -> list[float]:
-    """Return the learning rates to try with seed 0; none if they depend on results that are missing.
+def tried_rates(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: Settings) -> dict[float, Any]:
+    """Return the learning rates to try with seed 0, and the bits per byte of each: None if missing, inf if diverged.
 
-    For more tokens, these are the best rate of the short runs and its halves, until one of them is worse than the last.
+    For more tokens, these are the best rate of the short runs and its halves, until one of them is worse than the last;
+    none while the best is not known.
     """
+
+    def value(rate: float) -> float | None:
+        result = done.get(Run(row, tokens, rate, 0))
+        if result is None:
+            return None
+        return result["bits_per_byte"] if math.isfinite(result["bits_per_byte"]) else math.inf
+
     if tokens == settings.tokens:
-        return list(RATES)
-    best = best_rate(row, settings.tokens, done, settings)
-    rates = [] if best is None else [best, best / 2]
-    values = [_value(done.get(Run(row, tokens, rate, 0))) for rate in rates]
-    while rates and None not in values and values[-1] < values[-2]:
-        rates.append(rates[-1] / 2)
-        values.append(_value(done.get(Run(row, tokens, rates[-1], 0))))
-    return rates
+        return {rate: value(rate) for rate in RATES}
+    last = best_rate(row, settings.tokens, done, settings)
+    if last is None:
+        return {}
+    rate = last / 2
+    values = {last: value(last), rate: value(rate)}
+    while None not in values.values() and values[rate] < values[last]:
+        last, rate = rate, rate / 2
+        values[rate] = value(rate)
+    return values
 
 
 def best_rate(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: Settings) -> float | None:
     """Return the learning rate with the best result of seed 0, or None while a result is missing."""
-    values = {r: _value(done.get(Run(row, tokens, r, 0))) for r in rates_to_try(row, tokens, done, settings)}
+    values = tried_rates(row, tokens, done, settings)
     return None if not values or None in values.values() else min(values, key=values.__getitem__)
-
-
-def _value(result: dict[str, Any] | None) -> Any:
-    """Return the bits per byte, infinity for a run that diverged, or None for a run that is missing."""
-    if result is None:
-        return None
-    return result["bits_per_byte"] if math.isfinite(result["bits_per_byte"]) else math.inf
 
 
 def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run | None, int]]:
@@ -521,7 +524,7 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
 
     def try_rates(names: Sequence[str], length: int, first: int = 0, last: int | None = None) -> None:
         for name in names:
-            rates = rates_to_try(name, length, done, settings)[first:last]
+            rates = list(tried_rates(name, length, done, settings))[first:last]
             wanted.extend((Run(name, length, rate, 0), length) for rate in rates)
             if not rates:
                 wanted.append((None, length))
@@ -695,7 +698,7 @@ def draw_functions(done: dict[Run, dict[str, Any]], settings: Settings, path: Pa
     """Plot the learned functions, layer by layer, with their start."""
     from matplotlib.figure import Figure
 
-    shown = [line for line in lines(done, settings) if line.row in SHOWN and "functions" in line.by_seed.get(0, {})]
+    shown = [line for line in lines(done, settings) if "functions" in line.by_seed.get(0, {})]
     shown = [line for line in shown if line.tokens == max(other.tokens for other in shown if other.row == line.row)]
     if not shown:
         return

@@ -98,6 +98,21 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "language_functions.png").stat().st_size > 1000
 
 
+def test_the_learning_rate_of_a_long_run_is_halved_until_that_no_longer_helps(language):
+    settings = language.Settings(tokens=100, long=400)
+    done = {}
+
+    def finished(tokens, rate, value):
+        done[language.Run("gelu", tokens, rate, 0)] = {"bits_per_byte": value}
+        return language.best_rate("gelu", 400, done, settings), list(language.tried_rates("gelu", 400, done, settings))
+
+    assert finished(100, 3e-3, 2.0) == (None, [])
+    assert finished(100, 1e-2, 1.9) == (None, [1e-2, 5e-3])
+    assert finished(400, 1e-2, float("nan")) == (None, [1e-2, 5e-3])
+    assert finished(400, 5e-3, 1.7) == (None, [1e-2, 5e-3, 2.5e-3])
+    assert finished(400, 2.5e-3, 1.8) == (5e-3, [1e-2, 5e-3, 2.5e-3])
+
+
 STUDY_WITHOUT_END = """
 import sys
 from pathlib import Path
