@@ -33,8 +33,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.autograd.profiler as profiler
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import register_decomposition
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
@@ -536,6 +535,35 @@ def _composite(
     return y if dim == last else y.movedim(last, dim)
 
 
+def _exported(
+    x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, shape: tuple[int, int]
+) -> Tensor:
+    """Compute F by Horner's method, in float32 only and with coefficients for every channel, as `grkan.plain` does.
+
+    An ONNX graph cannot branch, so `_composite` would treat every x as extreme: it would compute in float64, three
+    times as slow.
+    """
+    groups, width = shape
+
+    def columns(rows: Tensor) -> tuple[Tensor, ...]:
+        wide = rows.float().expand(groups, -1).unsqueeze(1).expand(groups, width, -1).reshape(groups * width, -1)
+        return tuple(column.reshape(-1, *(1,) * (x.dim() - dim - 1)) for column in wide.unbind(1))
+
+    def horner(coefficients: Sequence[Tensor], z: Tensor) -> Tensor:
+        *others, value = coefficients
+        for coefficient in reversed(others):
+            value = value * z + coefficient
+        return value
+
+    z = x.float()
+    y = horner(columns(numerator), z).expand(x.shape)
+    if denominator.shape[1]:
+        t = z.abs() if form == "sum_of_abs" else z
+        inner = t * horner(columns(denominator.abs() if form == "sum_of_abs" else denominator), t)
+        y = y / (1.0 + inner.abs())
+    return y.to(x.dtype)
+
+
 def _composite_backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -701,51 +729,6 @@ def _rational_linear_backward_fake(
     if not needs_f:
         return x.new_empty(0), x.new_empty(0), x.new_empty(0), dweight
     return torch.empty_like(x), numerator.new_empty(numerator.shape), denominator.new_empty(denominator.shape), dweight
-
-
-# The operators in plain operations, for exporters that know no others; torch.onnx.export looks them up by itself.
-# With symbolic sizes PyTorch runs a decomposition even to find the shape of its result, unless the table "meta" has it.
-
-
-@register_decomposition(torch.ops.grkan.group_rational.default)
-def _group_rational_decomposition(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    # In an ONNX graph the reference would treat every x as extreme: it would compute in float64, three times as slow.
-    composite = _exported if torch.onnx.is_in_onnx_export() else _composite
-    return composite(x, numerator, denominator, form, dim % x.dim())
-
-
-@register_decomposition(torch.ops.grkan.rational_linear.default)
-def _rational_linear_decomposition(
-    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None, form: str
-) -> Tensor:
-    return F.linear(_group_rational_decomposition(x, numerator, denominator, form, x.dim() - 1), weight, bias)
-
-
-def _exported(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    """Compute F by Horner's method, in float32 only and with coefficients for every channel, as `grkan.plain` does."""
-    groups, width = _groups_and_channels(x, numerator, denominator, dim)
-
-    def columns(rows: Tensor) -> tuple[Tensor, ...]:
-        wide = rows.float().expand(groups, -1).unsqueeze(1).expand(groups, width, -1).reshape(groups * width, -1)
-        return tuple(column.reshape(-1, *(1,) * (x.dim() - dim - 1)) for column in wide.unbind(1))
-
-    def horner(coefficients: Sequence[Tensor], z: Tensor) -> Tensor:
-        *others, value = coefficients
-        for coefficient in reversed(others):
-            value = value * z + coefficient
-        return value
-
-    z = x.float()
-    y = horner(columns(numerator), z).expand(x.shape)
-    if denominator.shape[1]:
-        t = z.abs() if form == "sum_of_abs" else z
-        inner = t * horner(columns(denominator.abs() if form == "sum_of_abs" else denominator), t)
-        y = y / (1.0 + inner.abs())
-    return y.to(x.dtype)
-
-
-register_decomposition(torch.ops.grkan.group_rational.default, type="meta")(_group_rational_fake)
-register_decomposition(torch.ops.grkan.rational_linear.default, type="meta")(_rational_linear_fake)
 
 
 # Autograd. Grad mode is on during a backward that will itself be differentiated (create_graph=True).
@@ -1047,8 +1030,8 @@ def _group_rational(
     call = _untraced(lambda: _call(*_properties(x, numerator, denominator), form, channel_dim, order, group_width))
     _check_backend(call.device_type)
     numerator, denominator = _as_rows(numerator, denominator, call)
-    if _plain_operations_wanted():
-        return _composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
+    if composite := _plain_operations():
+        return composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
     return torch.ops.grkan.group_rational(x, numerator, denominator, form, call.dim)
 
 
@@ -1144,8 +1127,8 @@ def _rational_linear(
     numerator, denominator = _as_rows(numerator, denominator, call)
     if dtype is not None:
         x = x.to(dtype)
-    if _plain_operations_wanted():
-        y = _composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
+    if composite := _plain_operations():
+        y = composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
     elif is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN:
         if dtype is not None:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -1155,11 +1138,16 @@ def _rational_linear(
     return F.linear(y, weight, bias)  # known to autocast and to tools that count or intercept operations
 
 
-def _plain_operations_wanted() -> bool:
-    """Whether to use plain operations: by choice, for a transform, or while PyTorch's older ONNX exporter traces."""
-    if _backend() == "reference" or _composite_needed():
-        return True
-    return torch.jit.is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+def _plain_operations() -> Callable[..., Tensor] | None:
+    """Return the form of F in plain operations if the caller needs one, else None.
+
+    PyTorch's ONNX exporters know no operator of ours. A decomposition for them in PyTorch's table would be simpler, but
+    where the environment variable CI is set Inductor refuses every operator that has one, and the table has no way out.
+    """
+    if torch.jit.is_tracing() or is_exporting():
+        if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+            return _exported
+    return _composite if _backend() == "reference" or _composite_needed() else None
 
 
 def _over_nested(function: Callable[[Tensor, int], Tensor], x: Any, channel_dim: int) -> Tensor:
