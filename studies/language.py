@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import grkan
+from grkan.errors import first_of
 from grkan.train.interruption import when_starter_ends
 from grkan.writing import remove_leftovers, replacing, write_bytes
 
@@ -133,11 +134,14 @@ def prepare(documents: Callable[[], Iterator[tuple[str, str]]], output: Path, se
         for i, n in enumerate((1, len(text.encode()), len(text.split()))):
             counts[where][i] += n
     about: dict[str, Any] = {}
+    digest = hashlib.sha256()
     for where, file in ((False, "train"), (True, "validation")):
         tokens = np.concatenate(parts[where])
+        digest.update(tokens.tobytes())
         with replacing(output / f"{file}.npy") as temporary:
             np.save(temporary, tokens)
         about[file] = dict(zip(("documents", "bytes", "words"), counts[where], strict=True), tokens=len(tokens))
+    about["digest"] = digest.hexdigest()[:16]
     write_bytes(output / "text.json", json.dumps(about, indent=2).encode())
 
 
@@ -146,6 +150,7 @@ class Text:
 
     def __init__(self, output: Path, settings: Settings) -> None:
         self.context, self.batch = settings.context, settings.batch
+        self.digest: str = json.loads((output / "text.json").read_text())["digest"]
         self.train = np.load(output / "train.npy", mmap_mode="r")
         validation = torch.from_numpy(np.load(output / "validation.npy").astype(np.int64))
         count = min(settings.validation_windows, (len(validation) - 1) // self.context)
@@ -458,6 +463,7 @@ def train(run: Run, output: Path, settings: Settings) -> dict[str, Any]:
                 )
     result = {
         **asdict(run),
+        "text": text.digest,
         "bits_per_byte": round(text.bits_per_byte(model), 6),
         "seconds": round(time.process_time() - started, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -548,8 +554,15 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
 
 
 def study(results: Path, output: Path, settings: Settings, jobs: int = 1) -> None:
-    """Do all remaining runs."""
+    """Do all remaining runs, unless the file has results of another text (None: of the first runs, see the log)."""
     remove_leftovers(output)
+    digest = Text(output, settings).digest
+    others = [run.name for run, result in records.read(results, Run).items() if result["text"] not in (digest, None)]
+    if others:
+        sys.exit(
+            f"{results} must have results of this text, {digest}; {first_of(others)} have another. Debian has probably "
+            "updated a package: use the versions that docs/language.md names, or begin a new file"
+        )
     if jobs == 1:
         while left := [run for run, _ in plan(records.read(results, Run), settings) if run is not None]:
             print(left[0].name, f"({len(left)} left)", flush=True)

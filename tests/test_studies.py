@@ -86,6 +86,11 @@ def test_the_study_of_language(language, tmp_path, monkeypatch, capsys):
     assert language.lines(done(), settings) == []  # its learning rate is not known
     language.study(results, output, settings)
     assert language.plan(done(), settings) == []
+    assert {result["text"] for result in done().values()} == {about["digest"]}
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({**resumed, "text": "ab"}) + "\n")
+    with pytest.raises(SystemExit, match=f"must have results of this text, {about['digest']}; grkan8-128-0.01-0 have"):
+        language.study(other, output, settings)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
     language.report(results, settings, page)

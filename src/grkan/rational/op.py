@@ -535,9 +535,7 @@ def _composite(
     return y if dim == last else y.movedim(last, dim)
 
 
-def _exported(
-    x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, shape: tuple[int, int]
-) -> Tensor:
+def _exported(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int, shape: tuple[int, int]) -> Tensor:
     """Compute F by Horner's method, in float32 only and with coefficients for every channel, as `grkan.plain` does.
 
     An ONNX graph cannot branch, so `_composite` would treat every x as extreme: it would compute in float64, three
@@ -1144,9 +1142,9 @@ def _plain_operations() -> Callable[..., Tensor] | None:
     PyTorch's ONNX exporters know no operator of ours. A decomposition for them in PyTorch's table would be simpler, but
     where the environment variable CI is set Inductor refuses every operator that has one, and the table has no way out.
     """
-    if torch.jit.is_tracing() or is_exporting():
-        if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
-            return _exported
+    traced = torch.jit.is_tracing() or is_exporting()
+    if traced and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        return _exported
     return _composite if _backend() == "reference" or _composite_needed() else None
 
 
