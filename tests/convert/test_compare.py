@@ -10,6 +10,7 @@ from torch import nn
 
 from grkan.convert import convert_
 from grkan.convert.compare import KeptBatches, main_output
+from grkan.convert.recipe import recipe_of
 from grkan.nn import GroupRational
 
 
@@ -219,7 +220,7 @@ def test_a_model_that_amplifies_is_returned_with_a_warning():
         report = convert_(model, calibration=x)
     assert report.relative_error > 0.05
     assert isinstance(model.mlp[1], GroupRational)
-    assert len(model.grkan_conversion["layers"]) == 1
+    assert len(recipe_of(model).layers) == 1
 
 
 class Peeking(nn.Module):
@@ -243,4 +244,4 @@ def test_a_model_that_would_be_wrong_is_left_as_it_was():
     assert torch.equal(model(x), before)
     assert isinstance(model[0].act, nn.ReLU)
     assert isinstance(model[1][1], nn.ReLU)
-    assert not hasattr(model, "grkan_conversion")
+    assert recipe_of(model) is None

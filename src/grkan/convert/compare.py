@@ -161,6 +161,12 @@ def _cosine_and_error(before: list[Tensor], after: list[Tensor]) -> tuple[float 
     return (product / norms if norms else 1.0), (relative if math.isfinite(relative) else math.inf)
 
 
+def is_close(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Return whether outputs are the same but for rounding."""
+    error = _cosine_and_error(before, after)[1]
+    return error is None or error < 1e-2
+
+
 def output_error(site: Site, histogram: Histogram, fits: list[GroupFit]) -> float:
     """Return the relative error, in norm, of an MLP's output on the kept rows of its activation's inputs.
 

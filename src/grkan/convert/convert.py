@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError, first_of
@@ -21,9 +22,10 @@ from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
 from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
-from .compare import KeptBatches, errors_alone, output_error
-from .observe import Observation, observe
-from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe
+from .compare import KeptBatches, errors_alone, is_close, main_output, output_error
+from . import observe
+from .observe import Observation
+from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe, recipe_of
 from .report import ConversionReport
 from .scratch import gains
 from .structure import Site, Watched, choose, find_sites
@@ -126,7 +128,8 @@ def convert_(
     if not max_error > 0:
         raise GrkanValueError(f"max_error must be above 0; got {max_error!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    with ExitStack() as temporary:
+    # In inference mode the coefficients could never be trained.
+    with torch.inference_mode(False), ExitStack() as temporary:
         return _convert(
             temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init,
             max_error, forward,
@@ -164,15 +167,15 @@ def _convert(
     if not chosen:
         raise _nothing_to_convert(model, skipped)
 
+    if seen is not None and trial is not None:
+        chosen, problems = _replaceable(model, chosen, seen, trial)
+        skipped += problems
+        if not chosen:
+            raise _nothing_to_convert(model, skipped)
     histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
     kept = KeptBatches(model, partial(run_on, forward=forward))
     if calibration is not None:
         _calibrate(kept, chosen, histograms, batches)
-    elif seen is not None and trial is not None:
-        with evaluating(model), ExitStack() as stack:
-            watched = [stack.enter_context(Watched(site)) for site in chosen]
-            trial()
-        _settle(chosen, watched)
     names_of = {id(module): name for name, module in model.named_modules()}
     layers, entries, fits, converted = [], [], [], []
     for site, histogram in zip(chosen, histograms, strict=True):
@@ -217,8 +220,9 @@ def _convert(
         undo()
         _check_mlps(kept, converted, entries, error, max_error)
         apply_recipe(model, Recipe(tuple(entries)))
-    recipe = copy.deepcopy(model.grkan_conversion)
-    return ConversionReport(layers, skipped, cosine, error, recipe, fits)  # type: ignore[arg-type]
+    whole = recipe_of(model)
+    assert whole is not None
+    return ConversionReport(layers, skipped, cosine, error, whole.to_dict(), fits)
 
 
 def _trial(model: nn.Module, calibration: Any, forward: Forward) -> tuple[Iterator[Any], Callable[[], Any] | None]:
@@ -227,8 +231,11 @@ def _trial(model: nn.Module, calibration: Any, forward: Forward) -> tuple[Iterat
         return iter(()), trial_run(model)
     batches = as_batches(calibration)
     first = list(islice(batches, 1))
-    run = partial(run_on, model, copy.deepcopy(first[0]), forward) if first else None
-    return chain(first, batches), run
+
+    def run() -> Any:
+        return run_on(model, copy.deepcopy(first[0]), forward)  # the model may change it
+
+    return chain(first, batches), run if first else None
 
 
 def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observation | None, list[tuple[str, str]]]:
@@ -240,10 +247,61 @@ def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observa
         return None, []
     try:
         with evaluating(model):
-            return observe(model, trial), []
+            return observe.observe(model, trial), []
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return None, [("", f"the run could not be observed, so functions that `forward` calls were not found: {what}")]
+
+
+def _replaceable(
+    model: nn.Module, sites: list[Site], seen: Observation, trial: Callable[[], Any]
+) -> tuple[list[Site], list[tuple[str, str]]]:
+    """Return the sites at which a module can take the place of the activation, and a (name, reason) for the others.
+
+    A model may use more of an activation than its output: its class, or its effect on its input. And it may call a
+    function that it stored before. So a module that calls the activation is put there for a run, which must not change.
+    """
+
+    def run(tried: Sequence[Site]) -> tuple[list[Watched], Any]:
+        with evaluating(model), observe.all_parts_run(), ExitStack() as stack:
+            # Of a module that becomes a GRKAN, no forward is left that could do anything else.
+            watched = [
+                stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried
+            ]
+            try:
+                return watched, main_output(trial())
+            except Exception as error:  # the model may ask the activation for anything
+                return watched, error
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(other, Exception):
+            return False
+        return one is None or other is None or (one.shape == other.shape and is_close([one], [other]))
+
+    before = main_output(seen.output)
+    wrong: list[Site] = []
+    watched, after = run(sites)
+    if not same(before, after):
+        unchanged = run([])[1]
+        if not same(unchanged, run([])[1]):
+            before = None  # the model gives something else each time
+        elif not same(before, unchanged):
+            wrong = [site for site in sites if site.call is not None]
+        else:
+            wrong = [site for site in sites if not same(before, run([site])[1])]
+    _settle(sites, watched)
+    found, problems = [], []
+    for site, watch in zip(sites, watched, strict=True):
+        reason = ""
+        if site in wrong:
+            reason = "the model computes something else, or fails, when another module takes its place"
+        elif not watch.calls and site.parent in seen.called:
+            reason = "its module runs, but does not call a module that takes its place"
+        if reason:
+            problems.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
+        else:
+            found.append(site)
+    return found, problems
 
 
 def _check_act_init(value: Any) -> tuple[Any, Any]:

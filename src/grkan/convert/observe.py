@@ -10,6 +10,7 @@ This excludes a convolutional stem, the gates of a state space and a router.
 import ast
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FrameType
@@ -99,6 +100,8 @@ class Observation:
     def __init__(self) -> None:
         self.places: dict[Any, Seen] = {}
         self.called: set[nn.Module] = set()
+        self.output: Any = None
+        """What the run returned."""
 
     def of_module(self, module: nn.Module, parent: nn.Module) -> list[Seen]:
         """Return the places that ran inside a module: those that ran when `parent` called it, or else all of them."""
@@ -120,15 +123,24 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     recorder = _Recorder(model)
     called = recorder.observation.called
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it calls none of the parts of an encoder layer
     try:
-        with torch.compiler.set_stance("force_eager"), recorder:
-            run()
+        with all_parts_run(), recorder:
+            recorder.observation.output = run()
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         hook.remove()
     return recorder.observation
+
+
+@contextmanager
+def all_parts_run() -> Iterator[None]:
+    """Run models uncompiled, and not on PyTorch's fast path, which calls none of the parts of an encoder layer."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Recorder(TorchDispatchMode):
@@ -186,7 +198,8 @@ class _Recorder(TorchDispatchMode):
     def frames(self) -> Iterator[tuple[FrameType, nn.Module]]:
         """Yield the running methods of modules of the model, the innermost first."""
         frame: FrameType | None = sys._getframe(3)
-        while frame is not None:
+        # Not beyond the run: reading the local variables of a caller would keep all of them alive until it returns.
+        while frame is not None and frame.f_code is not observe.__code__:
             code = frame.f_code
             if code.co_varnames and not code.co_filename.endswith(("nn/modules/module.py", "nn\\modules\\module.py")):
                 owner = frame.f_locals.get(code.co_varnames[0])
@@ -295,7 +308,7 @@ def _examine(name: str, frame: FrameType, owner: nn.Module, outer: nn.Module | N
         seen.slot = target.attr if of_owner else None
     try:
         seen.call = method.recipe(node, calls.argument(node))
-        seen.function = _function(node, frame)
+        seen.function = _function(node, frame, method.tree)
     except Exception as error:  # the expression may do anything outside its method
         seen.problem = f"{ast.unparse(node)} cannot be evaluated on its own: {error}"
     if name in _PARTS and seen.slot is None and (found := _around(method.tree, node, frame)) is not None:
@@ -326,7 +339,9 @@ def _around(
         names = {part.id: part for part in ast.walk(node) if isinstance(part, ast.Name)}
         tensors = [name for name in names if isinstance(frame.f_locals.get(name), Tensor)]
         called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-        if len(tensors) != 1 or not all(_is_of_torch(function, frame) for function in called):
+        others = [name for name in names if name not in tensors and not _is_fixed(name, frame, tree)]
+        held = [part for part in ast.walk(node) if isinstance(part, ast.Attribute) and _holds_tensor(part, frame)]
+        if len(tensors) != 1 or others or held or not all(_is_of_torch(function, frame) for function in called):
             break
         function = partial(_evaluate, _compiled(node), frame.f_globals, dict(frame.f_locals), tensors[0])
         if node is not start and _is_elementwise(function):
@@ -367,14 +382,52 @@ def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
     return of_torch and not isinstance(value, nn.Module)
 
 
-def _function(call: ast.Call, frame: FrameType) -> Callable[[Tensor], Any]:
-    """Return a call as a function of its tensor; all other arguments keep their current values."""
+def _holds_tensor(attribute: ast.Attribute, frame: FrameType) -> bool:
+    """Return whether an attribute of a module is a tensor, such as a learned factor."""
+    if not isinstance(attribute.value, ast.Name) or isinstance(frame.f_locals.get(attribute.value.id), Tensor):
+        return False
+    return isinstance(eval(_compiled(attribute), frame.f_globals, frame.f_locals), Tensor)
+
+
+def _is_fixed(name: str, frame: FrameType, tree: ast.AST, outer: tuple[str, ...] = ()) -> bool:
+    """Return whether a variable means the same in every call of the method.
+
+    It does if it is the module itself, is not a local variable, or is assigned once, outside of loops, from names that
+    are fixed. An argument or the variable of a loop may be another function next time.
+    """
+    if name not in frame.f_code.co_varnames or isinstance(frame.f_locals.get(name), nn.Module):
+        return True
+    bound = [part for part in ast.walk(tree) if isinstance(part, ast.Name) and part.id == name]
+    stores = [part for part in bound if not isinstance(part.ctx, ast.Load)]
+    assigned = [
+        part for part in ast.walk(tree)
+        if isinstance(part, ast.Assign) and any(target in stores for target in part.targets)
+    ]  # fmt: skip
+    if len(stores) != 1 or len(assigned) != 1 or name in outer:
+        return False
+    loops = (ast.For, ast.While, ast.comprehension)
+    if any(assigned[0] in ast.walk(loop) for loop in ast.walk(tree) if isinstance(loop, loops)):
+        return False
+    used = [part.id for part in ast.walk(assigned[0].value) if isinstance(part, ast.Name)]
+    return all(_is_fixed(other, frame, tree, (*outer, name)) for other in used)
+
+
+def _function(call: ast.Call, frame: FrameType, tree: ast.AST) -> Callable[[Tensor], Any]:
+    """Return a call as a function of its tensor; all other arguments keep their current values.
+
+    Raises:
+        ValueError: it depends on the mode, or on a variable that may have another value in another call.
+    """
 
     def value(node: ast.expr) -> Any:
         for part in ast.walk(node):
             plain = (ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.UnaryOp, ast.USub, ast.Load)
             if not isinstance(part, plain):
                 raise ValueError(f"{ast.unparse(node)} is neither a name nor a number")
+            if isinstance(part, ast.Attribute) and part.attr == "training":
+                raise ValueError("it does something else in training")
+            if isinstance(part, ast.Name) and not _is_fixed(part.id, frame, tree):
+                raise ValueError(f"{part.id} may change from call to call")
         return eval(_compiled(node), frame.f_globals, frame.f_locals)
 
     tensor = calls.argument(call)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..nn import GRKAN, GroupRational, RationalLinear
-from ..nn.init import keep_stacks_start, keep_start, starts_kept
+from ..nn.init import Method, keep_stacks_start, keep_start, starts_kept
 from ..nn.kinds import is_conv1d, linear_kind, linear_width
 from ..nn.wrappers import plain_name, unwrap_to_change
 from ..rational.arguments import check_groups, check_module
@@ -34,6 +35,9 @@ LAYOUTS = ("grkan", "linear", "activation")
 
 TIMM_ORDER = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 """The children of timm's `Mlp`. `drop1`, `norm` and `drop2` may be missing."""
+
+_LAYERS = "_grkan_layers"
+"""The attribute of a module that holds the recipes of the MLPs in it, with names in this module."""
 
 INITIALISERS = ("init_weights", "_init_weights")
 """The methods with which timm's and transformers' models initialise their weights."""
@@ -109,7 +113,14 @@ class LayerRecipe:
 
     def inside(self, module: str) -> "LayerRecipe":
         """Return the recipe for the part `module` of the model; names outside of it stay the same."""
-        return self._renamed(lambda name: name.removeprefix(f"{module}."))
+        return self._renamed(lambda name: "" if name == module else name.removeprefix(f"{module}."))
+
+    @property
+    def home(self) -> str:
+        """The innermost module that contains all modules that the recipe changes."""
+        parts = [self.activation, *self.gains] if self.linear is None else [self.activation, self.linear, *self.gains]
+        paths = [name.split(".") for name in (self.name, *(part.rpartition(".")[0] for part in parts))]
+        return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*paths, strict=False)))
 
     def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
         linear = None if self.linear is None else new(self.linear)
@@ -154,27 +165,25 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
             names, or the part has another kind or width; or the model is in a wrapper that keeps a list of its
             parameters. The model is left unchanged.
     """
-    apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
+    with torch.inference_mode(False):  # in inference mode the coefficients could never be trained
+        apply_recipe(unwrap_to_change(check_module("model", model)), check_recipe(recipe))
 
 
 def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
     """Apply a recipe as `apply_conversion_` does, and return a function that undoes it. `record`: call `RECORDERS`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     plans = [_Plan(layer, modules, model) for layer in recipe.layers]  # all checks come before the first change
-    before = getattr(model, "grkan_conversion", None)
     undo = ExitStack()
     try:
         for plan in plans:
             plan.apply(undo)
-        converted = recipe.to_dict()
-        if before is None:
-            undo.callback(vars(model).pop, "grkan_conversion", None)
-        else:
-            converted["layers"] = [*before["layers"], *converted["layers"]]
-            undo.callback(setattr, model, "grkan_conversion", before)
-        model.grkan_conversion = converted  # type: ignore[assignment]
-        for recorder in RECORDERS if record else ():
-            recorder(model, converted, undo)
+        for layer in recipe.layers:
+            home = modules[layer.home]
+            _restore_attribute(home, _LAYERS, undo)
+            vars(home)[_LAYERS] = [*vars(home).get(_LAYERS, ()), asdict(layer.inside(layer.home))]
+        whole = recipe_of(model) if record else None
+        for recorder in RECORDERS if whole is not None else ():
+            recorder(model, whole.to_dict(), undo)
         if any(layer.gains for layer in recipe.layers):
             _keep_starts(model, undo)
     except BaseException:
@@ -193,7 +202,7 @@ def _keep_starts(model: nn.Module, undo: ExitStack) -> None:
         for name in INITIALISERS:
             if callable(getattr(type(module), name, None)):
                 _restore_attribute(module, name, undo)
-                setattr(module, name, partial(_initialise, module, name))
+                setattr(module, name, Method(_initialise, module, name))
 
 
 def _initialise(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -206,13 +215,30 @@ def _initialise(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
-    """Return everything converted in a model and its parts as one recipe for the model; None if there is nothing."""
-    layers: list[LayerRecipe] = []
+    """Return everything converted in a model and its parts as one recipe for the model; None if there is nothing.
+
+    Every converted MLP has its own part of the recipe, so a copy of it or a move to another model takes it along.
+
+    Raises:
+        ValueError: only a part of a converted MLP has been replaced since.
+    """
+    found: list[LayerRecipe] = []
     for name, module in model.named_modules():
-        recipe: Any = getattr(module, "grkan_conversion", None)
-        if recipe is not None:
-            layers += [layer.within(name) for layer in check_recipe(recipe).layers]
-    return Recipe(tuple(layers)) if layers else None
+        records: Any = vars(module).get(_LAYERS, ())
+        parts = {plain_name(part): child for part, child in module.named_modules()} if records else {}
+        for record in records:
+            layer = _layer("the conversion", record)
+            # A module that is not found is inside a wrapper of another library.
+            names = [n for n in (layer.linear, layer.activation) if n in parts and layer.layout != "grkan"]
+            lost = [n for n in names if not any(isinstance(m, GroupRational) for m in parts[n].modules())]
+            if not lost:
+                found.append(layer.within(name))
+            elif lost != names:
+                raise GrkanValueError(
+                    f"model must have both functions of a converted MLP, or neither; {f'{name}.{lost[0]}'.lstrip('.')} "
+                    "has been replaced by a module without one"
+                )
+    return Recipe(tuple(found)) if found else None
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> Recipe:
@@ -344,7 +370,10 @@ class _Plan:
         if self.first is not None and layer.act1 is not None:
             self.check_linear(self.first, layer.linear, layer.act1.width)
             self.act1 = layer.act1.build(self.first)
-        self.act2 = layer.act2.build(self.first or self.parent)
+        around = [".".join(parent.split(".")[:n]) for n in range(parent.count(".") + 1, 0, -1)]
+        likes = (self.first, self.parent, *(modules[name] for name in around if name in modules), modules[""])
+        like = next(module for module in likes if module is not None and _has_weights(module) or module is modules[""])
+        self.act2 = layer.act2.build(like)
         if layer.layout == "linear":
             parent, _, self.key = str(layer.linear).rpartition(".")
             self.holder = modules[parent]
@@ -472,6 +501,10 @@ def is_drawable(module: Any) -> bool:
 def is_stack(parameter: Any) -> bool:
     """Return whether this is a parameter (experts, rows, columns) that is not quantised."""
     return isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and parameter.is_floating_point()
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(p.is_floating_point() for p in module.parameters())
 
 
 def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:

@@ -8,6 +8,7 @@ feed-forward part is replaced in place, without its linear layers.
 
 import contextlib
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -209,7 +210,7 @@ def as_activation(candidate: Any) -> Activation | None:
 
     modes = candidate.training if isinstance(candidate, nn.Module) else None
     try:
-        if modes:
+        if modes is not None:
             candidate.training = False
         with torch.no_grad():
             x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
@@ -218,6 +219,11 @@ def as_activation(candidate: Any) -> Activation | None:
                 return None
             if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or the identity
                 return None
+            if modes is not None:
+                candidate.training = True
+                if not torch.equal(function(x), y):  # it has dropout, or another random part
+                    return None
+                candidate.training = False
             square = function(x[:96].flip(0).reshape(2, 3, 4, 4))
             if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
                 return None
@@ -225,8 +231,8 @@ def as_activation(candidate: Any) -> Activation | None:
     except Exception:  # it needs a different input, or more than one tensor
         return None
     finally:
-        if modes:
-            candidate.training = True
+        if modes is not None:
+            candidate.training = modes
     return Activation(name, function, channels)
 
 
@@ -353,6 +359,8 @@ class _Finder:
         if places:
             site = site or self.alone(name, parent, slot, activation)
             site.place(observe.channel_dim(places), [shape for seen in places for shape in seen.shapes])
+            if site.layout == "linear" and self.seen is not None and site.first not in self.seen.called:
+                site.keep_linear()  # its weight is used without calling it
             reason = observe.why_not(places)
         elif self.seen is not None and parent in self.seen.called and parent._modules.get(slot) not in self.seen.called:
             site, reason = None, "its module runs, but never calls it"
@@ -421,6 +429,9 @@ class _Finder:
         first, second = parent.get_submodule("fc1"), parent.get_submodule("fc2")
         inner, outer = linear_width(first), linear_width(second)
         if inner is None or outer is None or inner[1] != outer[0]:
+            return None
+        # A GRKAN takes no other arguments, and has no other methods of its class.
+        if list(inspect.signature(parent.forward).parameters) != ["x"] or _has_more_than_forward(type(parent)):
             return None
         conv = isinstance(first, nn.Conv2d)
         if conv is not isinstance(second, nn.Conv2d) or not _computes(parent, parts, inner[0], conv):
@@ -596,6 +607,16 @@ def _in_timm_order(parent: nn.Module, slot: str) -> dict[str, str | None] | None
     return {key: key if key in keys else None for key in TIMM_ORDER}
 
 
+def _has_more_than_forward(kind: type) -> bool:
+    """Return whether a class defines or inherits methods or attributes other than nn.Module's and forward."""
+    others = (name for base in kind.__mro__ if base not in nn.Module.__mro__ for name in vars(base))
+    return any(name not in ("forward", "extra_repr") and not _is_special(name) for name in others)
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
 def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
     """Return an input for a module that begins with `first`, or None if `first` has no usable weight."""
     weight = getattr(first, "weight", None)
@@ -612,12 +633,17 @@ def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv:
         return True
     with evaluating(parent):
         try:
-            y = parent(x.clone())
+            start, y = x.clone(), parent(x.clone())
             for key in parts.values():
                 x = x if key is None else parent._modules[key](x)  # type: ignore[misc]
+            # Its parts stay in eval mode; what differs now is in its forward, such as dropout.
+            parent.training = True
+            trained = parent(start)
         except Exception:  # the forward of another class may need anything
             return False
-        return isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(x, y, 1e-3, 1e-5)
+        if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(x, y, 1e-3, 1e-5):
+            return False
+        return torch.allclose(y, trained, 1e-3, 1e-5)
 
 
 def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
@@ -661,11 +687,14 @@ class Watched(nn.Module):
     Args:
         site: the site of the activation.
         record: called with every input of the activation.
+        keeps_input: whether an activation that works in place gets a copy, as if a rational function took its place.
     """
 
-    def __init__(self, site: Site, record: Callable[[Tensor], object] = lambda _: None) -> None:
+    def __init__(
+        self, site: Site, record: Callable[[Tensor], object] = lambda _: None, keeps_input: bool = False
+    ) -> None:
         super().__init__()
-        self.site, self.record = site, record
+        self.site, self.record, self.keeps_input = site, record, keeps_input
         self.calls = self.followed = self.strangers = 0
         self.output: Tensor | None = None
         self.watching = True
@@ -675,7 +704,7 @@ class Watched(nn.Module):
         """Call the activation."""
         if isinstance(x, Tensor):
             self.record(x.reshape(-1, 1) if self.site.shared and not x.is_nested else x)
-        y = vars(self)["activation"](x, *args, **kwargs)
+        y = vars(self)["activation"](x.clone() if self.keeps_input else x, *args, **kwargs)
         if self.watching:
             self.calls, self.output = self.calls + 1, y
         return y

@@ -1,7 +1,9 @@
 """Variance-preserving initialisation."""
 
+import copy
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -169,13 +171,36 @@ def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> N
         parameter.copy_(values)
 
 
+class Method:
+    """A function as a method of one module: an attribute of that module that calls function(module, *args).
+
+    It does not keep the module alive. A partial would, and then the memory of a deleted model stayed in use until
+    Python's garbage collector ran. A copy of the module gets a method of the copy.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, *args: Any) -> None:
+        self.function, self.args = function, args
+        self.module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(self.module(), *self.args, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
+        module: Any = self.module()
+        return Method(self.function, memo.get(id(module), module), *copy.deepcopy(self.args, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Method, (self.function, self.module(), *self.args)
+
+
 def remember_start(layer: nn.Module, gain: float, scheme: str = "variance_preserving") -> None:
     """Make `layer.reset_parameters()` call `init_linear_` with this gain and scheme.
 
     Sharders and deferred initialisation call it on all modules, in any order. A subclass of the linear layer is no
-    option, because quantisers and adapters go by the class. A copy of the layer gets a partial that refers to the copy.
+    option, because quantisers and adapters go by the class.
     """
-    layer.reset_parameters = partial(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
+    layer.reset_parameters = Method(init_linear_, layer, gain, scheme)  # type: ignore[assignment]
 
 
 def keep_start(layer: nn.Module, gain: float) -> None:
@@ -186,15 +211,15 @@ def keep_start(layer: nn.Module, gain: float) -> None:
 
 def keep_stacks_start(module: nn.Module, starts: Mapping[str, tuple[float, int]]) -> None:
     """As `keep_start`, for a module with stacked weights; see `init_stacks_` for the arguments."""
-    module.reset_parameters = partial(init_stacks_, module, starts)  # type: ignore[assignment]
+    module.reset_parameters = Method(init_stacks_, module, starts)  # type: ignore[assignment]
     module.keeps_start = True  # type: ignore[assignment]
 
 
 def _kept(layer: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the names of the parameters whose start is kept, each with a function that initialises it."""
     start = layer.reset_parameters
-    parts = _parts_of_stacks if start.func is init_stacks_ else _parts_of_linear
-    return parts(*start.args)
+    parts = _parts_of_stacks if start.function is init_stacks_ else _parts_of_linear
+    return parts(layer, *start.args)
 
 
 @contextmanager

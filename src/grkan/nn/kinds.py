@@ -6,6 +6,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
+ORIGINAL_FORWARDS: dict[type, Any] = {nn.Linear: nn.Linear.forward}
+"""The forward of classes when grkan was imported. Some tools replace that of nn.Linear."""
+
+
 def is_conv1d(module: Any) -> bool:
     """Whether a module is transformers' Conv1D, GPT-2's linear layer, whose weight is (inputs, outputs)."""
     return _conv1d(module) is not None
@@ -25,7 +29,7 @@ def linear_kind(module: Any) -> str | None:
     if not isinstance(module, nn.Module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
         return None
     forward = type(module).forward
-    if forward is nn.Linear.forward:
+    if forward is ORIGINAL_FORWARDS[nn.Linear]:
         return "linear"
     conv1d: Any = _conv1d(module)
     return "conv1d" if conv1d is not None and forward is conv1d.forward else None
@@ -48,7 +52,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     False for a subclass or a replacement (adapters, quantisation, parametrisations, FSDP); for a module with a hook,
     its own or a global one (pruning, feature extraction, tensor parallelism, profilers); and for an instance with a
-    forward of its own (Accelerate's offloading).
+    forward of its own (Accelerate's offloading), or a class that got another one since grkan was imported.
     """
+    if kind.forward is not ORIGINAL_FORWARDS.get(kind, kind.forward):
+        return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and not (hooks or _has_any_global_hook()) and "forward" not in module.__dict__

@@ -18,6 +18,7 @@ from ..rational.arguments import (
 )
 from ..rational.op import group_rational_of_vectors
 from .init import assign_, fitted, is_sharded
+from .kinds import ORIGINAL_FORWARDS
 
 _COEFFICIENTS = ("numerator", "denominator")
 
@@ -181,13 +182,14 @@ class GroupRational(nn.Module):
         return text
 
     def get_extra_state(self) -> Tensor:
-        """Return what the coefficients of a state dict mean: form, groups and order, as text in a uint8 tensor.
+        """Return what the coefficients of a state dict mean: form, groups and order, as text in an int32 tensor.
 
-        It is a tensor because savers, averages and sharders can handle tensors. It is made anew, not a buffer, because
-        `to_empty` leaves buffers uninitialised. It is on the device of the coefficients.
+        It is a tensor because savers, averages and sharders can handle tensors, and of a dtype that holds the sum of
+        many state dicts. It is made anew, not a buffer, because `to_empty` leaves buffers uninitialised. It is on the
+        device of the coefficients.
         """
         text = self._meaning().ljust(_EXTRA_STATE_BYTES).encode()
-        return torch.tensor(list(text), dtype=torch.uint8, device=self.numerator.device)
+        return torch.tensor(list(text), dtype=torch.int32, device=self.numerator.device)
 
     def set_extra_state(self, state: Any) -> None:
         """Check that a state dict has the form, groups and order of this module.
@@ -205,10 +207,10 @@ class GroupRational(nn.Module):
         if isinstance(state, Tensor) and state.is_meta:
             return None
         try:
-            # Casting a state dict also casts this; half types hold every byte exactly.
-            said = bytes(map(int, state.tolist())).decode().rstrip()
+            # Casting a state dict also casts this; half types hold every byte exactly. A weighted mean rounds.
+            said = bytes(map(round, state.tolist())).decode().rstrip()
         except (AttributeError, TypeError, ValueError):
-            return f"the extra state of a rational function must be a uint8 tensor of grkan's; got {state!r}"
+            return f"the extra state of a rational function must be an integer tensor of grkan's; got {state!r}"
         if said == self._meaning():
             return None
         return f"the coefficients are for {said}; the model has {self._meaning()}"
@@ -230,15 +232,16 @@ class GroupRational(nn.Module):
         problems = []
         if extra in state_dict and (problem := self._contradiction(state_dict[extra])):
             problems.append(f"{prefix}numerator: {problem}")
-        for (name, value), own in zip(released.items(), self.coefficients(), strict=True):
+        shapes = [rows.shape for rows in self.coefficients()]  # not the views, which would stop torch.utils.swap_tensors
+        for (name, value), shape in zip(released.items(), shapes, strict=True):
             if value is None:
                 continue
             if self.form != "sum_of_abs":
                 problems.append(f"{prefix}weight_{name} is for the form 'sum_of_abs'; the model has {self.form!r}")
-            elif value.dim() != 2 or value.shape[1] != own.shape[1] or len(value) not in (1, len(own)):
-                problems.append(f"{prefix}weight_{name} has shape {tuple(value.shape)} instead of {tuple(own.shape)}")
+            elif value.dim() != 2 or value.shape[1] != shape[1] or len(value) not in (1, shape[0]):
+                problems.append(f"{prefix}weight_{name} has shape {tuple(value.shape)} instead of {tuple(shape)}")
             else:
-                state_dict[prefix + name] = value.expand_as(own).flatten()
+                state_dict[prefix + name] = value.expand(shape).flatten()
         if problems:
             error_msgs += problems
             return
@@ -259,6 +262,9 @@ class GroupRational(nn.Module):
             return t.to(result.device) if narrow else result
 
         return super()._apply(wide, recurse)
+
+
+ORIGINAL_FORWARDS[GroupRational] = GroupRational.forward
 
 
 def _initial_coefficients(

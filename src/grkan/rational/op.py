@@ -256,7 +256,8 @@ def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
         raise GrkanRuntimeError(
             f"backend 'native' has no kernel for x on device {device_type}; it has kernels for {sorted(KERNELS)}{how}"
         )
-    if device_type in ("cpu", "cuda") and device_type not in _noticed and _backend() == "auto":
+    unnoticed = device_type in ("cpu", "cuda") and device_type not in _noticed and not is_compiling()
+    if unnoticed and _backend() == "auto":
         _noticed.add(device_type)
         if device_type == "cpu":
             how = f"; to build it, you need a C++ compiler; run this in the folder of grkan's source: {BUILD_COMMAND}"
@@ -396,7 +397,7 @@ def _call(
             f"got {channels} channels in dimension {channel_dim} of shape {tuple(shape)}"
         )
     dim, channels = channel_dim % len(shape), channels // groups
-    width = channels * math.prod(shape[dim + 1 :]) if math.prod(shape[:dim]) else 0
+    width = channels * math.prod(shape[dim + 1 :])  # no question about other sizes, which may depend on data
     return _Call(form, dim, groups, channels, width, device.type, shapes)
 
 
@@ -516,6 +517,7 @@ def _as_rows(numerator: Tensor, denominator: Tensor, call: _Call) -> tuple[Tenso
 
 
 _UNSEEN = contextlib.nullcontext()
+_LINEAR = F.linear
 
 
 # F in plain, differentiable operations.
@@ -1094,7 +1096,8 @@ def _rational_linear(
     group_width: int | None = None,
 ) -> Tensor:
     options = check_form(form), -1, order, group_width
-    plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+    # A tool may have replaced F.linear; the fused backward is for PyTorch's.
+    plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN) and F.linear is _LINEAR
     eager = plain and _is_eager(x, numerator, denominator) and _backend() != "reference"
     if not eager:
         _check_tensors(x=x, numerator=numerator, denominator=denominator, weight=weight)
@@ -1127,7 +1130,7 @@ def _rational_linear(
         x = x.to(dtype)
     if composite := _plain_operations():
         y = composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
-    elif is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN:
+    elif is_compiling() and type(x) in _PLAIN and type(weight) in _PLAIN and F.linear is _LINEAR:
         if dtype is not None:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return torch.ops.grkan.rational_linear(x, numerator, denominator, weight, bias, form)

@@ -30,7 +30,7 @@ from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_fro
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..convert.recipe import apply_conversion_
+from ..convert.recipe import apply_conversion_, recipe_of
 from ..errors import GrkanRuntimeError, GrkanValueError
 from ..models.files import load_model, save_model
 from ..nn import no_weight_decay
@@ -747,7 +747,7 @@ class _Run:
             parts = save_parts(self.folder / "state", self.model, self.optimizer, averaged)
         if not self.main:
             return
-        scaler = self.accelerator.scaler
+        scaler, recipe = self.accelerator.scaler, recipe_of(self.model)
         state: State = {
             "fingerprint": self._fingerprint(),
             "epoch": self.epoch,
@@ -758,7 +758,7 @@ class _Run:
             "optimizer": None if parts else self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "preprocessing": self.preprocessing,
-            "conversion": getattr(self.model, "grkan_conversion", None),
+            "conversion": None if recipe is None else recipe.to_dict(),
             "new_head": self.new_head,
             "best": self.best,
             "last": self.last,
