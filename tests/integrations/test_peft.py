@@ -205,6 +205,36 @@ def test_the_whole_way_with_transformers(tmp_path):
     assert torch.equal(output(AutoModel.from_pretrained(tmp_path / "merged").eval()), output(merged))
 
 
+def test_functions_are_not_lost_in_a_model_without_them(tmp_path):
+    """The configuration of the adapter names the model that was read before the conversion."""
+    from transformers import AutoModel
+
+    bert().save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    recipe = convert(base).recipe
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], modules_to_save=["intermediate_act_fn"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"functions for .*intermediate_act_fn.*, where this model has none"):
+        peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the adapter must be loaded into"):
+        PeftModel.from_pretrained(bert(), tmp_path / "adapter")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    grkan.apply_conversion_(again, recipe)
+    again.load_state_dict(model.unload().state_dict(), strict=False)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    assert distance(output(loaded), output(model)) < 1e-6
+
+
+def test_a_conversion_inside_a_model_with_adapters_is_saved_with_what_they_merge_into(tmp_path):
+    from transformers import AutoModel
+
+    model = get_peft_model(bert(), LoraConfig(target_modules=["query"]))
+    convert(model.base_model.model)
+    merged = model.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(output(AutoModel.from_pretrained(tmp_path).eval()), output(merged))
+
+
 def test_a_quantised_model_learns_by_adapters(tmp_path):
     pytest.importorskip("torchao", reason="the quantiser is torchao's")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_

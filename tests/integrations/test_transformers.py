@@ -84,6 +84,43 @@ class TestFromPretrained:
             model.save_pretrained(tmp_path / str(number))
             assert_same(model, type(model).from_pretrained(tmp_path / str(number)))
 
+    def test_of_a_part_of_what_was_converted(self, tmp_path):
+        whole = bert("BertForSequenceClassification")
+        convert(whole)
+        wrapped = nn.Sequential(bert())
+        grkan.convert_(wrapped, calibration=text()["input_ids"])
+        for number, part in enumerate((whole.bert, wrapped[0])):
+            part.save_pretrained(tmp_path / str(number))
+            loaded = transformers.AutoModel.from_pretrained(tmp_path / str(number))
+            assert len(coefficients(loaded)) == 8
+            assert_same(part, loaded)
+
+    def test_after_layers_were_copied_moved_and_replaced(self, tmp_path):
+        model = llama()
+        convert(model)
+        taller = copy.deepcopy(model)
+        taller.model.layers.append(copy.deepcopy(model.model.layers[0]))
+        taller.model.layers[2].self_attn.layer_idx = 2
+        taller.config.num_hidden_layers = 3
+        other = llama()
+        other.model.layers[1] = model.model.layers[1]
+        mixed = copy.deepcopy(model)
+        mixed.model.layers[0] = llama().model.layers[0]
+        plain = copy.deepcopy(model)
+        plain.model.layers[0].mlp.act_fn = nn.SiLU()
+        for number, (one, functions) in enumerate(((taller, 3), (other, 1), (mixed, 1), (plain, 1))):
+            one.save_pretrained(tmp_path / str(number))
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+            assert len(coefficients(loaded)) == 2 * functions
+            assert_same(one, loaded)
+
+    def test_half_of_a_converted_mlp_is_not_saved(self, tmp_path):
+        model = bert()
+        convert(model)
+        model.encoder.layer[1].intermediate.intermediate_act_fn = nn.GELU()
+        with pytest.raises(ValueError, match=r"layer\.1\.intermediate\.intermediate_act_fn has been replaced"):
+            model.save_pretrained(tmp_path / "half")
+
     def test_of_a_model_converted_in_two_steps(self, tmp_path):
         model = bert()
         convert(model, include="*.0.*")

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from grkan.nn import GRKAN, variance_gain
+from grkan.nn import GRKAN, GroupRational, RationalLinear, variance_gain
 from grkan.nn import linear as module_with_the_fused_path
 
 
@@ -452,3 +454,57 @@ def test_timms_norm():
     timm = pytest.importorskip("timm")
     layer = GRKAN(16, 32, norm_layer=timm.layers.LayerNorm, dtype=torch.bfloat16)
     assert layer.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [lambda: GRKAN(8, 16), lambda: nn.Sequential(RationalLinear(8, 4), GroupRational(2))])
+def test_a_deleted_layer_frees_its_memory(make):
+    """At once: with a reference cycle it would wait for Python's garbage collector, which knows nothing of GPUs."""
+    layer = make()
+    parameters = [weakref.ref(p) for p in layer.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del layer
+        assert not any(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
+
+
+def test_a_replaced_forward_of_all_linear_layers_counts(monkeypatch):
+    layer, x, linear = GRKAN(8, 16), torch.randn(3, 8), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2.0 * linear(self, x))
+    torch.testing.assert_close(layer(x), by_hand(layer, x))
+
+
+def test_a_replaced_linear_function_has_its_own_gradient(monkeypatch):
+    layer, x, linear = GRKAN(8, 16), torch.randn(3, 8, requires_grad=True), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: 2.0 * linear(x, weight, bias))
+    (dx,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(dx, torch.autograd.grad(by_hand(layer, x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.9, 0.1), (0.3, 0.7)])
+def test_averages_of_state_dicts_load(weights):
+    """As model soups and federated learning make them, entry by entry."""
+    layers = [GRKAN(8, 16) for _ in weights]
+    for layer in layers:
+        randomise(layer)
+    states = [layer.state_dict() for layer in layers]
+    total = sum(weights)
+    mean = {key: sum(w * state[key] for w, state in zip(weights, states, strict=True)) / total for key in states[0]}
+    if total == len(weights):
+        mean = {key: sum(state[key] for state in states) / len(states) for key in states[0]}
+    layers[0].load_state_dict(mean)
+    torch.testing.assert_close(layers[0].act1.numerator.detach(), mean["act1.numerator"])
+
+
+def test_loading_with_swapped_parameters():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer, other = GRKAN(8, 16), GRKAN(8, 16)
+        randomise(other)
+        layer.load_state_dict(other.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert torch.equal(layer.act1.numerator, other.act1.numerator)

@@ -780,6 +780,37 @@ def test_an_exported_program_keeps_the_operators(strict):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Selected(torch.nn.Module):
+    """As many rows as the data say: experts, dropped tokens, masked inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = grkan.GRKAN(8, 16)
+
+    def forward(self, x):
+        return self.layer(x[x.sum(-1) > 0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_as_many_rows_as_the_data_say(backend, strict):
+    torch.compiler.reset()
+    model, x = Selected(), torch.randn(5, 8)
+    program = torch.export.export(model, (x,), strict=strict).module()
+    for other in (x, -torch.ones(5, 8), torch.ones(5, 8)):
+        torch.testing.assert_close(program(other), model(other))
+
+
+def test_the_first_call_compiled_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", {})
+    monkeypatch.setattr(op, "find_kernel", lambda _: None)
+    monkeypatch.setattr(op, "_noticed", set())
+    torch.compiler.reset()
+    layer, x = grkan.GRKAN(8, 16), torch.randn(4, 8)
+    with pytest.warns(RuntimeWarning, match="this installation of grkan has no kernel for the CPU"):
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, layer(x))
+
+
 def test_compile_where_ci_is_set(monkeypatch):
     """Inductor refuses operators with a decomposition in PyTorch's table where the environment variable CI is set."""
     monkeypatch.setenv("CI", "true")

@@ -20,10 +20,10 @@ from ..nn.modes import evaluating
 from ..nn.wrappers import unwrap_to_change
 from ..rational import table
 from ..rational.arguments import check_choice, check_form, check_module, check_order, check_positive
+from . import observe
 from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
 from .compare import KeptBatches, errors_alone, is_close, main_output, output_error
-from . import observe
 from .observe import Observation
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe, recipe_of
 from .report import ConversionReport
@@ -265,9 +265,7 @@ def _replaceable(
     def run(tried: Sequence[Site]) -> tuple[list[Watched], Any]:
         with evaluating(model), observe.all_parts_run(), ExitStack() as stack:
             # Of a module that becomes a GRKAN, no forward is left that could do anything else.
-            watched = [
-                stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried
-            ]
+            watched = [stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried]
             try:
                 return watched, main_output(trial())
             except Exception as error:  # the model may ask the activation for anything

@@ -180,10 +180,10 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
         for layer in recipe.layers:
             home = modules[layer.home]
             _restore_attribute(home, _LAYERS, undo)
-            vars(home)[_LAYERS] = [*vars(home).get(_LAYERS, ()), asdict(layer.inside(layer.home))]
-        whole = recipe_of(model) if record else None
-        for recorder in RECORDERS if whole is not None else ():
-            recorder(model, whole.to_dict(), undo)
+            setattr(home, _LAYERS, [*vars(home).get(_LAYERS, ()), asdict(layer.inside(layer.home))])
+        if record and (whole := recipe_of(model)) is not None:
+            for recorder in RECORDERS:
+                recorder(model, whole.to_dict(), undo)
         if any(layer.gains for layer in recipe.layers):
             _keep_starts(model, undo)
     except BaseException:
@@ -370,10 +370,10 @@ class _Plan:
         if self.first is not None and layer.act1 is not None:
             self.check_linear(self.first, layer.linear, layer.act1.width)
             self.act1 = layer.act1.build(self.first)
-        around = [".".join(parent.split(".")[:n]) for n in range(parent.count(".") + 1, 0, -1)]
-        likes = (self.first, self.parent, *(modules[name] for name in around if name in modules), modules[""])
-        like = next(module for module in likes if module is not None and _has_weights(module) or module is modules[""])
-        self.act2 = layer.act2.build(like)
+        above = [module for name, module in modules.items() if f"{parent}.".startswith(f"{name}." if name else "")]
+        # The innermost module that has weights: GELU in a GEGLU is in none.
+        around = sorted((module for module in above if _has_weights(module)), key=lambda m: sum(1 for _ in m.modules()))
+        self.act2 = layer.act2.build(self.first or next(iter(around), self.parent))
         if layer.layout == "linear":
             parent, _, self.key = str(layer.linear).rpartition(".")
             self.holder = modules[parent]

@@ -17,9 +17,9 @@ def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if recipe_of(self) is not None:
             raise GrkanValueError(
-                f"model must not be converted to be saved by save_pretrained of {type(self).__name__}, whose files have "
-                "no place for the conversion. Save ConversionReport.recipe as JSON and the state dict; to restore them, "
-                "call grkan.apply_conversion_, then load_state_dict"
+                f"model must not be converted to be saved by save_pretrained of {type(self).__name__}, whose files "
+                "have no place for the conversion. Save ConversionReport.recipe as JSON and the state dict; to restore "
+                "them, call grkan.apply_conversion_, then load_state_dict"
             )
         return save(self, *args, **kwargs)
 

@@ -5,7 +5,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-
 ORIGINAL_FORWARDS: dict[type, Any] = {nn.Linear: nn.Linear.forward}
 """The forward of classes when grkan was imported. Some tools replace that of nn.Linear."""
 

@@ -232,7 +232,7 @@ class GroupRational(nn.Module):
         problems = []
         if extra in state_dict and (problem := self._contradiction(state_dict[extra])):
             problems.append(f"{prefix}numerator: {problem}")
-        shapes = [rows.shape for rows in self.coefficients()]  # not the views, which would stop torch.utils.swap_tensors
+        shapes = [rows.shape for rows in self.coefficients()]  # views would stop torch.utils.swap_tensors
         for (name, value), shape in zip(released.items(), shapes, strict=True):
             if value is None:
                 continue
