@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,27 @@ def fsdp2_from_the_meta_device():
         weight = state["blocks.0.mlp.fc1.weight"]
         assert not torch.equal(*weight.chunk(2))  # each rank draws its own part
     train(models[0])
+
+
+@check
+def accelerate_scatters_the_weights_of_the_first_process():
+    """What it calls for FSDP2 with cpu_ram_efficient_loading, after the model was moved to meta and sharded."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.utils import fsdp_utils
+
+    assert accelerate
+    source = nn.Sequential(kat())  # it asks the model for parameters of its own in a way of transformers' models
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1)
+    with torch.device("meta"):
+        model = nn.Sequential(kat())
+    shard_blocks(model[0])
+    shard_(model, mesh)
+    main = types.SimpleNamespace(is_main_process=dist.get_rank() == 0)
+    fsdp_utils.fsdp2_load_full_state_dict(main, model, source.state_dict() if main.is_main_process else {})
+    same_weights(model, source)
+    assert "0.blocks.0.mlp.act1._extra_state" in model.state_dict()
 
 
 @check

@@ -114,6 +114,7 @@ when_imported(
 )
 when_imported("transformers.trainer", lambda module: _integration("transformers").know_trainers(module))
 when_imported("accelerate.utils.modeling", lambda module: _integration("accelerate").know_extra_state(module))
+when_imported("accelerate.utils.fsdp_utils", lambda module: _integration("accelerate").know_sharded_loading(module))
 when_imported("peft.utils.save_and_load", lambda module: _integration("peft").know_adapters(module))
 when_imported("liger_kernel.transformers.monkey_patch", lambda module: _integration("liger").know_kernels(module))
 when_imported("huggingface_hub.hub_mixin", lambda module: _integration("hub").know_mixin(module.ModelHubMixin))

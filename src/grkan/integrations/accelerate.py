@@ -1,6 +1,7 @@
-"""Support for Accelerate, which loads a checkpoint tensor by tensor and knows only parameters and buffers."""
+"""Support for Accelerate, which loads a state dict tensor by tensor and knows only parameters and buffers."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -26,3 +27,27 @@ def _placing(place: Callable[..., Any]) -> Callable[..., Any]:
             part.set_extra_state(value)
 
     return set_module_tensor_to_device
+
+
+def know_sharded_loading(fsdp_utils: ModuleType) -> None:
+    """Let Accelerate load a model sharded by FSDP2 from its first process (`cpu_ram_efficient_loading`)."""
+    put_around(fsdp_utils, "fsdp2_load_full_state_dict", _scattering)
+
+
+def _scattering(load: Callable[..., Any]) -> Callable[..., Any]:
+    def fsdp2_load_full_state_dict(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # It takes every entry for a sharded tensor. The model is the same in all processes, so nothing needs a check.
+        def leave_out(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+            for key in [key for key in state if key.endswith("_extra_state")]:
+                del state[key]
+
+        def not_missing(_: nn.Module, keys: Any) -> None:
+            keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith("_extra_state")]
+
+        with ExitStack() as stack:
+            if any(isinstance(module, GroupRational) for module in model.modules()):
+                stack.callback(model.register_state_dict_post_hook(leave_out).remove)
+                stack.callback(model.register_load_state_dict_post_hook(not_missing).remove)
+            return load(accelerator, model, *args, **kwargs)
+
+    return fsdp2_load_full_state_dict
