@@ -5,7 +5,7 @@
     python studies/few_labels.py --output runs/few_labels --report docs/language.md
 
 The 3000 labelled sentences are in the npm package `sentiment`, which `npm pack` fetches. Every result is a line of one
-file: OUTPUT/results.jsonl, or what `--results` names. The results behind docs/language.md are in studies/few_labels.jsonl.
+file: OUTPUT/results.jsonl, or what `--results` names. Those behind docs/language.md are in studies/few_labels.jsonl.
 Seeds are run one after the other, so the report can be written at any time.
 """
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from grkan.nn import GroupRational
+from grkan.nn import GroupRational, rational
 from grkan.rational import table
 from grkan.rational.fit import fit
 from grkan.rational.op import group_rational
@@ -424,3 +425,16 @@ def test_parametrised_coefficients():
     parametrize.register_parametrization(module, "numerator", Halved())
     torch.testing.assert_close(module(x), expected)
     assert module.half().parametrizations.numerator.original.dtype == torch.float32
+
+
+def test_rounded_coefficients_are_noticed_once():
+    """As the mixed precision of FSDP gives them to forward. The parameters themselves stay float32."""
+    module = GroupRational(2, "gelu")
+    narrow = {name: p.bfloat16() for name, p in module.named_parameters()}
+    rational._warn_of_narrow.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"the coefficients of a rational function are bfloat16 here"):
+        torch.func.functional_call(module, narrow, torch.randn(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.functional_call(module, narrow, torch.randn(3, 4))
+        module.to(torch.bfloat16)(torch.randn(3, 4, dtype=torch.bfloat16))

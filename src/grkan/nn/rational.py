@@ -1,10 +1,13 @@
 """The rational function as a module."""
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..errors import GrkanTypeError, GrkanValueError
 from ..rational import reference, table
@@ -24,6 +27,7 @@ _COEFFICIENTS = ("numerator", "denominator")
 
 # Bytes of the text that says what the coefficients in a state dict mean. The length is fixed, so shapes always match.
 _EXTRA_STATE_BYTES = 64
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 class GroupRational(nn.Module):
@@ -128,12 +132,15 @@ class GroupRational(nn.Module):
 
     def vectors_for(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return the parameters; if they are DTensors and x is a plain tensor, return this rank's own groups."""
+        numerator, denominator = self.numerator, self.denominator
+        if numerator.dtype in _NARROW and not is_compiling():
+            _warn_of_narrow(numerator.dtype)
         if not self.groups_are_local or not isinstance(x, Tensor) or is_sharded(x):
-            return self.numerator, self.denominator
+            return numerator, denominator
         from torch.distributed.tensor import Partial
 
         local = []
-        for parameter in (self.numerator, self.denominator):
+        for parameter in (numerator, denominator):
             sharded: Any = parameter
             # The gradient of a numerator that all ranks share is the sum over the ranks.
             whole = all(placement.is_replicate() for placement in sharded.placements)
@@ -262,6 +269,17 @@ class GroupRational(nn.Module):
             return t.to(result.device) if narrow else result
 
         return super()._apply(wide, recurse)
+
+
+@functools.cache  # once
+def _warn_of_narrow(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"the coefficients of a rational function are {str(dtype).removeprefix('torch.')} here, as the mixed precision "
+        "of FSDP casts parameters, so F is less accurate. With FSDP2 use grkan.parallel.shard_; with FSDP1 add "
+        "grkan.GroupRational to MixedPrecision's _module_classes_to_ignore",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 ORIGINAL_FORWARDS[GroupRational] = GroupRational.forward
