@@ -123,6 +123,15 @@ def test_what_cannot_take_its_place_is_refused(make, arguments):
     assert list(model.state_dict()) == state
 
 
+def test_others_are_converted():
+    model = nn.Sequential(MLP(), ByKeyword(), ByItsClass(), MLP()).eval()
+    before = model(data())
+    report = grkan.convert_(model, calibration=[data()])
+    assert [layer["name"] for layer in report.layers] == ["0", "3"]
+    assert [name for name, _ in report.skipped] == ["1.act", "2.act"]
+    assert (model(data()) - before).norm() < 0.02 * before.norm()
+
+
 class Assigned(nn.Module):
     """Variables that mean the same in every call."""
 

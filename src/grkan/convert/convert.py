@@ -23,7 +23,7 @@ from ..rational.arguments import check_choice, check_form, check_module, check_o
 from . import observe
 from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
-from .compare import KeptBatches, errors_alone, is_close, main_output, output_error
+from .compare import KeptBatches, errors_alone, is_same, output_error
 from .observe import Observation
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe, recipe_of
 from .report import ConversionReport
@@ -267,39 +267,37 @@ def _replaceable(
             # Of a module that becomes a GRKAN, no forward is left that could do anything else.
             watched = [stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried]
             try:
-                return watched, main_output(trial())
+                return watched, trial()
             except Exception as error:  # the model may ask the activation for anything
                 return watched, error
 
-    def same(one: Any, other: Any) -> bool:
-        if isinstance(other, Exception):
-            return False
-        return one is None or other is None or (one.shape == other.shape and is_close([one], [other]))
+    def changes(output: Any, before: Any = seen.output) -> bool:
+        return isinstance(output, Exception) or not is_same(before, output)
 
-    before = main_output(seen.output)
     wrong: list[Site] = []
     watched, after = run(sites)
-    if not same(before, after):
+    if changes(after):
         unchanged = run([])[1]
-        if not same(unchanged, run([])[1]):
-            before = None  # the model gives something else each time
-        elif not same(before, unchanged):
+        if changes(unchanged, run([])[1]):
+            pass  # the model gives something else each time
+        elif changes(unchanged):
             wrong = [site for site in sites if site.call is not None]
         else:
-            wrong = [site for site in sites if not same(before, run([site])[1])]
+            wrong = [site for site in sites if changes(run([site])[1])]
+    problems = [
+        (site, "the model computes something else, or fails, when another module takes its place") for site in wrong
+    ]
+    if wrong:
+        sites = [site for site in sites if not any(site is other for other in wrong)]
+        watched = run(sites)[0]
     _settle(sites, watched)
-    found, problems = [], []
+    found = []
     for site, watch in zip(sites, watched, strict=True):
-        reason = ""
-        if site in wrong:
-            reason = "the model computes something else, or fails, when another module takes its place"
-        elif not watch.calls and site.parent in seen.called:
-            reason = "its module runs, but does not call a module that takes its place"
-        if reason:
-            problems.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
-        else:
+        if watch.calls or site.parent not in seen.called:
             found.append(site)
-    return found, problems
+        else:
+            problems.append((site, "its module runs, but does not call a module that takes its place"))
+    return found, [(site.parts["act"] or site.name, f"{site.activation.name}: {why}") for site, why in problems]
 
 
 def _check_act_init(value: Any) -> tuple[Any, Any]:
