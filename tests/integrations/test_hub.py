@@ -34,3 +34,12 @@ def test_a_converted_model_is_not_saved_as_if_it_were_not(tmp_path):
     grkan.apply_conversion_(other, json.loads(json.dumps(report.recipe)))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
+
+
+def test_classes_that_are_no_modules_save_as_before(tmp_path):
+    class Other(hub.ModelHubMixin):
+        def _save_pretrained(self, save_directory):
+            (save_directory / "weights").write_text("1")
+
+    Other().save_pretrained(tmp_path)
+    assert (tmp_path / "weights").read_text() == "1"

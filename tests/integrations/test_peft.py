@@ -1,6 +1,8 @@
 """Adapters of PEFT on our layers and on converted models: they see F(x), and merge."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -223,6 +225,17 @@ def test_functions_are_not_lost_in_a_model_without_them(tmp_path):
     again.load_state_dict(model.unload().state_dict(), strict=False)
     loaded = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
     assert distance(output(loaded), output(model)) < 1e-6
+
+
+def test_whatever_is_imported_first():
+    """`peft` holds the function that grkan replaces in several modules."""
+    code = """
+import peft, peft.peft_model, peft.utils.save_and_load
+import grkan
+names = [peft.peft_model, peft.utils, peft.utils.save_and_load, peft]
+assert all(hasattr(module.set_peft_model_state_dict, "_put_around_by_grkan") for module in names)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_a_conversion_inside_a_model_with_adapters_is_saved_with_what_they_merge_into(tmp_path):

@@ -92,7 +92,7 @@ class TestFromPretrained:
         for number, part in enumerate((whole.bert, wrapped[0])):
             part.save_pretrained(tmp_path / str(number))
             loaded = transformers.AutoModel.from_pretrained(tmp_path / str(number))
-            assert len(coefficients(loaded)) == 8
+            assert len(coefficients(loaded)) == len(coefficients(part)) > 4
             assert_same(part, loaded)
 
     def test_after_layers_were_copied_moved_and_replaced(self, tmp_path):

@@ -23,7 +23,7 @@ from ..rational.arguments import check_choice, check_form, check_module, check_o
 from . import observe
 from .batches import Forward, as_batches, check_forward, no_batches, real_tokens, rejected, run_on
 from .calibrate import GroupFit, Histogram, expected, fit_group, largest_divisor
-from .compare import KeptBatches, errors_alone, is_same, output_error
+from .compare import KeptBatches, errors_alone, is_same, output_error, some_rows
 from .observe import Observation
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe, recipe_of
 from .report import ConversionReport
@@ -152,6 +152,7 @@ def _convert(
 ) -> ConversionReport:
     batches, trial = _trial(model, calibration, forward)
     seen, unseen = _observe(model, trial)
+    reference = None if seen is None or trial is None else _rows(model, trial)
     sites, skipped = find_sites(model, seen, included or (), temporary)
     skipped += unseen
     if not sites:
@@ -168,7 +169,7 @@ def _convert(
         raise _nothing_to_convert(model, skipped)
 
     if seen is not None and trial is not None:
-        chosen, problems = _replaceable(model, chosen, seen, trial)
+        chosen, problems = _replaceable(model, chosen, seen, trial, reference)
         skipped += problems
         if not chosen:
             raise _nothing_to_convert(model, skipped)
@@ -253,8 +254,17 @@ def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observa
         return None, [("", f"the run could not be observed, so functions that `forward` calls were not found: {what}")]
 
 
+def _rows(model: nn.Module, trial: Callable[[], Any]) -> Any:
+    """Return some rows of the model's output; None if there are none, or the run fails."""
+    with evaluating(model), observe.all_parts_run():
+        try:
+            return some_rows(trial())
+        except Exception:  # it ran before, when it was observed
+            return None
+
+
 def _replaceable(
-    model: nn.Module, sites: list[Site], seen: Observation, trial: Callable[[], Any]
+    model: nn.Module, sites: list[Site], seen: Observation, trial: Callable[[], Any], reference: Any
 ) -> tuple[list[Site], list[tuple[str, str]]]:
     """Return the sites at which a module can take the place of the activation, and a (name, reason) for the others.
 
@@ -267,12 +277,20 @@ def _replaceable(
             # Of a module that becomes a GRKAN, no forward is left that could do anything else.
             watched = [stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried]
             try:
-                return watched, trial()
+                return watched, some_rows(trial())
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # the model may ask the activation for anything
                 return watched, error
 
-    def changes(output: Any, before: Any = seen.output) -> bool:
+    def changes(output: Any, before: Any = reference) -> bool:
         return isinstance(output, Exception) or not is_same(before, output)
+
+    def wrong_ones(tried: Sequence[Site]) -> list[Site]:
+        if not tried or not changes(run(tried)[1]):
+            return []
+        half = len(tried) // 2
+        return [*tried] if half == 0 else [*wrong_ones(tried[:half]), *wrong_ones(tried[half:])]
 
     wrong: list[Site] = []
     watched, after = run(sites)
@@ -283,7 +301,7 @@ def _replaceable(
         elif changes(unchanged):
             wrong = [site for site in sites if site.call is not None]
         else:
-            wrong = [site for site in sites if changes(run([site])[1])]
+            wrong = wrong_ones(sites)
     problems = [
         (site, "the model computes something else, or fails, when another module takes its place") for site in wrong
     ]

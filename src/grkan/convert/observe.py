@@ -100,8 +100,6 @@ class Observation:
     def __init__(self) -> None:
         self.places: dict[Any, Seen] = {}
         self.called: set[nn.Module] = set()
-        self.output: Any = None
-        """What the run returned."""
 
     def of_module(self, module: nn.Module, parent: nn.Module) -> list[Seen]:
         """Return the places that ran inside a module: those that ran when `parent` called it, or else all of them."""
@@ -125,7 +123,7 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
     try:
         with all_parts_run(), recorder:
-            recorder.observation.output = run()
+            run()
     finally:
         hook.remove()
     return recorder.observation
@@ -339,9 +337,9 @@ def _around(
         names = {part.id: part for part in ast.walk(node) if isinstance(part, ast.Name)}
         tensors = [name for name in names if isinstance(frame.f_locals.get(name), Tensor)]
         called = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-        others = [name for name in names if name not in tensors and not _is_fixed(name, frame, tree)]
-        held = [part for part in ast.walk(node) if isinstance(part, ast.Attribute) and _holds_tensor(part, frame)]
-        if len(tensors) != 1 or others or held or not all(_is_of_torch(function, frame) for function in called):
+        if len(tensors) != 1 or not all(_is_of_torch(function, frame) for function in called):
+            break
+        if _varies(node, frame, tree, tensors[0]):
             break
         function = partial(_evaluate, _compiled(node), frame.f_globals, dict(frame.f_locals), tensors[0])
         if node is not start and _is_elementwise(function):
@@ -382,41 +380,94 @@ def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
     return of_torch and not isinstance(value, nn.Module)
 
 
-def _holds_tensor(attribute: ast.Attribute, frame: FrameType) -> bool:
-    """Return whether an attribute of a module is a tensor, such as a learned factor."""
-    if not isinstance(attribute.value, ast.Name) or isinstance(frame.f_locals.get(attribute.value.id), Tensor):
+def _varies(node: ast.expr, frame: FrameType, tree: ast.AST, tensor: str = "") -> str:
+    """Say why the value of an expression may differ from call to call, apart from one variable; "" if it may not."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and part.attr == "training":
+            return "it does something else in training"
+        if isinstance(part, ast.Name) and part.id != tensor and _may_change(part.id, tree):
+            return f"{part.id} may change from call to call"
+        if isinstance(part, (ast.Attribute, ast.Subscript)) and _holds_tensor(part, frame):
+            return f"{ast.unparse(part)} is a tensor of the model, which may change"
+    return ""
+
+
+def _holds_tensor(part: ast.expr, frame: FrameType) -> bool:
+    """Return whether an attribute or an item of something that is no tensor is one, such as a learned factor."""
+    root = part
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    if not isinstance(root, ast.Name) or isinstance(frame.f_locals.get(root.id), Tensor):
         return False
-    return isinstance(eval(_compiled(attribute), frame.f_globals, frame.f_locals), Tensor)
+    try:
+        return isinstance(eval(_compiled(part), frame.f_globals, frame.f_locals), Tensor)
+    except Exception:  # an item of something else
+        return False
 
 
-def _is_fixed(name: str, frame: FrameType, tree: ast.AST, outer: tuple[str, ...] = ()) -> bool:
-    """Return whether a variable means the same in every call of the method.
+# Calls whose results depend only on their arguments.
+_SURE = ("getattr", "float", "int", "str", "bool", "partial")
 
-    It does if it is the module itself, is not a local variable, or is assigned once, outside of loops, from names that
-    are fixed. An argument or the variable of a loop may be another function next time.
+
+def _may_change(name: str, tree: Any, outer: tuple[str, ...] = ()) -> bool:
+    """Return whether a variable in a method may have another value in another call, or in training.
+
+    It may not if it is the module, no variable of the method, or bound once: to an import, or to an expression of names
+    that do not change. An argument, the variable of a loop or the result of a call may be something else next time.
     """
-    if name not in frame.f_code.co_varnames or isinstance(frame.f_locals.get(name), nn.Module):
+    functions = [part.args for part in ast.walk(tree) if isinstance(part, (ast.FunctionDef, ast.Lambda))]
+    if name in [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)][:1]:
+        return False
+    for function in functions:
+        given = (*function.posonlyargs, *function.args, *function.kwonlyargs, function.vararg, function.kwarg)
+        if any(argument is not None and argument.arg == name for argument in given):
+            return True
+    bound = [value for node in ast.walk(tree) if node is not tree for n, value in _bound(node) if n == name]
+    if not bound or (len(bound) == 1 and isinstance(bound[0], ast.alias)):
+        return False
+    if len(bound) > 1 or bound[0] is None or name in outer:
         return True
-    bound = [part for part in ast.walk(tree) if isinstance(part, ast.Name) and part.id == name]
-    stores = [part for part in bound if not isinstance(part.ctx, ast.Load)]
-    assigned = [
-        part for part in ast.walk(tree)
-        if isinstance(part, ast.Assign) and any(target in stores for target in part.targets)
-    ]  # fmt: skip
-    if len(stores) != 1 or len(assigned) != 1 or name in outer:
-        return False
-    loops = (ast.For, ast.While, ast.comprehension)
-    if any(assigned[0] in ast.walk(loop) for loop in ast.walk(tree) if isinstance(loop, loops)):
-        return False
-    used = [part.id for part in ast.walk(assigned[0].value) if isinstance(part, ast.Name)]
-    return all(_is_fixed(other, frame, tree, (*outer, name)) for other in used)
+    for part in ast.walk(bound[0]):
+        if isinstance(part, ast.Call) and ast.unparse(part.func).rpartition(".")[2] not in _SURE:
+            return True
+        if isinstance(part, ast.Attribute) and part.attr == "training":
+            return True
+        if isinstance(part, ast.Name) and _may_change(part.id, tree, (*outer, name)):
+            return True
+    return False
+
+
+def _bound(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
+    """Yield the names that a node binds, each with its import or its expression; None for anything else."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from ((alias.asname or alias.name.partition(".")[0], alias) for alias in node.names)
+        return
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name:
+        yield node.name, None
+        return
+    targets: list[Any] = []
+    value: ast.AST | None = None
+    if isinstance(node, ast.Assign):
+        targets, value = node.targets, node.value
+    elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)):
+        targets, value = [node.target], node.value
+    elif isinstance(node, (ast.AugAssign, ast.For, ast.comprehension)):
+        targets = [node.target]
+    elif isinstance(node, ast.withitem):
+        targets = [node.optional_vars] if node.optional_vars is not None else []
+    elif isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name:
+        yield node.name, None
+    for target in targets:
+        for part in ast.walk(target):
+            if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load):
+                yield part.id, value
 
 
 def _function(call: ast.Call, frame: FrameType, tree: ast.AST) -> Callable[[Tensor], Any]:
     """Return a call as a function of its tensor; all other arguments keep their current values.
 
     Raises:
-        ValueError: it depends on the mode, or on a variable that may have another value in another call.
+        ValueError: it depends on the mode, or on something that may have another value in another call.
     """
 
     def value(node: ast.expr) -> Any:
@@ -424,10 +475,8 @@ def _function(call: ast.Call, frame: FrameType, tree: ast.AST) -> Callable[[Tens
             plain = (ast.Name, ast.Attribute, ast.Constant, ast.Subscript, ast.UnaryOp, ast.USub, ast.Load)
             if not isinstance(part, plain):
                 raise ValueError(f"{ast.unparse(node)} is neither a name nor a number")
-            if isinstance(part, ast.Attribute) and part.attr == "training":
-                raise ValueError("it does something else in training")
-            if isinstance(part, ast.Name) and not _is_fixed(part.id, frame, tree):
-                raise ValueError(f"{part.id} may change from call to call")
+        if why := _varies(node, frame, tree):
+            raise ValueError(why)
         return eval(_compiled(node), frame.f_globals, frame.f_locals)
 
     tensor = calls.argument(call)

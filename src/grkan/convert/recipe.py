@@ -172,6 +172,12 @@ def apply_conversion_(model: nn.Module, recipe: Mapping[str, Any]) -> None:
 def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Callable[[], None]:
     """Apply a recipe as `apply_conversion_` does, and return a function that undoes it. `record`: call `RECORDERS`."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    modules.update({plain_name(name): module for name, module in modules.items()})  # the inner one of two
+    if any(layer.gains for layer in recipe.layers) and any(p.is_inference() for p in model.parameters()):
+        raise GrkanValueError(
+            "model must have weights that can be drawn anew; they are inference tensors: make the model outside of "
+            "torch.inference_mode()"
+        )
     plans = [_Plan(layer, modules, model) for layer in recipe.layers]  # all checks come before the first change
     undo = ExitStack()
     try:
@@ -180,7 +186,15 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
         for layer in recipe.layers:
             home = modules[layer.home]
             _restore_attribute(home, _LAYERS, undo)
-            setattr(home, _LAYERS, [*vars(home).get(_LAYERS, ()), asdict(layer.inside(layer.home))])
+            new = asdict(layer.inside(layer.home))
+            parts = {new["linear"], new["activation"]} - {None}
+            others = []
+            for old in vars(home).get(_LAYERS, ()):
+                if not parts & {old["linear"], old["activation"]}:
+                    others.append(old)
+                elif old["activation"] == new["activation"]:  # undone by hand, but `forward` still calls the child
+                    new["call"] = new["call"] or old["call"]
+            setattr(home, _LAYERS, [*others, new])
         if record and (whole := recipe_of(model)) is not None:
             for recorder in RECORDERS:
                 recorder(model, whole.to_dict(), undo)
@@ -220,24 +234,35 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     Every converted MLP has its own part of the recipe, so a copy of it or a move to another model takes it along.
 
     Raises:
-        ValueError: only a part of a converted MLP has been replaced since.
+        ValueError: only a part of a converted MLP has been replaced since, or it is in another container now.
     """
     found: list[LayerRecipe] = []
+    known: set[nn.Module] = set()
     for name, module in model.named_modules():
         records: Any = vars(module).get(_LAYERS, ())
         parts = {plain_name(part): child for part, child in module.named_modules()} if records else {}
         for record in records:
             layer = _layer("the conversion", record)
+            wanted = (layer.linear, layer.activation) if layer.layout != "grkan" else (f"{layer.name}.act2".strip("."),)
             # A module that is not found is inside a wrapper of another library.
-            names = [n for n in (layer.linear, layer.activation) if n in parts and layer.layout != "grkan"]
-            lost = [n for n in names if not any(isinstance(m, GroupRational) for m in parts[n].modules())]
+            names = [part for part in wanted if part in parts]
+            inside = {part: [m for m in parts[part].modules() if isinstance(m, GroupRational)] for part in names}
+            lost = [part for part in names if not inside[part]]
             if not lost:
                 found.append(layer.within(name))
+                known.update(*inside.values())
             elif lost != names:
                 raise GrkanValueError(
                     f"model must have both functions of a converted MLP, or neither; {f'{name}.{lost[0]}'.lstrip('.')} "
                     "has been replaced by a module without one"
                 )
+    for name, module in model.named_modules():
+        if vars(module).get("of_conversion") and module not in known:
+            raise GrkanValueError(
+                f"model must have its converted MLPs in the modules in which they were converted; {name or 'it'} is "
+                "not: a container around it was built anew, or this is only a part of an MLP. Convert the model as it "
+                "is now, or save only its state dict"
+            )
     return Recipe(tuple(found)) if found else None
 
 
@@ -370,10 +395,7 @@ class _Plan:
         if self.first is not None and layer.act1 is not None:
             self.check_linear(self.first, layer.linear, layer.act1.width)
             self.act1 = layer.act1.build(self.first)
-        above = [module for name, module in modules.items() if f"{parent}.".startswith(f"{name}." if name else "")]
-        # The innermost module that has weights: GELU in a GEGLU is in none.
-        around = sorted((module for module in above if _has_weights(module)), key=lambda m: sum(1 for _ in m.modules()))
-        self.act2 = layer.act2.build(self.first or next(iter(around), self.parent))
+        self.act2 = layer.act2.build(self.first or self.with_weights(parent, modules))
         if layer.layout == "linear":
             parent, _, self.key = str(layer.linear).rpartition(".")
             self.holder = modules[parent]
@@ -395,6 +417,12 @@ class _Plan:
             else:
                 raise GrkanValueError(f"{name} is not a plain linear layer but a {type(modules[name]).__name__}")
 
+    def with_weights(self, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """Return the innermost module around the activation that has weights: a GEGLU has none."""
+        while name and not any(p.is_floating_point() for p in modules[name].parameters()):
+            name = name.rpartition(".")[0]
+        return modules[name]
+
     def check_linear(self, fc: Any, name: str | None, inputs: int | None) -> None:
         if isinstance(fc, RationalLinear):
             raise GrkanValueError(f"{name} is already converted")
@@ -409,6 +437,7 @@ class _Plan:
         if isinstance(self.old, nn.Module) and (state := list(self.old.state_dict())):
             self.act2.register_load_state_dict_pre_hook(partial(_forget, state))
         self.act2.train(self.parent.training)
+        self.act2.of_conversion = True  # type: ignore[assignment]
         if self.layer.layout == "grkan":
             self.become_grkan(undo)
         else:
@@ -501,10 +530,6 @@ def is_drawable(module: Any) -> bool:
 def is_stack(parameter: Any) -> bool:
     """Return whether this is a parameter (experts, rows, columns) that is not quantised."""
     return isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and parameter.is_floating_point()
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(p.is_floating_point() for p in module.parameters())
 
 
 def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:

@@ -212,7 +212,7 @@ def as_activation(candidate: Any) -> Activation | None:
     try:
         if modes is not None:
             candidate.training = False
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([]):
             x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
             y = function(x)
             if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
@@ -609,8 +609,11 @@ def _in_timm_order(parent: nn.Module, slot: str) -> dict[str, str | None] | None
 
 def _has_more_than_forward(kind: type) -> bool:
     """Return whether a class defines or inherits methods or attributes other than nn.Module's and forward."""
-    others = (name for base in kind.__mro__ if base not in nn.Module.__mro__ for name in vars(base))
-    return any(name not in ("forward", "extra_repr") and not _is_special(name) for name in others)
+    bases = (
+        base for base in kind.__mro__ if base not in nn.Module.__mro__ and base.__module__ not in ("abc", "typing")
+    )
+    others = (name for base in bases for name in vars(base))
+    return any(name not in ("forward", "extra_repr", "_abc_impl") and not _is_special(name) for name in others)
 
 
 def _is_special(name: str) -> bool:
@@ -631,7 +634,7 @@ def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv:
     x = _probe(parent._modules["fc1"], (2, width, 3, 3) if conv else (2, 3, width))
     if x is None:
         return True
-    with evaluating(parent):
+    with evaluating(parent), torch.random.fork_rng([x.device] if x.is_cuda else []):
         try:
             start, y = x.clone(), parent(x.clone())
             for key in parts.values():

@@ -37,15 +37,18 @@ def know_sharded_loading(fsdp_utils: ModuleType) -> None:
 def _scattering(load: Callable[..., Any]) -> Callable[..., Any]:
     def fsdp2_load_full_state_dict(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # It takes every entry for a sharded tensor. The model is the same in all processes, so nothing needs a check.
+        named = model.named_modules(remove_duplicate=False)
+        extra = {f"{name}._extra_state".lstrip(".") for name, module in named if isinstance(module, GroupRational)}
+
         def leave_out(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-            for key in [key for key in state if key.endswith("_extra_state")]:
+            for key in extra & state.keys():
                 del state[key]
 
         def not_missing(_: nn.Module, keys: Any) -> None:
-            keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith("_extra_state")]
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in extra]
 
         with ExitStack() as stack:
-            if any(isinstance(module, GroupRational) for module in model.modules()):
+            if extra:
                 stack.callback(model.register_state_dict_post_hook(leave_out).remove)
                 stack.callback(model.register_load_state_dict_post_hook(not_missing).remove)
             return load(accelerator, model, *args, **kwargs)

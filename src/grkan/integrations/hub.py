@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ..convert.recipe import recipe_of
 from ..errors import GrkanValueError
 from .imports import put_around
@@ -15,7 +17,7 @@ def know_mixin(mixin: type) -> None:
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if recipe_of(self) is not None:
+        if isinstance(self, nn.Module) and recipe_of(self) is not None:  # the mixin is for other frameworks, too
             raise GrkanValueError(
                 f"model must not be converted to be saved by save_pretrained of {type(self).__name__}, whose files "
                 "have no place for the conversion. Save ConversionReport.recipe as JSON and the state dict; to restore "

@@ -34,13 +34,20 @@ def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
 
 
 def put_around(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a function of a module, or a method of a class, by wrapper(function). Repeated calls do nothing."""
+    """Replace a function of a module, or a method of a class, by wrapper(function). Repeated calls do nothing.
+
+    A function is also replaced in the modules that have imported it.
+    """
     found = vars(owner)[name]
     function = found.__func__ if isinstance(found, classmethod) else found
     if not hasattr(function, "_put_around_by_grkan"):
         new: Any = functools.wraps(function)(wrapper(function))
         new._put_around_by_grkan = True
         setattr(owner, name, classmethod(new) if isinstance(found, classmethod) else new)
+        if isinstance(owner, ModuleType):
+            for module in list(sys.modules.values()):
+                if getattr(module, "__dict__", {}).get(name) is function:
+                    setattr(module, name, new)
 
 
 class _Finder(MetaPathFinder):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GrkanTypeError, GrkanValueError
+from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
 from ..rational import reference, table
 from ..rational.arguments import check_form, evaluate, to_float64
 from .kinds import is_conv1d
@@ -184,7 +184,10 @@ class Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
-        return self.function(self.module(), *self.args, *args, **kwargs)
+        module = self.module()
+        if module is None:
+            raise GrkanRuntimeError("this is a shallow copy of a layer that no longer exists; use copy.deepcopy")
+        return self.function(module, *self.args, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
         module: Any = self.module()

@@ -28,7 +28,7 @@ def linear_kind(module: Any) -> str | None:
     if not isinstance(module, nn.Module) or "forward" in vars(module) or hasattr(module, "parametrizations"):
         return None
     forward = type(module).forward
-    if forward is ORIGINAL_FORWARDS[nn.Linear]:
+    if forward in (nn.Linear.forward, ORIGINAL_FORWARDS[nn.Linear]):
         return "linear"
     conv1d: Any = _conv1d(module)
     return "conv1d" if conv1d is not None and forward is conv1d.forward else None

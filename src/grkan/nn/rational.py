@@ -133,7 +133,7 @@ class GroupRational(nn.Module):
     def vectors_for(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return the parameters; if they are DTensors and x is a plain tensor, return this rank's own groups."""
         numerator, denominator = self.numerator, self.denominator
-        if numerator.dtype in _NARROW and not is_compiling():
+        if isinstance(numerator, Tensor) and numerator.dtype in _NARROW and not is_compiling():  # not a tracer's proxy
             _warn_of_narrow(numerator.dtype)
         if not self.groups_are_local or not isinstance(x, Tensor) or is_sharded(x):
             return numerator, denominator
@@ -216,7 +216,7 @@ class GroupRational(nn.Module):
         try:
             # Casting a state dict also casts this; half types hold every byte exactly. A weighted mean rounds.
             said = bytes(map(round, state.tolist())).decode().rstrip()
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             return f"the extra state of a rational function must be an integer tensor of grkan's; got {state!r}"
         if said == self._meaning():
             return None
