@@ -115,6 +115,12 @@ class LearnedThreshold(WithArgument):
         return self.fc2(torch.clamp_min(self.fc1(x), self.of["threshold"]))
 
 
+class LearnedThresholdInAVariable(LearnedThreshold):
+    def forward(self, x):
+        threshold = self.of["threshold"]
+        return self.fc2(torch.clamp_min(self.fc1(x), threshold))
+
+
 class Arguments(nn.Module):
     def __init__(self):
         super().__init__()
@@ -143,6 +149,7 @@ REFUSED = {
     WithFallback: "slope may change from call to call",
     Checkpointed: "slope may change from call to call",
     ByItsMode: "slope may change from call to call",
+    LearnedThresholdInAVariable: "threshold may change from call to call",
     LearnedThreshold: r"self.of\['threshold'\] is a tensor of the model",
     random_in_training: "it does something else in training",
 }

@@ -152,7 +152,7 @@ def _convert(
 ) -> ConversionReport:
     batches, trial = _trial(model, calibration, forward)
     seen, unseen = _observe(model, trial)
-    reference = None if seen is None or trial is None else _rows(model, trial)
+    reference = None if seen is None or trial is None else _run(model, trial)[1]
     sites, skipped = find_sites(model, seen, included or (), temporary)
     skipped += unseen
     if not sites:
@@ -254,13 +254,21 @@ def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observa
         return None, [("", f"the run could not be observed, so functions that `forward` calls were not found: {what}")]
 
 
-def _rows(model: nn.Module, trial: Callable[[], Any]) -> Any:
-    """Return some rows of the model's output; None if there are none, or the run fails."""
-    with evaluating(model), observe.all_parts_run():
+def _run(model: nn.Module, trial: Callable[[], Any], sites: Sequence[Site] = ()) -> tuple[list[Watched], Any]:
+    """Run the model with a module in the place of each activation.
+
+    Returns:
+        These modules, and some rows of the output: None if it has none, or the exception if the run fails.
+    """
+    with evaluating(model), observe.all_parts_run(), ExitStack() as stack:
+        # Of a module that becomes a GRKAN, no forward is left that could do anything else.
+        watched = [stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in sites]
         try:
-            return some_rows(trial())
-        except Exception:  # it ran before, when it was observed
-            return None
+            return watched, some_rows(trial())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model may ask the activation for anything
+            return watched, error
 
 
 def _replaceable(
@@ -271,19 +279,11 @@ def _replaceable(
     A model may use more of an activation than its output: its class, or its effect on its input. And it may call a
     function that it stored before. So a module that calls the activation is put there for a run, which must not change.
     """
-
-    def run(tried: Sequence[Site]) -> tuple[list[Watched], Any]:
-        with evaluating(model), observe.all_parts_run(), ExitStack() as stack:
-            # Of a module that becomes a GRKAN, no forward is left that could do anything else.
-            watched = [stack.enter_context(Watched(site, keeps_input=site.layout != "grkan")) for site in tried]
-            try:
-                return watched, some_rows(trial())
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # the model may ask the activation for anything
-                return watched, error
+    run = partial(_run, model, trial)
 
     def changes(output: Any, before: Any = reference) -> bool:
+        if isinstance(before, Exception):  # it fails by itself
+            return False
         return isinstance(output, Exception) or not is_same(before, output)
 
     def wrong_ones(tried: Sequence[Site]) -> list[Site]:
@@ -295,8 +295,8 @@ def _replaceable(
     wrong: list[Site] = []
     watched, after = run(sites)
     if changes(after):
-        unchanged = run([])[1]
-        if changes(unchanged, run([])[1]):
+        unchanged = run()[1]
+        if changes(unchanged, run()[1]):
             pass  # the model gives something else each time
         elif changes(unchanged):
             wrong = [site for site in sites if site.call is not None]

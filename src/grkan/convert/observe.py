@@ -380,12 +380,12 @@ def _is_of_torch(function: ast.expr, frame: FrameType) -> bool:
     return of_torch and not isinstance(value, nn.Module)
 
 
-def _varies(node: ast.expr, frame: FrameType, tree: ast.AST, tensor: str = "") -> str:
-    """Say why the value of an expression may differ from call to call, apart from one variable; "" if it may not."""
+def _varies(node: ast.AST, frame: FrameType, tree: ast.AST, *known: str) -> str:
+    """Say why the value of an expression may differ from call to call; "" if it may not. `known`: other variables."""
     for part in ast.walk(node):
         if isinstance(part, ast.Attribute) and part.attr == "training":
             return "it does something else in training"
-        if isinstance(part, ast.Name) and part.id != tensor and _may_change(part.id, tree):
+        if isinstance(part, ast.Name) and part.id not in known and _may_change(part.id, frame, tree, *known):
             return f"{part.id} may change from call to call"
         if isinstance(part, (ast.Attribute, ast.Subscript)) and _holds_tensor(part, frame):
             return f"{ast.unparse(part)} is a tensor of the model, which may change"
@@ -409,7 +409,7 @@ def _holds_tensor(part: ast.expr, frame: FrameType) -> bool:
 _SURE = ("getattr", "float", "int", "str", "bool", "partial")
 
 
-def _may_change(name: str, tree: Any, outer: tuple[str, ...] = ()) -> bool:
+def _may_change(name: str, frame: FrameType, tree: Any, *known: str) -> bool:
     """Return whether a variable in a method may have another value in another call, or in training.
 
     It may not if it is the module, no variable of the method, or bound once: to an import, or to an expression of names
@@ -425,16 +425,11 @@ def _may_change(name: str, tree: Any, outer: tuple[str, ...] = ()) -> bool:
     bound = [value for node in ast.walk(tree) if node is not tree for n, value in _bound(node) if n == name]
     if not bound or (len(bound) == 1 and isinstance(bound[0], ast.alias)):
         return False
-    if len(bound) > 1 or bound[0] is None or name in outer:
+    if len(bound) > 1 or bound[0] is None:
         return True
-    for part in ast.walk(bound[0]):
-        if isinstance(part, ast.Call) and ast.unparse(part.func).rpartition(".")[2] not in _SURE:
-            return True
-        if isinstance(part, ast.Attribute) and part.attr == "training":
-            return True
-        if isinstance(part, ast.Name) and _may_change(part.id, tree, (*outer, name)):
-            return True
-    return False
+    called = [ast.unparse(part.func).rpartition(".")[2] for part in ast.walk(bound[0]) if isinstance(part, ast.Call)]
+    # Variables that are bound once, to each other, have no value when they are read.
+    return not set(called) <= set(_SURE) or bool(_varies(bound[0], frame, tree, *known, name))
 
 
 def _bound(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:

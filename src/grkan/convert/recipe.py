@@ -184,17 +184,7 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
         for plan in plans:
             plan.apply(undo)
         for layer in recipe.layers:
-            home = modules[layer.home]
-            _restore_attribute(home, _LAYERS, undo)
-            new = asdict(layer.inside(layer.home))
-            parts = {new["linear"], new["activation"]} - {None}
-            others = []
-            for old in vars(home).get(_LAYERS, ()):
-                if not parts & {old["linear"], old["activation"]}:
-                    others.append(old)
-                elif old["activation"] == new["activation"]:  # undone by hand, but `forward` still calls the child
-                    new["call"] = new["call"] or old["call"]
-            setattr(home, _LAYERS, [*others, new])
+            _remember(layer, modules[layer.home], undo)
         if record and (whole := recipe_of(model)) is not None:
             for recorder in RECORDERS:
                 recorder(model, whole.to_dict(), undo)
@@ -206,6 +196,20 @@ def apply_recipe(model: nn.Module, recipe: Recipe, record: bool = True) -> Calla
     for plan in plans:  # last, because it cannot be undone
         plan.draw()
     return undo.close
+
+
+def _remember(layer: LayerRecipe, home: nn.Module, undo: ExitStack) -> None:
+    """Keep the recipe of an MLP in the innermost module that contains it, in place of one that was undone by hand."""
+    _restore_attribute(home, _LAYERS, undo)
+    new = asdict(layer.inside(layer.home))
+    parts = {new["linear"], new["activation"]} - {None}
+    others = []
+    for old in vars(home).get(_LAYERS, ()):
+        if not parts & {old["linear"], old["activation"]}:
+            others.append(old)
+        elif old["activation"] == new["activation"]:  # `forward` still calls the child
+            new["call"] = new["call"] or old["call"]
+    setattr(home, _LAYERS, [*others, new])
 
 
 def _keep_starts(model: nn.Module, undo: ExitStack) -> None:
