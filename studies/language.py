@@ -333,10 +333,6 @@ ROWS = {
         "GR-KAN, 8 groups, coefficients at a tenth of the rate", gr_kan,
         _operations(HIDDEN, 2, WIDTH + HIDDEN), tuned_as="grkan8", coefficient_rate=0.1,
     ),
-    "grkan1-slow": Row(
-        "GR-KAN, 1 group, coefficients at a tenth of the rate", lambda: gr_kan(num_groups=1),
-        _operations(HIDDEN, 2, WIDTH + HIDDEN), tuned_as="grkan1", coefficient_rate=0.1,
-    ),
     "grkan8-together": Row(
         "GR-KAN, 8 groups, clipped together", gr_kan, _operations(HIDDEN, 2, WIDTH + HIDDEN), clipped_together=True
     ),
@@ -523,9 +519,9 @@ def best_rate(row: str, tokens: int, done: dict[Run, dict[str, Any]], settings: 
 def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run | None, int]]:
     """Return the remaining runs and their tokens, the most informative first; None if the learning rate is unknown."""
     tokens, ordered = settings.tokens, [*MAIN, *(name for name in ROWS if name not in MAIN)]
-    searched = [name for name in ordered if ROWS[name].tuned_as is None]
-    others = [name for name in searched if name not in MAIN]
-    tuned_as_others = [name for name in ordered if ROWS[name].tuned_as is not None]
+    others = [name for name in ordered if ROWS[name].tuned_as is None and name not in MAIN]
+    slow = [name for name in ordered if ROWS[name].coefficient_rate < 1]
+    fewer = [name for name in ordered if ROWS[name].tuned_as is not None and name not in slow]
     wanted: list[tuple[Run | None, int]] = []
 
     def try_rates(names: Sequence[str], length: int, first: int = 0, last: int | None = None) -> None:
@@ -545,10 +541,13 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     try_rates(others, tokens, last=1)
     seeds(MAIN, range(1, settings.other_seeds), tokens)
     try_rates(MAIN, settings.long)
-    seeds(tuned_as_others, range(settings.other_seeds), tokens)
+    for length in (tokens, settings.long):
+        seeds(slow, range(1), length)
+    seeds(MAIN, range(1, 2), settings.long)
+    seeds(fewer, range(settings.other_seeds), tokens)
     try_rates(others, tokens, first=1)
     seeds(others, range(1, settings.other_seeds), tokens)
-    seeds(MAIN, range(1, settings.other_seeds), settings.long)
+    seeds(MAIN, range(2, settings.other_seeds), settings.long)
     seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
     return [(run, length) for run, length in wanted if run is None or run not in done]
 

@@ -380,6 +380,59 @@ def test_every_activation_of_a_given_method_is_converted_or_named():
         assert any("silu" in reason for _, reason in report.skipped), report
 
 
+class Snake(MLP):
+    """arXiv 2006.08195."""
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.fc2(y + torch.sin(y) ** 2)
+
+
+class SineOfAttribute(MLP):
+    def __init__(self):
+        super().__init__()
+        self.f = torch.sin
+
+    def forward(self, x):
+        return self.fc2(self.f(self.fc1(x)))
+
+
+class WithPositions(MLP):
+    """An MLP, and a sine that is none of its activations."""
+
+    def forward(self, x):
+        places = torch.arange(x.shape[-2]).float()[:, None]
+        return self.fc2(F.gelu(self.fc1(x + torch.sin(places))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [(Snake, "y + torch.sin(y) ** 2"), (SineOfAttribute, "sin"), (WithPositions, "gelu")],
+)
+def test_sines_are_activations_behind_a_linear_layer(kind, label):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(16), kind()).eval()
+    with torch.no_grad():
+        before = model(data(1)[0])
+        report = convert_(model, calibration=data())
+        assert float((model(data(1)[0]) - before).norm() / before.norm()) < 0.02
+    assert [layer["activation"] for layer in report.layers] == [label]
+    assert report.skipped == []
+
+
+def test_a_sine_that_stays_is_named():
+    class Kernel(MLP):
+        def forward(self, x):
+            y = torch.sin(self.fc1(x))
+            return self.fc2(y @ y.mT @ y)
+
+    report = convert_(nn.Sequential(Kernel(), with_activation(nn.GELU())), calibration=data())
+    assert [layer["name"] for layer in report.layers] == ["1"]
+    [(name, reason)] = report.skipped
+    assert name == "0"
+    assert reason.startswith("sin in forward (torch.sin(self.fc1(x))): bmm combines its output with that of a product")
+
+
 def test_what_is_never_called_is_not_converted():
     for calibration in (data(), None):
         model = nn.Sequential(Unused(), with_activation(nn.GELU()))

@@ -40,7 +40,7 @@ class Never(torch.nn.Module):
             ValueError,
             r"float32 \(2, 4\) it raises Runtime",
         ),
-        ({"model": torch.nn.Linear(3, 2, device="meta")}, ValueError, "they are on the meta device"),
+        ({"model": torch.nn.Linear(3, 2, device="meta")}, ValueError, "they are meta or fake tensors"),
     ],
 )
 def test_mistakes(arguments, kind, message, tmp_path, monkeypatch):

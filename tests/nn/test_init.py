@@ -6,8 +6,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
-from grkan.nn import GroupRational, variance_gain
+import grkan
+from grkan.nn import GRKAN, GroupRational, RationalLinear, variance_gain
 from grkan.rational import table
 from grkan.rational.fit import fit
 from grkan.rational.reference import rational
@@ -84,6 +86,41 @@ def test_the_default_device_and_dtype_do_not_matter():
         assert variance_gain("gelu") == expected
         assert math.isfinite(variance_gain([0.0, 1.0], [0.1]))
     assert variance_gain(torch.ones(2).half(), torch.zeros(1).half()) == pytest.approx(0.5, rel=1e-12)
+
+
+class TestFakeTensors:
+    """PyTorch's way to plan memory and sharding for models that are too large to make."""
+
+    @pytest.mark.parametrize("layer", [GRKAN, lambda width: RationalLinear(width, 8), lambda _: GroupRational(4)])
+    def test_layers_are_made_trained_and_loaded(self, layer):
+        with FakeTensorMode():
+            made = layer(16)
+            optimiser = torch.optim.AdamW(grkan.param_groups(made, 0.1, lr=1e-3))
+            y = made(torch.randn(3, 16, requires_grad=True))
+            y.sum().backward()
+            optimiser.step()
+            made.load_state_dict(made.state_dict())
+            for module in made.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        assert y.shape == layer(16)(torch.randn(3, 16)).shape
+        assert all(is_fake(p) and is_fake(p.grad) for p in made.parameters())
+
+    def test_the_start_is_known(self):
+        with FakeTensorMode():
+            act = GroupRational(2, "gelu")
+            assert variance_gain("gelu") == variance_gain(torch.nn.functional.gelu) == pytest.approx(2.3517, abs=1e-4)
+        real = GroupRational(2, "gelu")
+        assert act._initial == real._initial
+        act.load_state_dict(real.state_dict(), assign=True)
+        assert torch.equal(act(torch.ones(2)), real(torch.ones(2)))
+
+    def test_a_conversion_is_refused(self):
+        with FakeTensorMode():
+            model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+            with pytest.raises(ValueError, match='convert it on the device "meta" instead'):
+                grkan.convert_(model, start="scratch")
+        assert type(model[1]) is torch.nn.GELU
 
 
 @pytest.mark.parametrize(

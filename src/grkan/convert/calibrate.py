@@ -51,8 +51,8 @@ _INFINITE = (255 << 23) >> _SHIFT
 # Scalars that are counted at a time: float32 counts exactly up to 2^24.
 _CHUNK = 2**22
 
-_numbers = torch.arange(_INFINITE, dtype=torch.int32, device="cpu") << _SHIFT
-_LOWER, _MIDDLE = ((_numbers + part).view(torch.float32).double().numpy() for part in (0, 1 << (_SHIFT - 1)))
+_numbers = np.arange(_INFINITE, dtype=np.int32) << _SHIFT
+_LOWER, _MIDDLE = ((_numbers + part).view(np.float32).astype(np.float64) for part in (0, 1 << (_SHIFT - 1)))
 _UPPER = np.append(_LOWER[1:], float(torch.finfo(torch.float32).max))
 _MIDDLE[0] = 0.0  # nearly always exact zeros
 

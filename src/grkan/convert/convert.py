@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import GrkanTypeError, GrkanValueError, first_of
 from ..nn import GroupRational
@@ -116,6 +117,8 @@ def convert_(
         The model is left unchanged.
     """
     model = unwrap_to_change(check_module("model", model))
+    if any(is_fake(p) for p in model.parameters()):
+        raise GrkanValueError('model must not be made under FakeTensorMode; convert it on the device "meta" instead')
     check_positive("num_groups", num_groups)
     order, form = check_order(order), check_form(form)
     if order[0] < 1:

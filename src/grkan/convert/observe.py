@@ -31,15 +31,17 @@ ELEMENTWISE = frozenset(
         "threshold", "softshrink", "hardshrink", "rrelu_with_noise", "clamp_min",
     )
 )  # fmt: skip
+# Operators that may be one if their input comes from a linear layer. Elsewhere they are parts of positions or losses.
+_RARELY = frozenset(("sin", "cos", "sinc", "atan", "asinh", "expm1", "log1p"))
 _LINEAR = frozenset(
     (
         "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "_grouped_mm", "_scaled_mm", "addbmm",
     )
 )  # fmt: skip
 # Operators that may be part of an activation.
-_PARTS = ("sigmoid", "tanh", "erf", "softplus")
+_PARTS = frozenset(("sigmoid", "tanh", "erf", "softplus")) | _RARELY
 # Operators that may lie between one linear layer and the next.
-_CHEAP = ELEMENTWISE | frozenset(
+_CHEAP = ELEMENTWISE | _RARELY | frozenset(
     (
         "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "slice", "select", "split",
         "split_with_sizes", "unbind", "expand", "squeeze", "unsqueeze", "clone", "contiguous", "_to_copy", "detach",
@@ -168,7 +170,7 @@ class _Recorder(TorchDispatchMode):
                 foreign = next((origin for origin in others if origin not in ("linear", "weight", "input")), "")
                 node.users.append((name, child, foreign))
             self.nodes[tensor] = child
-        if (name in ELEMENTWISE or (name == "clamp" and _is_relu(args))) and inputs and inputs[0][0].numel() > 1:
+        if inputs and inputs[0][0].numel() > 1 and _may_be_activation(name, args, inputs[0][1]):
             self.note(name, inputs[0], [self.nodes[tensor] for tensor in results], func)
         return output
 
@@ -214,6 +216,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+
+
+def _may_be_activation(name: str, args: Any, source: _Node) -> bool:
+    if name == "clamp":
+        return _is_relu(args)
+    return name in ELEMENTWISE or (name in _RARELY and source.origin == "linear")
 
 
 def _is_relu(args: Any) -> bool:

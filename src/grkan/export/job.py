@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
 from ..models.metadata import ModelMetadata, describe_model
 from ..nn import GroupRational
+from ..nn.init import has_no_values
 from ..nn.wrappers import unwrap
 from ..rational.arguments import check_module
 
@@ -124,8 +125,8 @@ def make_job(model: Any, example: Any, dynamic: bool, batch: int = 2, resizes: b
         resizes: whether the height and the width of an image may change.
     """
     original = unwrap(check_module("model", model))
-    if any(t.is_meta for t in original.state_dict().values()):
-        raise GrkanValueError("model must have its weights in memory; they are on the meta device")
+    if any(has_no_values(t) for t in original.state_dict().values()):
+        raise GrkanValueError("model must have its weights in memory; they are meta or fake tensors")
     metadata = describe_model(original, None, None, None)
     copied = copy.deepcopy(original).cpu().eval().requires_grad_(False)
     config: Any = getattr(copied, "config", None)

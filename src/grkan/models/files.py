@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..convert.recipe import apply_recipe, check_recipe, recipe_of
 from ..errors import GrkanImportError, GrkanTypeError, GrkanValueError, first_of
-from ..nn.init import is_sharded
+from ..nn.init import has_no_values, is_sharded
 from ..nn.wrappers import plain_name, unwrap
 from ..rational.arguments import check_module
 from ..writing import replacing
@@ -56,8 +56,8 @@ def save_model(
         ImportError: safetensors is missing.
         FileNotFoundError, IsADirectoryError, OSError: the path cannot be written.
         TypeError: an argument has a wrong type; or an element of arguments, or preprocessing, is not JSON.
-        ValueError: the number of classes differs from that of the model's outputs; the model has no data (meta device),
-            or only a part of it; or state_dict does not have the names of the model.
+        ValueError: the number of classes differs from that of the model's outputs; the model has no values (meta or
+            fake tensors), or only a part of it; or state_dict does not have the names of the model.
     """
     safetensors = _safetensors()
     path = _check_path(path)
@@ -132,9 +132,9 @@ def _check_path(path: Any) -> Path:
 
 
 def _check_data(state: Mapping[str, Tensor]) -> None:
-    if meta := [name for name, t in state.items() if t.is_meta]:
+    if empty := [name for name, t in state.items() if has_no_values(t)]:
         raise GrkanValueError(
-            f"model must have its weights in memory; {meta[0]} and {len(meta) - 1} others are on the meta device"
+            f"model must have its weights in memory; {empty[0]} and {len(empty) - 1} others are meta or fake tensors"
         )
 
 

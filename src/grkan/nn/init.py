@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
 from ..rational import reference, table
@@ -28,6 +29,7 @@ _SAMPLE = 16
 _keeping = threading.local()
 
 
+@unset_fake_temporarily()
 def variance_gain(function_or_numerator: Any, denominator: Any = None, *, form: str = "abs_of_sum") -> float:
     """Compute the gain alpha = 1 / E[F(z)^2] for z standard normal (arXiv 2409.10594, Eq. 20 and Table 3).
 
@@ -86,6 +88,7 @@ def fitted(value: Any) -> tuple[Any, Any, str] | None:
     return (*coefficients, value.form)
 
 
+@unset_fake_temporarily()
 def initial_gain(act: Any) -> float:
     """Compute the gain of a module's initial function; parameters are not read, as they have no values on meta."""
     if not hasattr(act, "initial_coefficients"):
@@ -151,6 +154,11 @@ def _draw(weight: Tensor, variance: float, scheme: str) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, without importing the module that defines DTensor."""
     return hasattr(tensor, "placements")
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor is on the device "meta", or was made under PyTorch's `FakeTensorMode`."""
+    return tensor.is_meta or is_fake(tensor)
 
 
 def assign_(parameter: Tensor, values: Tensor, src_rank: int | None = None) -> None:
@@ -248,7 +256,7 @@ def starts_kept(module: nn.Module) -> Iterator[None]:
 
 def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """Record what shows later whether a tensor was replaced or written to."""
-    if tensor.is_meta:
+    if has_no_values(tensor):
         return tensor, 0, torch.empty(0)
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     version = 0 if tensor.is_inference() else tensor._version

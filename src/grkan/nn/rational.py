@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.compiler import is_compiling
 
 from ..errors import GrkanTypeError, GrkanValueError
@@ -20,7 +21,7 @@ from ..rational.arguments import (
     to_float64,
 )
 from ..rational.op import group_rational_of_vectors
-from .init import assign_, fitted, is_sharded
+from .init import assign_, fitted, has_no_values, is_sharded
 from .kinds import ORIGINAL_FORWARDS
 
 _COEFFICIENTS = ("numerator", "denominator")
@@ -211,7 +212,7 @@ class GroupRational(nn.Module):
         return f"form {self.form}, groups {self.num_groups}, order {self.order}"
 
     def _contradiction(self, state: Any) -> str | None:
-        if isinstance(state, Tensor) and state.is_meta:
+        if isinstance(state, Tensor) and has_no_values(state):
             return None
         try:
             # Casting a state dict also casts this; half types hold every byte exactly. A weighted mean rounds.
@@ -285,6 +286,7 @@ def _warn_of_narrow(dtype: torch.dtype) -> None:
 ORIGINAL_FORWARDS[GroupRational] = GroupRational.forward
 
 
+@unset_fake_temporarily()
 def _initial_coefficients(
     init: Any, order: tuple[int, int], form: str, numerator_rows: int, denominator_rows: int
 ) -> tuple[list[list[float]], list[list[float]]]:
