@@ -523,6 +523,7 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
     slow = [name for name in ordered if ROWS[name].coefficient_rate < 1]
     fewer = [name for name in ordered if ROWS[name].tuned_as is not None and name not in slow]
     wanted: list[tuple[Run | None, int]] = []
+    other_seeds = range(1, settings.other_seeds)
 
     def try_rates(names: Sequence[str], length: int, first: int = 0, last: int | None = None) -> None:
         for name in names:
@@ -539,15 +540,15 @@ def plan(done: dict[Run, dict[str, Any]], settings: Settings) -> list[tuple[Run 
 
     try_rates(MAIN, tokens)
     try_rates(others, tokens, last=1)
-    seeds(MAIN, range(1, settings.other_seeds), tokens)
+    seeds(MAIN, other_seeds, tokens)
     try_rates(MAIN, settings.long)
     for length in (tokens, settings.long):
         seeds(slow, range(1), length)
-    seeds(MAIN, range(1, 2), settings.long)
+    seeds(MAIN, other_seeds[:1], settings.long)
     seeds(fewer, range(settings.other_seeds), tokens)
     try_rates(others, tokens, first=1)
-    seeds(others, range(1, settings.other_seeds), tokens)
-    seeds(MAIN, range(2, settings.other_seeds), settings.long)
+    seeds(others, other_seeds, tokens)
+    seeds(MAIN, other_seeds[1:], settings.long)
     seeds(MAIN, range(settings.other_seeds, settings.main_seeds), tokens)
     return [(run, length) for run, length in wanted if run is None or run not in done]
 
