@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
 
 from grkan.nn import GroupRational, RationalLinear, variance_gain
 from grkan.nn import linear as module_under_test
@@ -292,3 +293,25 @@ def test_pytorchs_encoder_does_not_leave_the_function_out(place, nested):
         torch.testing.assert_close(encoder(x), encoder(x.clone().requires_grad_()), rtol=1e-4, atol=1e-5)
         y = encoder(x, src_key_padding_mask=mask)
     torch.testing.assert_close(y[~mask], expected[~mask], rtol=1e-4, atol=1e-5)
+
+
+class Doubled(TorchFunctionMode):
+    """Intercepts linear layers, as some quantisers do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return 2 * y if func is torch.nn.functional.linear else y
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modes_see_the_linear_layer(compiled):
+    layer, x = RationalLinear(16, 8, bias=False), torch.randn(3, 16)
+    called = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    with Doubled():
+        doubled = called(x)
+    assert torch.allclose(doubled, 2 * layer(x))
+    assert torch.allclose(called(x), layer(x))
+    with torch.device("cpu"):
+        y = called(x)
+        assert torch.allclose(y, layer(x))
+        assert compiled or type(y.grad_fn).__name__ == "_RationalLinearBackward"  # still fused

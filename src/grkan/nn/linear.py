@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from ..rational.arguments import check_flag, check_groups, check_positive
 from ..rational.op import rational_linear_of_vectors
@@ -167,10 +168,19 @@ def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
     # Check the type of x, because a tracer's proxy must see two modules; and that of the weight, because quantised and
     # sharded weights have a multiplication of their own.
     plain = (kind is nn.Linear or conv1d) and is_plain(linear, kind) and is_plain(act, GroupRational)
-    if plain and isinstance(x, Tensor) and type(weight := linear.weight) in _PLAIN:
+    if plain and isinstance(x, Tensor) and type(weight := linear.weight) in _PLAIN and not _is_watched():
         numerator, denominator = act.vectors_for(x)
         weight = weight.T if conv1d else weight
         return rational_linear_of_vectors(
             x, numerator, denominator, weight, linear.bias, act.order, act.form, act.group_width()
         )
     return linear(act(x))
+
+
+def _is_watched() -> bool:
+    """Whether a TorchFunctionMode is active, which may intercept F.linear, as some quantisers do.
+
+    The mode of `torch.set_default_device` does not count.
+    """
+    count = torch._C._len_torch_function_stack()  # private, like the next, since 2.1
+    return count > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
