@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
 from ..rational.arguments import check_flag, check_groups, check_positive
 from ..rational.op import rational_linear_of_vectors
@@ -182,5 +181,9 @@ def _is_watched() -> bool:
 
     The mode of `torch.set_default_device` does not count.
     """
-    count = torch._C._len_torch_function_stack()  # private, like the next, since 2.1
-    return count > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
+    count = torch._C._len_torch_function_stack()  # private, like the next two, since 2.1
+    if count == 0:
+        return False
+    from torch.utils._device import DeviceContext
+
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))

@@ -121,7 +121,8 @@ def fit(
     """Find the rational function of an order that is closest to a target; it has no poles, in either form.
 
     Without samples, minimise the largest error on the interval; with samples, sum_i weights_i (F(x_i) - f(x_i))^2.
-    The same arguments give the same bits.
+    The same arguments give the same bits, unless F is exact within rounding: then SciPy's Levenberg-Marquardt may end
+    at any of several F that are equally close.
 
     Args:
         target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
