@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 import grkan
 from grkan.nn import GRKAN, GroupRational, RationalLinear, variance_gain
+from grkan.nn.init import keep_start, starts_kept
 from grkan.rational import table
 from grkan.rational.fit import fit
 from grkan.rational.reference import rational
@@ -114,6 +115,22 @@ class TestFakeTensors:
         assert act._initial == real._initial
         act.load_state_dict(real.state_dict(), assign=True)
         assert torch.equal(act(torch.ones(2)), real(torch.ones(2)))
+
+    def test_a_start_is_kept(self):
+        with FakeTensorMode():
+            layer = torch.nn.Linear(8, 16)
+            keep_start(layer, 1.0)
+            with starts_kept(layer):
+                torch.nn.init.zeros_(layer.weight)
+        assert is_fake(layer.weight)
+
+    def test_nothing_is_written(self, tmp_path):
+        with FakeTensorMode():
+            layer = GRKAN(16)
+        for write in (grkan.save_model, grkan.export):
+            with pytest.raises(ValueError, match="meta or fake tensors"):
+                write(layer, tmp_path / "file")
+        assert not list(tmp_path.iterdir())
 
     def test_a_conversion_is_refused(self):
         with FakeTensorMode():

@@ -109,10 +109,10 @@ def convert_(
             is converted. The model then amplifies small differences, for example when it selects experts or tokens.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or value; the model has no MLP to convert; the calibration
-            is empty, has a batch that the model does not accept, or leads to values that are not finite; the outputs of
-            the model and of an MLP would both be off by more than max_error; or the model is in a wrapper that keeps a
-            list of its parameters.
+        TypeError, ValueError: an argument has a wrong type or value; the model has no MLP to convert, or has fake
+            tensors; the calibration is empty, has a batch that the model does not accept, or leads to values that are
+            not finite; the outputs of the model and of an MLP would both be off by more than max_error; or the model is
+            in a wrapper that keeps a list of its parameters.
         ImportError: SciPy is missing.
         The model is left unchanged.
     """

@@ -257,16 +257,20 @@ def starts_kept(module: nn.Module) -> Iterator[None]:
 def _trace(tensor: Tensor) -> tuple[Any, ...]:
     """Record what shows later whether a tensor was replaced or written to."""
     if has_no_values(tensor):
-        return tensor, 0, torch.empty(0)
+        return tensor, 0, None
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     version = 0 if tensor.is_inference() else tensor._version
     return tensor, version, local.detach().flatten()[:_SAMPLE].clone()
 
 
 def _differs(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    same = before[0] is after[0] and before[1] == after[1] and before[2].shape == after[2].shape
+    (tensor, version, sample), (now, version_now, sample_now) = before, after
+    if tensor is not now or version != version_now:
+        return True
+    if sample is None or sample_now is None:
+        return sample is not sample_now
     # Uninitialised memory may hold NaN, which is not equal to itself.
-    return not (same and torch.allclose(before[2], after[2], 0.0, 0.0, equal_nan=True))
+    return sample.shape != sample_now.shape or not torch.allclose(sample, sample_now, 0.0, 0.0, equal_nan=True)
 
 
 def _evaluate(numerator: Any, denominator: Any, form: str, z: Tensor) -> Tensor:
