@@ -141,8 +141,9 @@ def fit(
     Raises:
         TypeError: target, order, form, interval, samples or weights have a wrong type; or target takes neither an
             array nor a tensor, or does not return real numbers.
-        ValueError: the name or form is unknown; interval, order, samples or weights make no sense; or target returns
-            another shape or values that are not finite.
+        ValueError: the name or form is unknown; interval, order, samples or weights make no sense; target returns
+            another shape or values that are not finite; or the coefficients are not normal numbers of float64, as those
+            for a target that is never above 1e-310.
     """
     m, n = check_order(order)
     if max(m, n) > _LARGEST_ORDER:
@@ -660,7 +661,7 @@ def _unscaled(p: Array, m: int, scale: float, size: float) -> tuple[Array, Array
     if lost.any():
         raise GrkanValueError(
             f"order ({m}, {len(p) - m - 1}) needs coefficients outside the "
-            f"range of float64 for |x| up to {scale:g} and "
+            f"normal range of float64 for |x| up to {scale:g} and "
             f"|target| up to {size:g}; scale both closer to 1"
         )
     return unscaled[: m + 1], unscaled[m + 1 :]
