@@ -378,6 +378,16 @@ class TestWidth:
         with pytest.raises(ValueError, match="x must have 4 channels"):
             part(x)
 
+    def test_coefficients_that_a_pruning_tool_cut_are_refused(self):
+        """Such as Torch-Pruning, which takes a vector for one value for each channel."""
+        module = self.made_for(8)
+        module.numerator, module.denominator = (
+            nn.Parameter(module.numerator[:18]),
+            nn.Parameter(module.denominator[:12]),
+        )
+        with pytest.raises(ValueError, match=r"numerator must be a vector of 4 rows .*; got shape \(18,\).* prunes"):
+            module(torch.randn(3, 6))
+
     def test_tracers_go_through(self):
         module, x = self.made_for(8), torch.randn(2, 8)
         for dynamic in (False, True):

@@ -629,7 +629,7 @@ def test_vectors_of_coefficients_in_a_graph(backend):
     x = torch.randn(3, 8)
 
     def f(x):
-        return op.group_rational_of_vectors(x, a, b, (5, 4), "abs_of_sum", -1, 2)
+        return op.group_rational_of_vectors(x, a, b, (5, 4), "abs_of_sum", -1, 4, 2)
 
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
     torch.testing.assert_close(vmap(f)(x), f(x))
@@ -649,11 +649,14 @@ def test_vectors_of_coefficients_in_a_graph(backend):
         (torch.ones(24), torch.ones(15), None, r"denominator must be a vector of rows of 4 coefficients"),
         (torch.ones(24), torch.ones(16), 4, r"x must have 16 channels in dimension -1, .*; got shape \(3, 8\)"),
         (torch.ones(12), torch.ones(8), 2, "x must have 4 channels"),
+        (torch.ones(18), torch.ones(12), None, r"numerator must be a vector of 4 rows of 6 .*; got shape \(18,\)"),
+        (torch.ones(24), torch.ones(12), None, r"denominator must be a vector of 4 rows .*; got shape \(12,\)"),
+        (torch.ones(0), torch.ones(0), None, r"numerator must be a vector of 4 rows .*; got shape \(0,\)"),
     ],
 )
 def test_bad_vectors(a, b, group_width, message):
     with pytest.raises(ValueError, match=message):
-        op.group_rational_of_vectors(X, a, b, (5, 4), "abs_of_sum", -1, group_width)
+        op.group_rational_of_vectors(X, a, b, (5, 4), "abs_of_sum", -1, 4, group_width)
 
 
 # Tracers and exporters.

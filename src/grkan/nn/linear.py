@@ -171,7 +171,7 @@ def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
         numerator, denominator = act.vectors_for(x)
         weight = weight.T if conv1d else weight
         return rational_linear_of_vectors(
-            x, numerator, denominator, weight, linear.bias, act.order, act.form, act.group_width()
+            x, numerator, denominator, weight, linear.bias, act.order, act.form, act.num_groups, act.group_width()
         )
     return linear(act(x))
 

@@ -128,7 +128,14 @@ class GroupRational(nn.Module):
         else:  # without the else TorchScript would compile this, too
             numerator, denominator = self.vectors_for(x)
             return group_rational_of_vectors(
-                x, numerator, denominator, self.order, self.form, self.channel_dim, self.group_width()
+                x,
+                numerator,
+                denominator,
+                self.order,
+                self.form,
+                self.channel_dim,
+                self.num_groups,
+                self.group_width(),
             )
 
     def vectors_for(self, x: Any) -> tuple[Tensor, Tensor]:

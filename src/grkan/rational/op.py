@@ -347,6 +347,7 @@ def _call(
     form: str,
     channel_dim: int,
     order: tuple[int, int] | None,
+    num_groups: int | None,
     group_width: int | None,
 ) -> _Call:
     """Check x, the numerator a, the denominator b and the options of `_group_rational`; raise if they do not fit.
@@ -360,7 +361,10 @@ def _call(
         raise GrkanTypeError(f"x must be dense, as x.to_dense() is; got layout {str(layout).removeprefix('torch.')}")
     shapes = None
     if order is not None:
-        shapes = _rows("numerator", a_shape, order[0] + 1), _rows("denominator", b_shape, order[1])
+        shapes = (
+            _rows("numerator", a_shape, order[0] + 1, num_groups),
+            _rows("denominator", b_shape, order[1], num_groups),
+        )
     for name, its_dtype, its_device in (("numerator", a_dtype, a_device), ("denominator", b_dtype, b_device)):
         if not its_dtype.is_floating_point:
             raise GrkanTypeError(f"{name} must have a floating dtype; got {_name(its_dtype)}")
@@ -401,11 +405,17 @@ def _call(
     return _Call(form, dim, groups, channels, width, device.type, shapes)
 
 
-def _rows(name: str, shape: torch.Size, columns: int) -> tuple[int, int]:
+def _rows(name: str, shape: torch.Size, columns: int, num_groups: int | None) -> tuple[int, int]:
     """Return the shape of the matrix whose rows lie one after the other in a vector of this shape."""
     if len(shape) != 1 or (shape[0] % columns if columns else shape[0]):
         raise GrkanValueError(f"{name} must be a vector of rows of {columns} coefficients; got shape {tuple(shape)}")
-    return shape[0] // columns if columns else 1, columns
+    rows = shape[0] // columns if columns else 1
+    if num_groups is not None and (rows == 0 or num_groups % rows):
+        raise GrkanValueError(
+            f"{name} must be a vector of {num_groups} rows of {columns} coefficients, or an equal part of them; got "
+            f"shape {tuple(shape)}. If a tool has changed it that prunes channels, exclude the rational functions there"
+        )
+    return rows, columns
 
 
 _known_call = functools.lru_cache(maxsize=1024)(_call)
@@ -645,14 +655,14 @@ def _linear_gradients(
 
 
 def _group_rational_operator(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
-    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None)
+    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None, None)
     return _evaluate(x, numerator, denominator, call, _kernel(call.device_type))
 
 
 def _group_rational_backward_operator(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None)
+    call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None, None)
     return _gradients(grad, x, numerator, denominator, call, _kernel(call.device_type))[:3]
 
 
@@ -673,7 +683,7 @@ def _rational_linear_backward_operator(
     needs_weight: bool,
 ) -> tuple[Tensor, ...]:
     """Compute the gradients. Those not needed are empty tensors, as an operator must return tensors."""
-    call = _known_call(*_properties(x, numerator, denominator), form, -1, None, None)
+    call = _known_call(*_properties(x, numerator, denominator), form, -1, None, None, None)
     kernel = _kernel(call.device_type)
     gradients = _linear_gradients(grad, x, numerator, denominator, weight, call, kernel, needs_f, needs_weight)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -964,6 +974,7 @@ def group_rational_of_vectors(
     order: tuple[int, int],
     form: str,
     channel_dim: int = -1,
+    num_groups: int | None = None,
     group_width: int | None = None,
 ) -> Tensor:
     """Run `group_rational` for the layers, which keep their coefficients as vectors, one row after the other.
@@ -972,6 +983,7 @@ def group_rational_of_vectors(
         x, form, channel_dim: as for `group_rational`.
         numerator, denominator: (G (m + 1),) or (m + 1,), and (G n,) or (n,).
         order: (m, n).
+        num_groups: the number of groups, of which the coefficients may be an equal part; None: any number.
         group_width: the number of channels that a group must have; None: any number.
     """
     if torch.jit.is_scripting():  # when a graph that torch.fx traced is scripted
@@ -982,9 +994,9 @@ def group_rational_of_vectors(
         if has_torch_function_variadic(x, numerator, denominator):
             tensors = x, numerator, denominator
             return handle_torch_function(
-                group_rational_of_vectors, tensors, *tensors, order, form, channel_dim, group_width
+                group_rational_of_vectors, tensors, *tensors, order, form, channel_dim, num_groups, group_width
             )
-        return _group_rational(x, numerator, denominator, form, channel_dim, order, group_width)
+        return _group_rational(x, numerator, denominator, form, channel_dim, order, num_groups, group_width)
 
 
 def _group_rational(
@@ -994,6 +1006,7 @@ def _group_rational(
     form: str,
     channel_dim: int,
     order: tuple[int, int] | None = None,
+    num_groups: int | None = None,
     group_width: int | None = None,
 ) -> Tensor:
     # A small tensor takes 2 us, so the time of the checks before it matters.
@@ -1014,6 +1027,7 @@ def _group_rational(
             form,
             channel_dim,
             order,
+            num_groups,
             group_width,
         )
         kernel = KERNELS.get(call.device_type) or _kernel(call.device_type, stacklevel=4)
@@ -1023,11 +1037,13 @@ def _group_rational(
     _check_tensors(x=x, numerator=numerator, denominator=denominator)
     if x.is_nested:
         return _over_nested(
-            lambda part, dim: _group_rational(part, numerator, denominator, form, dim, order, group_width),
+            lambda part, dim: _group_rational(part, numerator, denominator, form, dim, order, num_groups, group_width),
             x,
             channel_dim,
         )
-    call = _untraced(lambda: _call(*_properties(x, numerator, denominator), form, channel_dim, order, group_width))
+    call = _untraced(
+        lambda: _call(*_properties(x, numerator, denominator), form, channel_dim, order, num_groups, group_width)
+    )
     _check_backend(call.device_type)
     numerator, denominator = _as_rows(numerator, denominator, call)
     if composite := _plain_operations():
@@ -1076,13 +1092,16 @@ def rational_linear_of_vectors(
     bias: Tensor | None,
     order: tuple[int, int],
     form: str,
+    num_groups: int | None = None,
     group_width: int | None = None,
 ) -> Tensor:
     """Run `rational_linear` for the layers, see `group_rational_of_vectors`."""
     tensors = x, numerator, denominator, weight, bias
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(rational_linear_of_vectors, tensors, *tensors, order, form, group_width)
-    return _rational_linear(*tensors, form, order, group_width)
+        return handle_torch_function(
+            rational_linear_of_vectors, tensors, *tensors, order, form, num_groups, group_width
+        )
+    return _rational_linear(*tensors, form, order, num_groups, group_width)
 
 
 def _rational_linear(
@@ -1093,9 +1112,10 @@ def _rational_linear(
     bias: Tensor | None,
     form: str,
     order: tuple[int, int] | None = None,
+    num_groups: int | None = None,
     group_width: int | None = None,
 ) -> Tensor:
-    options = check_form(form), -1, order, group_width
+    options = check_form(form), -1, order, num_groups, group_width
     # A tool may have replaced F.linear; the fused backward is for PyTorch's.
     plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN) and F.linear is _LINEAR
     eager = plain and _is_eager(x, numerator, denominator) and _backend() != "reference"
@@ -1105,7 +1125,9 @@ def _rational_linear(
             _check_tensors(bias=bias)
         if x.is_nested:
             return _over_nested(
-                lambda part, _: _rational_linear(part, numerator, denominator, weight, bias, form, order, group_width),
+                lambda part, _: _rational_linear(
+                    part, numerator, denominator, weight, bias, form, order, num_groups, group_width
+                ),
                 x,
                 -1,
             )
