@@ -413,7 +413,7 @@ def _rows(name: str, shape: torch.Size, columns: int, num_groups: int | None) ->
     if num_groups is not None and (rows == 0 or num_groups % rows):
         raise GrkanValueError(
             f"{name} must be a vector of {num_groups} rows of {columns} coefficients, or an equal part of them; got "
-            f"shape {tuple(shape)}. If a tool has changed it that prunes channels, exclude the rational functions there"
+            f"shape {tuple(shape)}. If a tool that prunes channels has changed it, exclude the rational functions there"
         )
     return rows, columns
 
