@@ -8,16 +8,20 @@ feed-forward part is replaced in place, without its linear layers.
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.kinds import linear_kind, linear_width
@@ -135,6 +139,9 @@ def find_sites(
         # The parts of an activation are not activations themselves.
         if isinstance(parent, (GRKAN, GroupRational, RationalLinear)) or parent in activations:
             continue
+        if isinstance(parent, torch.jit.ScriptModule):
+            finder.add_compiled(name, parent)
+            continue
         for slot, activation in _activations(parent, finder.attributes):
             child = parent._modules.get(slot)
             if child is not None:
@@ -183,16 +190,20 @@ def _activations(parent: nn.Module, attributes: Any = ()) -> Iterator[tuple[str,
             continue
         of_torch = str(getattr(value, "__module__", None)).startswith("torch")
         if "act" in slot.lower() or of_torch or (id(parent), slot) in attributes:
-            found = as_activation(value)
+            found = None if _reaches_tensor(value) else as_activation(value, parent)
             if found is not None:
                 yield slot, found
 
 
-def as_activation(candidate: Any) -> Activation | None:
+def as_activation(candidate: Any, owner: nn.Module | None = None) -> Activation | None:
     """Return the activation that `candidate` computes, or None if it is not one.
 
-    The candidate is tried on a few numbers. It must map each number independently, and must not be a straight line. A
-    module may have parameters: each either a single number or one number per channel.
+    The candidate is tried on a few numbers. It must map each number independently, also in training, and must not be a
+    straight line. Its backward must give its slope, unlike that of a straight-through estimator. A module may have
+    parameters: each either a single number or one number per channel.
+
+    Args:
+        owner: the module that holds the candidate, if that is a function: it may ask for its mode.
     """
     channels: tuple[Callable[[Tensor], Tensor], ...] = ()
     if isinstance(candidate, nn.Module):
@@ -202,16 +213,19 @@ def as_activation(candidate: Any) -> Activation | None:
                 return None
             candidate, channels = parts
         run = candidate.forward
+        held = (value for part in candidate.modules() for value in vars(part).values() if callable(value))
+        if not isinstance(candidate, _Called) and any(map(_reaches_tensor, held)):
+            return None
     else:
         run, label = candidate, getattr(candidate, "__name__", type(candidate).__name__)
 
     def function(x: Tensor) -> Tensor:
         return run(x.clone())
 
-    modes = candidate.training if isinstance(candidate, nn.Module) else None
+    whole = candidate if isinstance(candidate, nn.Module) else owner
+    modes = {} if whole is None else {module: module.training for module in whole.modules()}
     try:
-        if modes is not None:
-            candidate.training = False
+        _set_modes(modes, False)
         with torch.no_grad(), torch.random.fork_rng([]):
             x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
             y = function(x)
@@ -219,21 +233,77 @@ def as_activation(candidate: Any) -> Activation | None:
                 return None
             if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or the identity
                 return None
-            if modes is not None:
-                candidate.training = True
+            if modes:
+                _set_modes(modes, True)
                 if not torch.equal(function(x), y):  # it has dropout, or another random part
                     return None
-                candidate.training = False
+                _set_modes(modes, False)
             square = function(x[:96].flip(0).reshape(2, 3, 4, 4))
             if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
+                return None
+            if not _has_its_slope(function, x):
                 return None
             name = next((n for n in table.NAMES if torch.allclose(table.exact(n)(x), y, 1e-7, 1e-9)), label)
     except Exception:  # it needs a different input, or more than one tensor
         return None
     finally:
-        if modes is not None:
-            candidate.training = modes
+        for module, mode in modes.items():
+            module.training = mode
     return Activation(name, function, channels)
+
+
+def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
+    for module in modules:
+        module.training = training
+
+
+def _has_its_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Return whether the gradient that autograd gives for a function is its slope; also True if there is none."""
+    try:
+        with torch.enable_grad():
+            z = x.clone().requires_grad_()
+            y = function(z)
+            if not y.requires_grad:
+                return True
+            (gradient,) = torch.autograd.grad(y.sum(), z)
+    except Exception:  # a function for inference alone
+        return True
+    step = 1e-3
+    slope = (function(x + step) - function(x - step)) / (2 * step)
+    same = torch.isclose(gradient, slope, 1e-2, 1e-2)
+    return int(same.sum()) >= 0.9 * len(x)  # not at its kinks
+
+
+def _reaches_tensor(function: Any, depth: int = 4) -> bool:
+    """Return whether a function uses a tensor that it holds, such as a learned factor, which may change."""
+    if isinstance(function, Tensor):
+        return True
+    if depth == 0 or isinstance(function, (type, nn.Module)):
+        return False
+    if isinstance(function, (list, tuple)):
+        held = list(function)
+    elif isinstance(function, dict):
+        held = list(function.values())
+    elif isinstance(function, functools.partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    else:
+        code = getattr(function, "__code__", None)
+        names = () if code is None else code.co_names
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+        defaults = [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__kwdefaults__", None) or {}]
+        own = {} if isinstance(function, ModuleType) else getattr(function, "__dict__", {})
+        held = [*cells, getattr(function, "__self__", None), *defaults, *own.values()]
+        # It may use more of a module than it calls, as in lambda x: x * self.beta.
+        for module in [value for value in held if isinstance(value, nn.Module)]:
+            held += [value for name in names if isinstance(value := getattr(module, name, None), Tensor)]
+    return any(_reaches_tensor(value, depth - 1) for value in held)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # its variable has no value
+        return False
 
 
 def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor], Tensor], ...]] | None:
@@ -244,7 +314,7 @@ def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor
     parts = list(module.modules())
     if len(parts) > _MOST_PARTS or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
-    if any(isinstance(part, (nn.Dropout, GroupRational)) or "Norm" in type(part).__name__ for part in parts):
+    if any(isinstance(part, (_DropoutNd, GroupRational)) or "Norm" in type(part).__name__ for part in parts):
         return None
     states = [*module.parameters(), *module.buffers()]
     if any(t.is_meta or max(t.shape, default=1) != t.numel() for t in states):
@@ -376,6 +446,12 @@ class _Finder:
         site.call, site.doubt = call, doubt
         self.sites.append(site)
 
+    def add_compiled(self, name: str, module: nn.Module) -> None:
+        """Add a module that TorchScript has compiled to `skipped`, but not its parts."""
+        around = self.modules.get(name.rpartition(".")[0]) if name else None
+        if not isinstance(around, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            self.skipped.append((name, "it is compiled by TorchScript; to convert it, compile the converted model"))
+
     def name_the_rest(self, activations: set[nn.Module | None]) -> None:
         """Add every other place where an elementwise operation was seen to `skipped`."""
         done = {id(place) for _, _, places in self.lifted.values() for place in places}
@@ -396,6 +472,11 @@ class _Finder:
                 self.skipped.append((name, f"{place.operation} in {place.code.co_name}{source}: {reason}"))
 
     def why_left(self, place: Seen) -> str:
+        held = None if place.slot is None else vars(place.owner).get(place.slot)
+        if held is not None and _reaches_tensor(held):
+            return "it uses a tensor, which may change; to convert it, make it a module with parameters"
+        if held is not None and as_activation(held, place.owner) is None:
+            return "it is not an elementwise function of one tensor, or something else in training"
         if not place.problem and place.function is not None:
             activation = as_activation(place.function)
             if activation is None:
@@ -630,23 +711,45 @@ def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv: bool) -> bool:
-    """Return whether a module's `forward` runs its parts in timm's order; also True if that cannot be tried."""
+    """Return whether a module's `forward` runs its parts in timm's order; also True if that cannot be tried.
+
+    It must run the same operations as its parts. Equal results would not be enough: a limit, for example, may change
+    nothing on the input that is tried.
+    """
     x = _probe(parent._modules["fc1"], (2, width, 3, 3) if conv else (2, 3, width))
     if x is None:
         return True
     with evaluating(parent), torch.random.fork_rng([x.device] if x.is_cuda else []):
         try:
-            start, y = x.clone(), parent(x.clone())
-            for key in parts.values():
-                x = x if key is None else parent._modules[key](x)  # type: ignore[misc]
+            given, again = x.clone(), x.clone()
+            with _Operations() as whole:
+                y = parent(given)
+            with _Operations() as of_parts:
+                for key in parts.values():
+                    x = x if key is None else parent._modules[key](x)  # type: ignore[misc]
             # Its parts stay in eval mode; what differs now is in its forward, such as dropout.
             parent.training = True
-            trained = parent(start)
+            with _Operations() as in_training:
+                trained = parent(again)
         except Exception:  # the forward of another class may need anything
+            return False
+        if not whole.names == of_parts.names == in_training.names:
             return False
         if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(x, y, 1e-3, 1e-5):
             return False
         return torch.allclose(y, trained, 1e-3, 1e-5)
+
+
+class _Operations(TorchDispatchMode):
+    """A context manager that notes the names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
