@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, is_loaded, recipe_of
-from ..errors import GrkanValueError
+from ..errors import GrkanValueError, first_of
 from ..nn import GroupRational, RationalLinear, no_weight_decay
 from ..nn.init import starts_kept
 from .imports import put_around
@@ -102,17 +102,51 @@ def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if (recipe := getattr(model.config, _FIELD, None)) and recipe_of(model) is None:
-            raise GrkanValueError(
-                f"{cls.__name__} has none of the modules that were converted in the saved model, such as "
-                f"{recipe['layers'][0]['name']}; load the class that was saved, and take the part that you need"
-            )
-        return loaded
+    def from_pretrained(cls: type, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        _check(model, set(info["missing_keys"]), set(info["unexpected_keys"]))
+        return (model, info) if output_loading_info else model
 
     return from_pretrained
+
+
+def _check(model: Any, missing: set[str], unexpected: set[str]) -> None:
+    """Refuse a model that has lost functions or weights to other names; transformers only warns of it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    base = model.base_model_prefix
+
+    def variants(name: str) -> tuple[str, ...]:  # the weights may be for the base of this model, or for it with a head
+        return name, f"{base}.{name}", name.removeprefix(f"{base}.")
+
+    def is_place(name: str) -> bool:
+        owner, _, slot = name.rpartition(".")
+        # Another class may have had a child there if this is directly in the model.
+        return hasattr(modules.get(owner), slot) if owner in ("", base) else owner in modules
+
+    functions = sorted(key.removesuffix(".numerator") for key in unexpected if key.endswith(".numerator"))
+    if lost := [name for name in functions if any(map(is_place, variants(name)))]:
+        if getattr(model.config, _FIELD, None):
+            raise GrkanValueError(
+                f"{type(model).__name__} must have a place for each function of the saved model, but has none for "
+                f"{first_of(lost)}; load the class that was saved, and take the part that you need"
+            )
+        raise GrkanValueError(
+            "config must hold the conversion of the saved model, whose weights have rational functions for "
+            f"{first_of(lost)}; got a {type(model.config).__name__} without one. Load without config, or with the one "
+            "that AutoConfig.from_pretrained reads there; or make the model, and call grkan.apply_conversion_ and "
+            "load_state_dict"
+        )
+    for key in sorted(missing):
+        linear, _, parameter = key.rpartition(".")
+        name = linear.removesuffix(".linear")
+        if isinstance(modules.get(name), RationalLinear) and unexpected.intersection(
+            f"{variant}.{parameter}" for variant in variants(name)
+        ):
+            raise GrkanValueError(
+                "config must hold no conversion to load the weights of the original model: those of "
+                f"{name} would be random. Load them without config, then convert the model by "
+                "grkan.apply_conversion_(model, config.grkan)"
+            )
 
 
 def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,13 +160,32 @@ def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
 def _convert(model: Any, recipe: Recipe) -> None:
     """Convert the recipe's layers that exist here; it may be for this model, one around it, or this one with a head."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    rename = _renaming(model)
     layers = []
     for layer in recipe.layers:
-        candidates = (layer, layer.inside(model.base_model_prefix))
+        candidates = [layer, layer.inside(model.base_model_prefix), layer.renamed(rename)]
         layers += [candidate for candidate in candidates if _waits(candidate, modules)][:1]
     if layers:
         apply_recipe(model, Recipe(tuple(layers)), record=False)
         _extend_plan(model, layers)
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Return how transformers renames the modules of a saved model to load its weights into this class."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # an older transformers
+        return lambda name: name
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        key = f"{name}.weight".lstrip(".")
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix("weight").removesuffix(".")
+
+    return rename
 
 
 def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
