@@ -488,6 +488,63 @@ def test_without_grkan_loading_fails(tmp_path):
     assert result.stdout.split() == ["1"] * 8, result.stderr
 
 
+def test_without_grkan_loading_fails_for_a_part_and_for_a_config_saved_alone(tmp_path):
+    model, other = clip(), bert()
+    convert(model, calibration=[{**text(), **image()}])
+    convert(other)
+    model.save_pretrained(tmp_path / "whole")
+    other.save_pretrained(tmp_path / "alone")
+    other.config.save_pretrained(tmp_path / "alone")  # as after accelerator.save_model
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "whole")
+    again.save_pretrained(tmp_path / "again")
+    again.config.save_pretrained(tmp_path / "again")
+    parts = ("CLIPTextModel", "CLIPVisionModel", "CLIPTextModelWithProjection", "CLIPModel")
+    kinds = [(folder, kind) for folder in ("whole", "again") for kind in parts] + [("alone", "BertModel")]
+    result = python(
+        f"""
+        import transformers
+        for folder, kind in {kinds}:
+            try:
+                getattr(transformers, kind).from_pretrained({str(tmp_path)!r} + "/" + folder)
+            except ValueError as error:
+                print(str(error).count("quantization config"))
+        """
+    )
+    assert result.stdout.split() == ["1"] * len(kinds), result.stderr
+    assert_same(other, transformers.BertModel.from_pretrained(tmp_path / "alone"))
+    for folder in ("whole", "again"):
+        loaded = transformers.CLIPModel.from_pretrained(tmp_path / folder)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+        for config in (loaded.config, loaded.config.text_config, loaded.config.vision_config):
+            assert not hasattr(config, "quantization_config")
+
+
+def test_a_config_keeps_its_quantisation(tmp_path):
+    model = clip()
+    convert(model, calibration=[{**text(), **image()}])
+    own = {"quant_method": "fp8", "modules_to_not_convert": None}
+    for config in (model.config, model.config.text_config):
+        config.quantization_config = own
+    model.config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["quantization_config"]["quantization_config"] == own
+    loaded = transformers.CLIPConfig.from_pretrained(tmp_path)
+    assert loaded.quantization_config == loaded.text_config.quantization_config == own
+    assert not hasattr(loaded.vision_config, "quantization_config")
+    assert model.config.quantization_config == own
+    # Two configs that were put together, with a recipe in one of them.
+    encoder = bert()
+    convert(encoder)
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, bert().config)
+    both.save_pretrained(tmp_path / "both")
+    fields = json.loads((tmp_path / "both" / "config.json").read_text())
+    assert all("grkan" in part["quantization_config"] for part in (fields, fields["encoder"], fields["decoder"]))
+    loaded = transformers.EncoderDecoderConfig.from_pretrained(tmp_path / "both")
+    assert loaded.encoder.grkan["layers"]
+    assert not hasattr(loaded.decoder, "grkan")
+    assert not any(hasattr(part, "quantization_config") for part in (loaded, loaded.encoder, loaded.decoder))
+
+
 @pytest.mark.parametrize(
     "imports",
     [

@@ -29,7 +29,7 @@ from .imports import put_around
 _FIELD = "grkan"
 
 # A program that reads config.json without knowing grkan would use the activations named there. To stop it, claim a
-# quantisation without a known method: transformers, vLLM, SGLang and llama.cpp refuse that.
+# quantisation without a known method: transformers, vLLM, SGLang and llama.cpp refuse that. Only files contain this.
 _REFUSED = {"grkan": "import grkan, then load: the functions of this model are rational, as the field grkan says"}
 
 _STYLE = "grkan_groups"
@@ -38,7 +38,8 @@ _CUT_STYLES = ("colwise", "packed_colwise")
 
 
 def know_configs(configuration_utils: Any) -> None:
-    """Let transformers read configs that `save_pretrained` of a converted model wrote."""
+    """Let transformers write and read the configs of converted models."""
+    put_around(configuration_utils.PretrainedConfig, "to_json_file", _writing)
     put_around(configuration_utils.PretrainedConfig, "_dict_from_json_file", _reading)
 
 
@@ -58,19 +59,36 @@ def know_trainers(trainer: Any) -> None:
     put_around(trainer.Trainer, "get_decay_parameter_names", _decaying)
 
 
+def _writing(write: Callable[..., Any]) -> Callable[..., Any]:
+    def to_json_file(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _refused(self):
+            return write(self, *args, **kwargs)
+
+    return to_json_file
+
+
 def _reading(read: Callable[..., Any]) -> Callable[..., Any]:
     def _dict_from_json_file(cls: type, json_file: Any) -> dict[str, Any]:
         fields: dict[str, Any] = read(cls, json_file)
-        if (recipe := fields.get(_FIELD)) is not None:
-            quantised = fields.pop("quantization_config", {}).get("quantization_config")
-            if quantised is not None:
-                fields["quantization_config"] = quantised
-            for part in fields.values():  # a part of a composite model can be loaded alone
-                if isinstance(part, dict) and "model_type" in part:
-                    part[_FIELD] = recipe
+        _read(fields, None)
         return fields
 
     return _dict_from_json_file
+
+
+def _read(fields: dict[str, Any], recipe: Any) -> None:
+    """Undo `_refused`, and give each part of a composite model the recipe of the whole: it can be loaded alone."""
+    recipe = recipe or fields.get(_FIELD)
+    if recipe is not None:
+        fields[_FIELD] = recipe
+    quantised = fields.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.keys() >= _REFUSED.keys():
+        del fields["quantization_config"]
+        if quantised.get("quantization_config") is not None:
+            fields["quantization_config"] = quantised["quantization_config"]
+    for part in fields.values():
+        if isinstance(part, dict) and "model_type" in part:
+            _read(part, recipe)
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,18 +258,29 @@ def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
 
 
 def _written(model: Any) -> ExitStack:
-    """Put into the config what config.json must contain, until the returned stack is closed."""
+    """Put into the config the recipe that config.json must contain, until the returned stack is closed."""
     stack = ExitStack()
     config, recipe = model.config, recipe_of(model)
     for part in _configs(config):
         _set(part, stack, _FIELD, None)
     if recipe is not None:
-        quantised = getattr(config, "quantization_config", None)
-        if quantised is not None and not isinstance(quantised, dict):
-            quantised = quantised.to_dict()
-        refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
         _set(config, stack, _FIELD, recipe.to_dict())
-        _set(config, stack, "quantization_config", refused)
+    return stack
+
+
+def _refused(config: Any) -> ExitStack:
+    """Put `_REFUSED` into a config with a recipe and into all its parts, until the returned stack is closed."""
+    stack = ExitStack()
+    configs = {id(part): part for part in _configs(config)}.values()  # two parts may be one object
+    if any(getattr(part, _FIELD, None) for part in configs):
+        for part in configs:  # a class of a part reads only that one
+            quantised = getattr(part, "quantization_config", None)
+            if quantised is not None and not isinstance(quantised, dict):
+                quantised = quantised.to_dict()
+            refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
+            _set(part, stack, "quantization_config", refused)
+            if part is not config and getattr(config, _FIELD, None):
+                _set(part, stack, _FIELD, None)
     return stack
 
 
