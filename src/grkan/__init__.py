@@ -119,3 +119,8 @@ when_imported("peft.utils.save_and_load", lambda module: _integration("peft").kn
 when_imported("liger_kernel.transformers.monkey_patch", lambda module: _integration("liger").know_kernels(module))
 when_imported("huggingface_hub.hub_mixin", lambda module: _integration("hub").know_mixin(module.ModelHubMixin))
 when_imported("diffusers.models.modeling_utils", lambda module: _integration("hub").know_mixin(module.ModelMixin))
+when_imported("sentence_transformers.base.model", lambda module: _integration("hub").know_sequences(module.BaseModel))
+when_imported(  # the name before sentence-transformers 6
+    "sentence_transformers.SentenceTransformer",
+    lambda module: _integration("hub").know_sequences(module.SentenceTransformer),
+)

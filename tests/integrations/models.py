@@ -67,7 +67,7 @@ def inputs(model):
 
 def convert(model, **arguments):
     """Convert it, and change the coefficients as training would."""
-    report = grkan.convert_(model, calibration=[inputs(model)], **arguments)
+    report = grkan.convert_(model, **{"calibration": [inputs(model)], **arguments})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in grkan.no_weight_decay(model):

@@ -15,7 +15,7 @@ import grkan
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers'")
 
-from .models import FAMILIES, bert, convert, esm, gpt2, inputs, llama, output, text  # noqa: E402
+from .models import FAMILIES, bert, convert, esm, gpt2, image, inputs, llama, output, text  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -38,6 +38,16 @@ def assert_same(model, other):
         assert tensor.dtype == state[name].dtype, name
         assert torch.equal(tensor, state[name]), name
     assert torch.equal(output(model), output(other.eval()))
+
+
+def clip(family="CLIP"):
+    """A model of a text and an image, each with its own tower."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    words = {**sizes, "vocab_size": 99, "max_position_embeddings": 16, "projection_dim": 16, "projection_size": 32}
+    pixels = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    config = getattr(transformers, f"{family}Config")(text_config=words, vision_config=pixels, projection_dim=16)
+    return getattr(transformers, f"{family}Model")(config).eval()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -187,15 +197,7 @@ class TestFromPretrained:
         assert "grkan_groups" not in unknown
 
     def test_of_a_composite_model_and_of_its_part(self, tmp_path):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-        vision = {**sizes, "image_size": 8, "patch_size": 4, "projection_dim": 16}
-        config = transformers.CLIPConfig(
-            text_config={**sizes, "vocab_size": 99, "max_position_embeddings": 16},
-            vision_config=vision,
-            projection_dim=16,
-        )
-        model = transformers.CLIPModel(config).eval()
+        model = clip()
         report = grkan.convert_(model)
         assert len(report.layers) == 2
         model.save_pretrained(tmp_path)
@@ -204,12 +206,71 @@ class TestFromPretrained:
         x = torch.randn(2, 3, 8, 8)
         vision = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
         assert torch.equal(vision(x).image_embeds, model.get_image_features(x).pooler_output)
-        with pytest.raises(ValueError, match="CLIPVisionModel has none of the modules"):  # under these names
-            transformers.CLIPVisionModel.from_pretrained(tmp_path)
         loaded.save_pretrained(tmp_path / "again")
         fields = json.loads((tmp_path / "again" / "config.json").read_text())
         assert fields["grkan"] == json.loads(json.dumps(report.recipe))
         assert "grkan" not in fields["vision_config"]
+
+    @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+    def test_of_a_part_whose_weights_transformers_renames(self, tmp_path, family):
+        model = clip(family)
+        convert(model, calibration=[{**text(), **image()}])
+        model.save_pretrained(tmp_path)
+        for part, name, batch in ((model.text_model, "Text", text()), (model.vision_model, "Vision", image())):
+            kind = getattr(transformers, f"{family}{name}Model")
+            loaded = kind.from_pretrained(tmp_path).eval()
+            assert sum(isinstance(m, grkan.GroupRational) for m in loaded.modules()) >= 2
+            assert torch.equal(part(**batch)[0], loaded(**batch)[0])
+            loaded.save_pretrained(tmp_path / name)
+            again = kind.from_pretrained(tmp_path / name).eval()
+            assert torch.equal(part(**batch)[0], again(**batch)[0])
+
+    @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+    def test_of_a_part_that_was_not_converted(self, tmp_path, family):
+        model = clip(family)
+        convert(model, include="vision_model.*", calibration=[{**text(), **image()}])
+        model.save_pretrained(tmp_path)
+        loaded = getattr(transformers, f"{family}TextModel").from_pretrained(tmp_path).eval()
+        assert not coefficients(loaded)
+        assert torch.equal(model.text_model(**text())[0], loaded(**text())[0])
+
+    def test_of_a_class_with_another_head(self, tmp_path):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 99, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64}
+        model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes)).eval()
+        convert(model)
+        assert "activation" in [layer["activation"] for layer in model.config.grkan["layers"]]  # directly in the model
+        model.save_pretrained(tmp_path)
+        for kind in ("DistilBertModel", "DistilBertForTokenClassification"):
+            loaded = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+            assert torch.equal(model.distilbert(**text())[0], loaded.base_model(**text())[0])
+
+    @pytest.mark.parametrize("head", [False, True])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_functions_that_the_given_config_leaves_out_are_refused(self, tmp_path, family, head):
+        model = FAMILIES[family]()
+        config = copy.deepcopy(model.config)
+        convert(model)
+        model.save_pretrained(tmp_path)
+        kind = type(model) if head else type(model.base_model)
+        for path, state in ((tmp_path, None), (None, model.state_dict())):
+            with pytest.raises(ValueError, match=r"config must hold the conversion.*Load without config") as error:
+                kind.from_pretrained(path, config=config, state_dict=state)
+            assert model.config.grkan["layers"][0]["activation"] in str(error.value)
+
+    def test_weights_of_the_original_with_the_config_of_the_converted_model_are_refused(self, tmp_path):
+        model, plain = bert(), bert()
+        plain.save_pretrained(tmp_path / "plain")
+        bert("BertForSequenceClassification").save_pretrained(tmp_path / "headed")
+        report = convert(model)
+        for path in ("plain", "headed"):
+            with pytest.raises(ValueError, match=r"config must hold no conversion.*layer\.0\.intermediate\.dense"):
+                type(model).from_pretrained(tmp_path / path, config=model.config)
+        with pytest.raises(ValueError, match="config must hold no conversion"):
+            transformers.BertForSequenceClassification.from_pretrained(tmp_path / "plain", config=model.config)
+        loaded = type(model).from_pretrained(tmp_path / "plain")
+        grkan.apply_conversion_(loaded, model.config.grkan)  # as the message says
+        assert len(coefficients(loaded)) == 4 * len(report.layers)
 
     def test_of_two_models_in_one(self, tmp_path):
         encoder = bert()
@@ -341,7 +402,7 @@ def test_a_model_that_has_none_of_the_modules_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text().replace('"encoder.layer', '"encoder.block'))
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"BertModel has none of the modules that were converted.*encoder\.block\.0"):
+    with pytest.raises(ValueError, match=r"BertModel must have a place for each function.*encoder\.layer\.0"):
         type(model).from_pretrained(tmp_path)
 
 
@@ -425,6 +486,63 @@ def test_without_grkan_loading_fails(tmp_path):
         """
     )
     assert result.stdout.split() == ["1"] * 8, result.stderr
+
+
+def test_without_grkan_loading_fails_for_a_part_and_for_a_config_saved_alone(tmp_path):
+    model, other = clip(), bert()
+    convert(model, calibration=[{**text(), **image()}])
+    convert(other)
+    model.save_pretrained(tmp_path / "whole")
+    other.save_pretrained(tmp_path / "alone")
+    other.config.save_pretrained(tmp_path / "alone")  # as after accelerator.save_model
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "whole")
+    again.save_pretrained(tmp_path / "again")
+    again.config.save_pretrained(tmp_path / "again")
+    parts = ("CLIPTextModel", "CLIPVisionModel", "CLIPTextModelWithProjection", "CLIPModel")
+    kinds = [(folder, kind) for folder in ("whole", "again") for kind in parts] + [("alone", "BertModel")]
+    result = python(
+        f"""
+        import transformers
+        for folder, kind in {kinds}:
+            try:
+                getattr(transformers, kind).from_pretrained({str(tmp_path)!r} + "/" + folder)
+            except ValueError as error:
+                print(str(error).count("quantization config"))
+        """
+    )
+    assert result.stdout.split() == ["1"] * len(kinds), result.stderr
+    assert_same(other, transformers.BertModel.from_pretrained(tmp_path / "alone"))
+    for folder in ("whole", "again"):
+        loaded = transformers.CLIPModel.from_pretrained(tmp_path / folder)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+        for config in (loaded.config, loaded.config.text_config, loaded.config.vision_config):
+            assert not hasattr(config, "quantization_config")
+
+
+def test_a_config_keeps_its_quantisation(tmp_path):
+    model = clip()
+    convert(model, calibration=[{**text(), **image()}])
+    own = {"quant_method": "fp8", "modules_to_not_convert": None}
+    for config in (model.config, model.config.text_config):
+        config.quantization_config = own
+    model.config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["quantization_config"]["quantization_config"] == own
+    loaded = transformers.CLIPConfig.from_pretrained(tmp_path)
+    assert loaded.quantization_config == loaded.text_config.quantization_config == own
+    assert not hasattr(loaded.vision_config, "quantization_config")
+    assert model.config.quantization_config == own
+    # Two configs that were put together, with a recipe in one of them.
+    encoder = bert()
+    convert(encoder)
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, bert().config)
+    both.save_pretrained(tmp_path / "both")
+    fields = json.loads((tmp_path / "both" / "config.json").read_text())
+    assert all("grkan" in part["quantization_config"] for part in (fields, fields["encoder"], fields["decoder"]))
+    loaded = transformers.EncoderDecoderConfig.from_pretrained(tmp_path / "both")
+    assert loaded.encoder.grkan["layers"]
+    assert not hasattr(loaded.decoder, "grkan")
+    assert not any(hasattr(part, "quantization_config") for part in (loaded, loaded.encoder, loaded.decoder))
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,11 @@ class LayerRecipe:
 
     def within(self, module: str) -> "LayerRecipe":
         """Return the recipe for an enclosing model, in which this model is `module`."""
-        return self._renamed(lambda name: plain_name(f"{module}.{name}".strip(".")))
+        return self.renamed(lambda name: plain_name(f"{module}.{name}".strip(".")))
 
     def inside(self, module: str) -> "LayerRecipe":
         """Return the recipe for the part `module` of the model; names outside of it stay the same."""
-        return self._renamed(lambda name: "" if name == module else name.removeprefix(f"{module}."))
+        return self.renamed(lambda name: "" if name == module else name.removeprefix(f"{module}."))
 
     @property
     def home(self) -> str:
@@ -122,7 +122,8 @@ class LayerRecipe:
         paths = [name.split(".") for name in (self.name, *(part.rpartition(".")[0] for part in parts))]
         return ".".join(step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*paths, strict=False)))
 
-    def _renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
+    def renamed(self, new: Callable[[str], str]) -> "LayerRecipe":
+        """Return the recipe with other names, each from the name here."""
         linear = None if self.linear is None else new(self.linear)
         gains = {new(name): gain for name, gain in self.gains.items()}
         return replace(self, name=new(self.name), linear=linear, activation=new(self.activation), gains=gains)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..convert.recipe import RECORDERS, LayerRecipe, Recipe, apply_recipe, check_recipe, is_loaded, recipe_of
-from ..errors import GrkanValueError
+from ..errors import GrkanValueError, first_of
 from ..nn import GroupRational, RationalLinear, no_weight_decay
 from ..nn.init import starts_kept
 from .imports import put_around
@@ -29,7 +29,7 @@ from .imports import put_around
 _FIELD = "grkan"
 
 # A program that reads config.json without knowing grkan would use the activations named there. To stop it, claim a
-# quantisation without a known method: transformers, vLLM, SGLang and llama.cpp refuse that.
+# quantisation without a known method: transformers, vLLM, SGLang and llama.cpp refuse that. Only files contain this.
 _REFUSED = {"grkan": "import grkan, then load: the functions of this model are rational, as the field grkan says"}
 
 _STYLE = "grkan_groups"
@@ -38,7 +38,8 @@ _CUT_STYLES = ("colwise", "packed_colwise")
 
 
 def know_configs(configuration_utils: Any) -> None:
-    """Let transformers read configs that `save_pretrained` of a converted model wrote."""
+    """Let transformers write and read the configs of converted models."""
+    put_around(configuration_utils.PretrainedConfig, "to_json_file", _writing)
     put_around(configuration_utils.PretrainedConfig, "_dict_from_json_file", _reading)
 
 
@@ -58,19 +59,36 @@ def know_trainers(trainer: Any) -> None:
     put_around(trainer.Trainer, "get_decay_parameter_names", _decaying)
 
 
+def _writing(write: Callable[..., Any]) -> Callable[..., Any]:
+    def to_json_file(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _refused(self):
+            return write(self, *args, **kwargs)
+
+    return to_json_file
+
+
 def _reading(read: Callable[..., Any]) -> Callable[..., Any]:
     def _dict_from_json_file(cls: type, json_file: Any) -> dict[str, Any]:
         fields: dict[str, Any] = read(cls, json_file)
-        if (recipe := fields.get(_FIELD)) is not None:
-            quantised = fields.pop("quantization_config", {}).get("quantization_config")
-            if quantised is not None:
-                fields["quantization_config"] = quantised
-            for part in fields.values():  # a part of a composite model can be loaded alone
-                if isinstance(part, dict) and "model_type" in part:
-                    part[_FIELD] = recipe
+        _read(fields, None)
         return fields
 
     return _dict_from_json_file
+
+
+def _read(fields: dict[str, Any], recipe: Any) -> None:
+    """Undo `_refused`, and give each part of a composite model the recipe of the whole: it can be loaded alone."""
+    recipe = recipe or fields.get(_FIELD)
+    if recipe is not None:
+        fields[_FIELD] = recipe
+    quantised = fields.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.keys() >= _REFUSED.keys():
+        del fields["quantization_config"]
+        if quantised.get("quantization_config") is not None:
+            fields["quantization_config"] = quantised["quantization_config"]
+    for part in fields.values():
+        if isinstance(part, dict) and "model_type" in part:
+            _read(part, recipe)
 
 
 def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,17 +120,51 @@ def _initialising(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if (recipe := getattr(model.config, _FIELD, None)) and recipe_of(model) is None:
-            raise GrkanValueError(
-                f"{cls.__name__} has none of the modules that were converted in the saved model, such as "
-                f"{recipe['layers'][0]['name']}; load the class that was saved, and take the part that you need"
-            )
-        return loaded
+    def from_pretrained(cls: type, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        _check(model, set(info["missing_keys"]), set(info["unexpected_keys"]))
+        return (model, info) if output_loading_info else model
 
     return from_pretrained
+
+
+def _check(model: Any, missing: set[str], unexpected: set[str]) -> None:
+    """Refuse a model that has lost functions or weights to other names; transformers only warns of it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    base = model.base_model_prefix
+
+    def variants(name: str) -> tuple[str, ...]:  # the weights may be for the base of this model, or for it with a head
+        return name, f"{base}.{name}", name.removeprefix(f"{base}.")
+
+    def is_place(name: str) -> bool:
+        owner, _, slot = name.rpartition(".")
+        # Another class may have had a child there if this is directly in the model.
+        return hasattr(modules.get(owner), slot) if owner in ("", base) else owner in modules
+
+    functions = sorted(key.removesuffix(".numerator") for key in unexpected if key.endswith(".numerator"))
+    if lost := [name for name in functions if any(map(is_place, variants(name)))]:
+        if getattr(model.config, _FIELD, None):
+            raise GrkanValueError(
+                f"{type(model).__name__} must have a place for each function of the saved model, but has none for "
+                f"{first_of(lost)}; load the class that was saved, and take the part that you need"
+            )
+        raise GrkanValueError(
+            "config must hold the conversion of the saved model, whose weights have rational functions for "
+            f"{first_of(lost)}; got a {type(model.config).__name__} without one. Load without config, or with the one "
+            "that AutoConfig.from_pretrained reads there; or make the model, and call grkan.apply_conversion_ and "
+            "load_state_dict"
+        )
+    for key in sorted(missing):
+        linear, _, parameter = key.rpartition(".")
+        name = linear.removesuffix(".linear")
+        if isinstance(modules.get(name), RationalLinear) and unexpected.intersection(
+            f"{variant}.{parameter}" for variant in variants(name)
+        ):
+            raise GrkanValueError(
+                "config must hold no conversion to load the weights of the original model: those of "
+                f"{name} would be random. Load them without config, then convert the model by "
+                "grkan.apply_conversion_(model, config.grkan)"
+            )
 
 
 def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,13 +178,32 @@ def _decaying(get_names: Callable[..., Any]) -> Callable[..., Any]:
 def _convert(model: Any, recipe: Recipe) -> None:
     """Convert the recipe's layers that exist here; it may be for this model, one around it, or this one with a head."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    rename = _renaming(model)
     layers = []
     for layer in recipe.layers:
-        candidates = (layer, layer.inside(model.base_model_prefix))
+        candidates = [layer, layer.inside(model.base_model_prefix), layer.renamed(rename)]
         layers += [candidate for candidate in candidates if _waits(candidate, modules)][:1]
     if layers:
         apply_recipe(model, Recipe(tuple(layers)), record=False)
         _extend_plan(model, layers)
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Return how transformers renames the modules of a saved model to load its weights into this class."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # an older transformers
+        return lambda name: name
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        key = f"{name}.weight".lstrip(".")
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix("weight").removesuffix(".")
+
+    return rename
 
 
 def _extend_plan(model: Any, layers: Iterable[LayerRecipe]) -> None:
@@ -187,18 +258,29 @@ def _waits(layer: LayerRecipe, modules: Mapping[str, Any]) -> bool:
 
 
 def _written(model: Any) -> ExitStack:
-    """Put into the config what config.json must contain, until the returned stack is closed."""
+    """Put into the config the recipe that config.json must contain, until the returned stack is closed."""
     stack = ExitStack()
     config, recipe = model.config, recipe_of(model)
     for part in _configs(config):
         _set(part, stack, _FIELD, None)
     if recipe is not None:
-        quantised = getattr(config, "quantization_config", None)
-        if quantised is not None and not isinstance(quantised, dict):
-            quantised = quantised.to_dict()
-        refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
         _set(config, stack, _FIELD, recipe.to_dict())
-        _set(config, stack, "quantization_config", refused)
+    return stack
+
+
+def _refused(config: Any) -> ExitStack:
+    """Put `_REFUSED` into a config with a recipe and into all its parts, until the returned stack is closed."""
+    stack = ExitStack()
+    configs = {id(part): part for part in _configs(config)}.values()  # two parts may be one object
+    if any(getattr(part, _FIELD, None) for part in configs):
+        for part in configs:  # a class of a part reads only that one
+            quantised = getattr(part, "quantization_config", None)
+            if quantised is not None and not isinstance(quantised, dict):
+                quantised = quantised.to_dict()
+            refused = _REFUSED if quantised is None else {**_REFUSED, "quantization_config": quantised}
+            _set(part, stack, "quantization_config", refused)
+            if part is not config and getattr(config, _FIELD, None):
+                _set(part, stack, _FIELD, None)
     return stack
 
 
