@@ -167,7 +167,7 @@ def test_an_mlp_that_is_too_far_off_stays():
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_max_error_is_the_callers(calibrated):
     x = data(256, 16) if calibrated else None
-    with pytest.raises(ValueError, match=r"its output would be off by 0.0\d+, above max_error=0.0001"):
+    with pytest.raises(ValueError, match=r"its output would be off by 0\.\d+, above max_error=0.0001"):
         convert_(mlp(), calibration=x, max_error=1e-4)
     report = convert_(mlp(Wave()), calibration=x, max_error=float("inf"))
     assert report.layers[0]["output_error"] > 0.3
