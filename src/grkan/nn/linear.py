@@ -179,8 +179,8 @@ def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
 def is_recorded(x: Any) -> bool:
     """Whether a tracer records the call of a module with x, so that each child must be called.
 
-    The modules of its graph can get other modes and hooks later. Compilers watch these, and what torch.jit.trace records
-    does not follow a mode, so neither counts.
+    The modules of its graph can get other modes and hooks later. Compilers watch these, and what torch.jit.trace
+    records does not follow a mode, so neither counts.
     """
     return not isinstance(x, Tensor) or is_exporting()
 
