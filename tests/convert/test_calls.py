@@ -250,9 +250,7 @@ def test_another_class_keeps_the_changed_calls():
         assert isinstance(mlp, kind)
         assert torch.equal(mlp(x), expected)
     assert type(mlp) is changed
-    message = (
-        r"__class__ must be a class with F\.gelu\(self\.fc1\(x\)\), .*got Layers: its forward does not contain F"
-    )
+    message = r"__class__ must be a class with F\.gelu\(self\.fc1\(x\)\), .*got Layers: its forward does not contain F"
     with pytest.raises(ValueError, match=message):
         mlp.__class__ = Layers
     with pytest.raises(TypeError):
