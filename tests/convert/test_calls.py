@@ -3,8 +3,11 @@
 import copy
 import functools
 import json
+import linecache
 import pickle
 import re
+import sys
+import types
 from contextlib import ExitStack
 
 import pytest
@@ -15,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import grkan
 from grkan.convert import apply_conversion_, convert_
-from grkan.convert.calls import CallRecipe, lift
+from grkan.convert.calls import CallRecipe, check, lift
 from grkan.nn import GroupRational, RationalLinear
 
 
@@ -230,3 +233,94 @@ def test_a_lift_is_undone():
     assert type(model) is MLP
     assert list(model._modules) == ["fc1", "fc2"]
     assert torch.equal(model(data()), expected)
+
+
+class Renamed(MLP):
+    """Has the call of its parent."""
+
+
+def test_another_class_keeps_the_changed_calls():
+    """dill and other tools set the class by its name, which is that of the original one."""
+    model, _ = convert(MLP)
+    mlp, x = model[1], data()
+    expected, changed = mlp(x), type(mlp)
+    for kind in (Renamed, MLP, changed, type("Dynamic", (changed,), {}), MLP):
+        mlp.__class__ = kind
+        assert mlp.__class__ is type(mlp)
+        assert isinstance(mlp, kind)
+        assert torch.equal(mlp(x), expected)
+    assert type(mlp) is changed
+    message = r"__class__ must be a class with F\.gelu\(self\.fc1\(x\)\), .*got Layers: its forward does not contain F"
+    with pytest.raises(ValueError, match=message):
+        mlp.__class__ = Layers
+    with pytest.raises(TypeError):
+        mlp.__class__ = "MLP"
+    assert type(mlp) is changed
+
+
+def test_a_subclass_of_a_changed_class():
+    """As parametrisations and FSDP2 make them; it can be copied, converted and undone."""
+    mlp, x, call = MLP(), data(), CallRecipe("forward", "F.gelu(self.fc1(x))", "self.fc1(x)", 0)
+    outer, inner = ExitStack(), ExitStack()
+    lift(mlp, call, "act", nn.ReLU(), outer)
+    mlp.__class__ = kind = type("Dynamic", (type(mlp),), {})
+    expected = mlp(x)
+    twin = copy.deepcopy(mlp)
+    assert type(twin) is kind
+    assert torch.equal(twin(x), expected)
+    lift(mlp, CallRecipe("forward", "self.act(self.fc1(x))", "self.fc1(x)", 0), "second", nn.Tanh(), inner)
+    assert isinstance(mlp, kind)
+    twin = copy.deepcopy(mlp)
+    assert type(twin) is type(mlp)
+    assert torch.equal(twin(x), mlp(x))
+    assert not torch.equal(twin(x), expected)
+    inner.close()
+    assert type(mlp) is kind
+    assert torch.equal(mlp(x), expected)
+    outer.close()
+    assert type(mlp) is MLP
+
+
+SCRIPT = """
+import torch.nn.functional as F
+from torch import nn
+
+class FromAScript(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+"""
+
+
+@pytest.mark.parametrize("lost", ["", SCRIPT.replace("gelu", "silu")], ids=["gone", "other"])
+def test_a_pickle_needs_no_source(lost, tmp_path, monkeypatch):
+    """cloudpickle takes the class along, but not the file that it is from."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    script = types.ModuleType("script_of_a_test")
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+    vars(script)["__file__"] = str(path)
+    exec(compile(SCRIPT, str(path), "exec"), vars(script))
+    model, _ = convert(script.FromAScript)
+    stored = pickle.dumps(model)
+    path.write_text(lost)
+    linecache.clearcache()
+    monkeypatch.setattr("grkan.convert.calls._classes", {})
+    with pytest.raises(ValueError, match="source of forward"):
+        check(script.FromAScript, CallRecipe("forward", "F.gelu(self.fc1(x))", "self.fc1(x)", 0))
+    twin = pickle.loads(stored)
+    assert type(twin[1]) is not type(model[1])
+    assert torch.equal(twin(data()), model(data()))
+    assert torch.equal(copy.deepcopy(pickle.loads(pickle.dumps(twin)))(data()), model(data()))
+
+
+def test_dill_keeps_the_changed_calls(monkeypatch):
+    dill = pytest.importorskip("dill")
+    model, _ = convert(MLP)
+    monkeypatch.setattr(MLP, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "MLP", MLP, raising=False)
+    mlp = model[1]
+    assert torch.equal(dill.loads(dill.dumps(mlp))(data()), mlp(data()))

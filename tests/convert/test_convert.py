@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -206,6 +207,47 @@ def test_a_hook_of_the_activation_still_sees_its_output():
     handle.remove()
     model(x)
     assert len(outputs) == 2
+
+
+@pytest.mark.parametrize("register", [name for name in dir(nn.Module) if re.fullmatch("_?register_.*_hook", name)])
+def test_every_kind_of_hook_of_the_activation_is_kept(register):
+    model, calls = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), []
+
+    def hook(*_args, **_kwargs):
+        calls.append([type(module) for module in _args if module is model[1]])
+
+    def use():
+        calls.clear()
+        with torch.enable_grad():
+            model(data().requires_grad_()).sum().backward()
+        model.load_state_dict(model.state_dict())
+        return [len(modules) for modules in calls]
+
+    handle = getattr(model[1], register)(hook)
+    before = use()
+    assert before
+    convert_(model, calibration=data())
+    assert isinstance(model[1], GroupRational)
+    assert use() == before
+    handle.remove()
+    assert use() == []
+
+
+def test_a_failure_leaves_the_hooks_with_the_activation(monkeypatch):
+    model, calls = nn.Sequential(nn.Linear(16, 32), nn.PReLU(), nn.Linear(32, 16)), []
+    model[1].register_load_state_dict_pre_hook(lambda module, *_: calls.append(module))
+    state = model.state_dict()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grkan.convert.recipe._remember", fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert_(model, calibration=data())
+    model.load_state_dict(state)
+    assert calls == [model[1]]
+    assert isinstance(model[1], nn.PReLU)
+    assert len(model[1]._load_state_dict_pre_hooks) == 1
 
 
 def test_one_activation_for_several_layers_and_one_layer_twice():

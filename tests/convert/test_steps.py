@@ -263,6 +263,44 @@ def test_an_optimiser_that_calls_no_hooks_is_refused(model, data):
         grkan.scale_coefficient_steps(Own(model.parameters()), model, data)
 
 
+class ScheduleFree(torch.optim.SGD):
+    def train(self):
+        pass
+
+    eval = train
+
+
+class ScheduleFreeWrapper(torch.optim.Optimizer):
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.optimizer = inner
+
+    train = eval = step = ScheduleFree.train
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.LBFGS, "LBFGS needs a closure"),
+        (ScheduleFree, r"ScheduleFree has train\(\) and eval\(\)"),
+        (lambda parameters: ScheduleFreeWrapper(torch.optim.SGD(parameters)), "ScheduleFreeWrapper has train"),
+    ],
+)
+def test_an_optimiser_whose_steps_are_no_changes_of_the_parameters_is_refused(make, message, model, data):
+    optimizer = make(model.parameters())
+    with pytest.raises(TypeError, match=f"optimizer must take steps that are added to the parameters.*{message}"):
+        grkan.scale_coefficient_steps(optimizer, model, data)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_every_other_optimiser_of_pytorch_is_accepted(data):
+    """But Muon, which takes only matrices."""
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and name not in ("Optimizer", "LBFGS", "Muon", "SparseAdam"):
+            rational = grkan.GroupRational(2)
+            grkan.scale_coefficient_steps(kind(rational.parameters()), rational, data)
+
+
 def test_the_run_leaves_the_model_as_it_was(model, data):
     model.insert(2, nn.Dropout(0.5))
     before = copy.deepcopy(model.state_dict())

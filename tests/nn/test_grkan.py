@@ -508,3 +508,34 @@ def test_loading_with_swapped_parameters():
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     assert torch.equal(layer.act1.numerator, other.act1.numerator)
+
+
+@pytest.mark.parametrize(("training", "drop"), [(False, 0.9), (True, 0.0)])
+def test_a_traced_graph_keeps_all_children(training, drop):
+    layer = GRKAN(8, 16, 8, drop=(drop, 0.0)).train(training)
+    graph, x = torch.fx.symbolic_trace(layer), torch.randn(64, 8)
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert called == ["fc1", "drop1", "norm", "fc2", "drop2"]
+    torch.testing.assert_close(graph(x), layer(x))
+    if drop:
+        assert not torch.equal(graph.train()(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_keeps_its_dropouts(strict):
+    layer, x = GRKAN(8, 16, 8, drop=0.5).eval(), torch.randn(2, 8)
+    program = torch.export.export(layer, (x,), strict=strict)
+    assert sum(node.target is torch.ops.aten.dropout.default for node in program.graph.nodes) == 2
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_layer_is_fused_as_in_eager_mode(training):
+    operators = []
+
+    def backend(graph, _):
+        operators.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(GRKAN(8, 16, 8, drop=0.5).train(training), fullgraph=True, backend=backend)(torch.randn(2, 8))
+    assert operators.count(torch.ops.grkan.rational_linear) == (1 if training else 2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 
-from grkan.nn import GroupRational, RationalLinear, variance_gain
+from grkan.nn import GRKAN, GroupRational, RationalLinear, variance_gain
 from grkan.nn import linear as module_under_test
 
 
@@ -315,3 +315,19 @@ def test_modes_see_the_linear_layer(compiled):
         y = called(x)
         assert torch.allclose(y, layer(x))
         assert compiled or type(y.grad_fn).__name__ == "_RationalLinearBackward"  # still fused
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(nn.Module, "__call__"), (nn.Module, "_call_impl"), (nn.Linear, "__call__")]
+)
+@pytest.mark.parametrize("make", [lambda: RationalLinear(16, 24), lambda: GRKAN(16, 24)])
+def test_a_replaced_call_of_all_modules_sees_the_linear_layer(owner, name, make, monkeypatch):
+    layer, original, seen = make(), getattr(owner, name), []
+
+    def call(self, *args, **kwargs):
+        seen.append(type(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call, raising=False)
+    layer(torch.randn(2, 16))
+    assert seen.count(nn.Linear) == sum(isinstance(module, nn.Linear) for module in layer.modules())

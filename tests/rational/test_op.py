@@ -563,6 +563,21 @@ def test_a_flop_counter_sees_the_linear_layer(backend):
     assert counter.get_total_flops() == 2 * 6 * 8 * 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [(), (0, 1, 2), (3,)])
+def test_a_flop_counter_around_the_backward_alone_sees_the_matrix_products(backend, dtype, frozen):
+    inputs = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(linear_inputs(dtype=dtype))]
+    trained = [t for t in inputs if t.requires_grad]
+    wanted = torch.autograd.grad(grkan.rational_linear(*inputs).square().sum(), trained)
+    y = grkan.rational_linear(*inputs).square().sum()
+    with FlopCounterMode(display=False) as counter:
+        gradients = torch.autograd.grad(y, trained)
+    assert counter.get_total_flops() == (1 if frozen else 2) * 2 * 6 * 8 * 5
+    for gradient, expected_gradient in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == expected_gradient.dtype
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
 def test_the_operator_keeps_x_alone():
     """What autograd stores for the backward: x and the coefficients, nothing that grows with x besides."""
     a, b = coefficients(4, (5, 4))

@@ -17,14 +17,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from ..errors import GrkanValueError
+
+_Calls: TypeAlias = "tuple[tuple[CallRecipe, str], ...]"
+"""Changed calls, each with the name of the child that is called instead."""
+
+_Texts: TypeAlias = tuple[tuple[str, str], ...]
+"""Methods, each with its changed source."""
+
+_set_class: Any = vars(object)["__class__"].__set__
 
 _FUTURE = 0
 for _name in __future__.all_feature_names:
@@ -49,8 +56,6 @@ class CallRecipe:
 class _Method:
     """A method of a class, and its source."""
 
-    attribute: Any
-    """The attribute of the class: the function, or the wrapper of a decorator around it."""
     function: FunctionType
     tree: ast.FunctionDef
     first_line: int
@@ -129,45 +134,94 @@ def lift(module: nn.Module, call: CallRecipe, name: str, child: nn.Module, undo:
     if hasattr(module, name):
         raise GrkanValueError(f"it already has an attribute named {name}")
     module.__class__ = _class_with(base, (*others, (call, name)))
-    undo.callback(setattr, module, "__class__", kind)
+    undo.callback(_set_class, module, kind)
     module.add_module(name, child)
     undo.callback(module._modules.pop, name)
 
 
-def _origin(kind: type) -> tuple[type, tuple[tuple[CallRecipe, str], ...]]:
+def _origin(kind: type) -> tuple[type, _Calls]:
     """Return the original class, before any call was changed, and the changes."""
     return vars(kind).get("_grkan_calls", (kind, ()))
 
 
-@cache
-def _class_with(base: type, calls: tuple[tuple[CallRecipe, str], ...]) -> type:
-    if base.__reduce_ex__ is not object.__reduce_ex__ or base.__reduce__ is not object.__reduce__:
+def _calls_of(kind: type) -> _Calls:
+    """Return the changed calls of a class and its bases."""
+    return tuple(chain.from_iterable(_origin(base)[1] for base in reversed(kind.__mro__)))
+
+
+_classes: dict[tuple[type, _Calls], type] = {}
+
+
+def _class_with(base: type, calls: _Calls, texts: _Texts = ()) -> type:
+    """Return the class with changed calls. `texts` are used for methods whose own source is not at hand."""
+    if (base, calls) in _classes:
+        return _classes[base, calls]
+    own = base.__reduce_ex__ not in (object.__reduce_ex__, _Changed.__reduce_ex__)
+    if own or base.__reduce__ is not object.__reduce__:
         raise GrkanValueError(f"{base.__name__} defines its own pickling")
+    names = dict.fromkeys(call.method for call, _ in calls)
+    found = {name: _text(base, name, [(c, child) for c, child in calls if c.method == name], texts) for name in names}
     members: dict[str, Any] = {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce, "_grkan_calls": (base, calls),
+        "_grkan_calls": (base, calls), "_grkan_texts": tuple(found.items()),
     }  # fmt: skip
-    for name in dict.fromkeys(call.method for call, _ in calls):
-        members[name] = _rewritten(base, name, [(call, child) for call, child in calls if call.method == name])
-    return type(base)(base.__name__, (base,), members)
+    members.update((name, _rewritten(base, name, text)) for name, text in found.items())
+    return _classes.setdefault((base, calls), type(base)(base.__name__, (base, _Changed), members))
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle the module with its original class and the changed calls."""
-    reduced: Any = object.__reduce_ex__(self, max(2, protocol))
-    function, arguments, *rest = reduced
-    assert function is copyreg.__newobj__  # type: ignore[attr-defined]
-    return (_new, (*_origin(type(self)), arguments[1:]), *rest)
+def _change_class(self: Any, kind: Any) -> None:
+    """Set `__class__` of a module. The changed calls stay: the module has no other use for its functions.
+
+    A tool that knows a class by its name alone, such as dill, takes the original one for the changed one.
+
+    Raises:
+        ValueError: the new class has no such calls.
+    """
+    if isinstance(kind, type):
+        base, calls = _origin(kind)
+        there = _calls_of(kind)
+        lost = tuple(call for call in _calls_of(type(self)) if call not in there)
+        try:
+            kind = _class_with(base, (*calls, *lost)) if lost else kind
+        except GrkanValueError as error:
+            raise GrkanValueError(
+                f"__class__ must be a class with {', '.join(call.source for call, _ in lost)}, in place of which the "
+                f"converted {type(self).__name__} calls a child; got {kind.__name__}: {error}"
+            ) from error
+    _set_class(self, kind)
 
 
-def _new(base: type, calls: tuple[tuple[CallRecipe, str], ...], arguments: tuple[Any, ...]) -> Any:
-    kind: Any = _class_with(base, calls)
+class _Changed:
+    """A base of all classes with changed calls. Tools that pickle a class by value take this one by its name."""
+
+    __slots__ = ()
+    __class__ = property(type, _change_class)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the module with its original class and the changed calls."""
+        kind = type(self)
+        reduced: Any = object.__reduce_ex__(self, max(2, protocol))
+        if "_grkan_calls" not in vars(kind):  # a subclass, which is pickled as any other class
+            return reduced
+        function, arguments, *rest = reduced
+        assert function is copyreg.__newobj__  # type: ignore[attr-defined]
+        return (_new, (*_origin(kind), arguments[1:], vars(kind)["_grkan_texts"]), *rest)
+
+
+def _new(base: type, calls: _Calls, arguments: tuple[Any, ...], texts: _Texts = ()) -> Any:
+    kind: Any = _class_with(base, calls, texts)
     return kind.__new__(kind, *arguments)
 
 
-def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> Any:
-    """Return the method with the calls changed."""
-    method = _method(base, name)
+def _text(base: type, name: str, calls: list[tuple[CallRecipe, str]], texts: _Texts) -> str:
+    """Return the source of the method with the calls changed."""
+    try:
+        method = _method(base, name)
+    except GrkanValueError:
+        # Tools can unpickle a class whose source is missing, or belongs to another class: that of a script or a cell.
+        if name in dict(texts):
+            return dict(texts)[name]
+        raise
     changes: dict[ast.expr, tuple[str, ast.expr]] = {}
     for call, child in calls:
         same = [node for node in method.expressions() if ast.unparse(node) == call.source]
@@ -183,8 +237,14 @@ def _rewritten(base: type, name: str, calls: list[tuple[CallRecipe, str]]) -> An
     if not positional:
         raise GrkanValueError(f"its {name} has no argument for the module itself")
     _Rewriter(changes, positional[0].arg).visit(method.tree)
-    code = _compile(method, f"<grkan {base.__module__}.{base.__qualname__}.{name} {len(linecache.cache)}>")
-    return _around(method.attribute, method.function, _with_code(method.function, code))
+    return ast.unparse(_wrapped(method))
+
+
+def _rewritten(base: type, name: str, text: str) -> Any:
+    """Return the method with another source."""
+    attribute, function = _attribute(base, name)
+    filename = f"<grkan {base.__module__}.{base.__qualname__}.{name} {len(linecache.cache)}>"
+    return _around(attribute, function, _with_code(function, _compile(text, function, filename)))
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -216,13 +276,19 @@ def argument(call: ast.Call) -> ast.expr:
     raise GrkanValueError(f"it is unclear which argument of {ast.unparse(call)} is the tensor")
 
 
-def _method(kind: type, name: str) -> _Method:
+def _attribute(kind: type, name: str) -> tuple[Any, FunctionType]:
+    """Return the attribute of the class: the function, or the wrapper of a decorator around it; and the function."""
     attribute = next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None)
     function = next((f for f in _inner(attribute) if f.__code__.co_name == name), None)
     if function is None:
         raise GrkanValueError(f"its {name} is not a method written in Python")
-    found = _Method(attribute, function, *_parsed(function.__code__))
-    if _outline(_compile(found, "<grkan>")) != _outline(function.__code__):
+    return attribute, function
+
+
+def _method(kind: type, name: str) -> _Method:
+    _, function = _attribute(kind, name)
+    found = _Method(function, *_parsed(function.__code__))
+    if _outline(_compile(ast.unparse(_wrapped(found)), function, "<grkan>")) != _outline(function.__code__):
         raise GrkanValueError(f"the source of {name} differs from the code that runs")
     return found
 
@@ -281,12 +347,11 @@ def _codes(code: CodeType) -> list[CodeType]:
     return [code, *chain.from_iterable(inner)]
 
 
-def _compile(method: _Method, filename: str) -> CodeType:
-    """Compile a method's tree so that names mean what they mean in the original method."""
-    text = ast.unparse(_wrapped(method))
+def _compile(text: str, function: FunctionType, filename: str) -> CodeType:
+    """Compile a method's source, as `_wrapped` makes it, so that names mean what they mean in the original method."""
     # For tracebacks and TorchScript, which read the source.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    flags = method.function.__code__.co_flags & _FUTURE
+    flags = function.__code__.co_flags & _FUTURE
     return _inside(compile(text, filename, "exec", flags=flags, dont_inherit=True))
 
 

@@ -7,6 +7,7 @@ Parameters, hooks, modes and all other names of a module are kept without being 
 """
 
 import reprlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -438,9 +439,11 @@ class _Plan:
             raise GrkanValueError(f"{name} takes {width[0]} channels instead of {inputs}")
 
     def apply(self, undo: ExitStack) -> None:
-        _adopt_hooks(self.old, self.act2)
+        _adopt_hooks(self.old, self.act2, undo)
         if isinstance(self.old, nn.Module) and (state := list(self.old.state_dict())):
-            self.act2.register_load_state_dict_pre_hook(partial(_forget, state))
+            # Without a reference to the function: another one may share the hooks, and may outlive it.
+            handle = self.act2._register_load_state_dict_pre_hook(partial(_forget, state, None))
+            undo.callback(handle.remove)
         self.act2.train(self.parent.training)
         self.act2.of_conversion = True  # type: ignore[assignment]
         if self.layer.layout == "grkan":
@@ -512,7 +515,7 @@ class _Plan:
         container.remember_start()  # type: ignore[operator]
 
 
-def _forget(names: list[str], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _forget(names: list[str], module: nn.Module | None, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Drop the parameters of the original activation from a state dict saved before the conversion."""
     if f"{prefix}numerator" not in state:
         for name in names:
@@ -546,8 +549,15 @@ def _restore_attribute(module: Any, name: str, undo: ExitStack) -> None:
         undo.callback(attributes.pop, name, None)
 
 
-def _adopt_hooks(old: Any, new: nn.Module) -> None:
+def _adopt_hooks(old: Any, new: nn.Module, undo: ExitStack) -> None:
     """Share the hooks of the old module with the new one. The dictionaries are shared so that handles still work."""
-    for name, value in vars(old).items() if isinstance(old, nn.Module) else ():
-        if "_hooks" in name and ("forward" in name or "backward" in name):
-            new.__dict__[name] = value
+    if not isinstance(old, nn.Module):
+        return
+    # The names are those of a module of this PyTorch, which also has flags that say how its hooks are called.
+    hooks = {name: vars(old)[name] for name in vars(nn.Module()) if "hook" in name and name in vars(old)}
+    vars(new).update(hooks)
+    for hook in (hook for value in hooks.values() if isinstance(value, dict) for hook in value.values()):
+        # PyTorch calls some hooks with a module of which they keep a weak reference.
+        if isinstance(reference := getattr(hook, "module", None), weakref.ref) and reference() is old:
+            undo.callback(setattr, hook, "module", reference)
+            hook.module = weakref.ref(new)

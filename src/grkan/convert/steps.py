@@ -1,5 +1,6 @@
 """`grkan.scale_coefficient_steps`: let an optimiser's step change a function equally by each of its coefficients."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,13 +55,14 @@ def scale_coefficient_steps(
     Args:
         optimizer: any `torch.optim.Optimizer` that adds a step to the parameters, such as SGD, Adam, Lion and LAMB, or
             a wrapper of one (Accelerate's, Lookahead, SAM). Not for optimisers that compute the next parameters in
-            another way: LBFGS, MADGRAD, schedule-free ones.
+            another way: LBFGS and schedule-free ones are refused, but others, such as MADGRAD, cannot be told apart.
         model: the model with the functions, wrapped or not; it is run in eval mode, without gradients.
         calibration: batches, as for `convert_`. As there, padding does not count.
         forward: as for `convert_`.
 
     Raises:
-        TypeError: an argument has a wrong type, or the optimiser does not call the hooks of `torch.optim.Optimizer`.
+        TypeError: an argument has a wrong type, or the optimiser does not call the hooks of `torch.optim.Optimizer`,
+            needs a closure for its steps, or has parameters that differ between training and evaluation.
         ValueError: the optimiser trains no coefficients of the model; some are sharded or parametrised; the
             calibration data are empty, fail in the model, do not reach all functions that are trained, or reach them
             with values that are not finite. Later, in a step: the optimiser has other parameters than before.
@@ -82,6 +84,7 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
     inner: Any = optimizer
     while inner is not None:
         optimizer = inner
+        _check_steps(optimizer)
         # Accelerate's wrapper, timm's Lookahead, SAM
         names = ("optimizer", "_base_optimizer", "base_optimizer")
         inner = next((found for name in names if (found := getattr(inner, name, None)) is not None), None)
@@ -92,6 +95,26 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
         kind = type(optimizer).__name__
         raise GrkanTypeError(f"optimizer must call the step hooks of torch.optim.Optimizer; {kind} does not")
     return optimizer
+
+
+def _check_steps(optimizer: Any) -> None:
+    """Check that a step is a change of the parameters, as far as the methods show."""
+    kind = type(optimizer)
+    step = getattr(kind, "step", None)
+    others = list(inspect.signature(step).parameters.values())[1:] if inspect.isfunction(step) else []
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others):
+        raise GrkanTypeError(
+            "optimizer must take steps that are added to the parameters, such as Adam's; "
+            f"{kind.__name__} needs a closure, so that one step moves the parameters several times"
+        )
+    # Accelerate's wrapper has the methods for the optimiser inside.
+    modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    if modes and not isinstance(optimizer, nn.Module) and not kind.__module__.startswith("accelerate."):
+        raise GrkanTypeError(
+            "optimizer must take steps that are added to the parameters, such as Adam's; "
+            f"{kind.__name__} has train() and eval(), so it keeps other parameters than those that it trains, as "
+            "schedule-free optimisers do"
+        )
 
 
 class _Scaling:

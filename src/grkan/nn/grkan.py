@@ -19,7 +19,7 @@ from ..rational.arguments import (
 )
 from .init import WEIGHT_INITS, initial_gain, remember_start
 from .kinds import is_plain
-from .linear import rational_then_linear
+from .linear import is_recorded, rational_then_linear
 from .rational import GroupRational
 
 
@@ -133,7 +133,7 @@ class GRKAN(nn.Module):
             x = self.fc2(self.norm(self.drop1(self.act2(self.fc1(self.act1(x))))))
         else:
             x = rational_then_linear(self.act1, self.fc1, x)
-            if _does_nothing(self.drop1) and _does_nothing(self.norm):
+            if not is_recorded(x) and _does_nothing(self.drop1) and _does_nothing(self.norm):
                 x = rational_then_linear(self.act2, self.fc2, x)
             else:
                 x = self.fc2(self.norm(self.drop1(self.act2(x))))

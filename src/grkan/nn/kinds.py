@@ -8,6 +8,10 @@ from torch.nn.modules.module import _has_any_global_hook
 ORIGINAL_FORWARDS: dict[type, Any] = {nn.Linear: nn.Linear.forward}
 """The forward of classes when grkan was imported. Some tools replace that of nn.Linear."""
 
+_ORIGINAL_CALL: Any = nn.Module.__call__
+_ORIGINAL_CALL_IMPL: Any = nn.Module._call_impl
+"""What a call of any module runs first. Tools that record or change calls replace them, of all modules or one class."""
+
 
 def is_conv1d(module: Any) -> bool:
     """Whether a module is transformers' Conv1D, GPT-2's linear layer, whose weight is (inputs, outputs)."""
@@ -51,9 +55,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     False for a subclass or a replacement (adapters, quantisation, parametrisations, FSDP); for a module with a hook,
     its own or a global one (pruning, feature extraction, tensor parallelism, profilers); and for an instance with a
-    forward of its own (Accelerate's offloading), or a class that got another one since grkan was imported.
+    forward of its own (Accelerate's offloading), or a class that got another one, or another call, since grkan was
+    imported.
     """
     if kind.forward is not ORIGINAL_FORWARDS.get(kind, kind.forward):
+        return False
+    if kind.__call__ is not _ORIGINAL_CALL or kind._call_impl is not _ORIGINAL_CALL_IMPL:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and not (hooks or _has_any_global_hook()) and "forward" not in module.__dict__

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from ..rational.arguments import check_flag, check_groups, check_positive
 from ..rational.op import rational_linear_of_vectors
@@ -164,16 +165,24 @@ def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
     """Compute linear(act(x)), in one operation if both modules are plain, so that no hook or replacement is skipped."""
     kind = type(linear)
     conv1d = kind.__name__ == "Conv1D" and is_conv1d(linear)
-    # Check the type of x, because a tracer's proxy must see two modules; and that of the weight, because quantised and
-    # sharded weights have a multiplication of their own.
+    # Check the type of the weight, because quantised and sharded weights have a multiplication of their own.
     plain = (kind is nn.Linear or conv1d) and is_plain(linear, kind) and is_plain(act, GroupRational)
-    if plain and isinstance(x, Tensor) and type(weight := linear.weight) in _PLAIN and not _is_watched():
+    if plain and not is_recorded(x) and type(weight := linear.weight) in _PLAIN and not _is_watched():
         numerator, denominator = act.vectors_for(x)
         weight = weight.T if conv1d else weight
         return rational_linear_of_vectors(
             x, numerator, denominator, weight, linear.bias, act.order, act.form, act.num_groups, act.group_width()
         )
     return linear(act(x))
+
+
+def is_recorded(x: Any) -> bool:
+    """Whether a tracer records the call of a module with x, so that each child must be called.
+
+    The modules of its graph can get other modes and hooks later. Compilers watch these, and what torch.jit.trace
+    records does not follow a mode, so neither counts.
+    """
+    return not isinstance(x, Tensor) or is_exporting()
 
 
 def _is_watched() -> bool:

@@ -762,17 +762,24 @@ def _rational_linear_vjp(
     needs_f: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, ...]:
-    if not torch.is_grad_enabled() and not _composite_needed():
-        return torch.ops.grkan.rational_linear_backward(
-            grad, x, numerator, denominator, weight, form, needs_f, needs_weight
-        )
     dx = da = db = dweight = None
     dim = x.dim() - 1
     if needs_f:
-        dx, da, db = _composite_backward(grad @ weight, x, numerator, denominator, form, dim)
+        dx, da, db = _group_rational_vjp(grad @ weight, x, numerator, denominator, form, dim)
     if needs_weight:
-        dweight = _matrix(grad).T @ _matrix(_composite(x, numerator, denominator, form, dim))
+        plain = torch.is_grad_enabled() or _composite_needed()
+        function = _composite if plain else torch.ops.grkan.group_rational
+        dweight = _matrix(grad).T @ _matrix(function(x, numerator, denominator, form, dim))
     return dx, da, db, dweight
+
+
+def _fused_rational_linear_vjp(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, form: str, *needs: bool
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients in one operator, for graphs whose forward is one: nothing looks at the matrix products."""
+    if torch.is_grad_enabled() or _composite_needed():
+        return _rational_linear_vjp(grad, x, numerator, denominator, weight, form, *needs)
+    return torch.ops.grkan.rational_linear_backward(grad, x, numerator, denominator, weight, form, *needs)
 
 
 def _group_rational_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -794,7 +801,7 @@ def _rational_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 def _rational_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     def vjp(*needs: bool) -> tuple[Tensor | None, ...]:
         x, numerator, denominator, weight = ctx.saved_tensors
-        return _rational_linear_vjp(grad, x, numerator, denominator, weight, ctx.form, *needs)
+        return _fused_rational_linear_vjp(grad, x, numerator, denominator, weight, ctx.form, *needs)
 
     return *_linear_backward(ctx, grad, vjp), None
 
@@ -877,7 +884,9 @@ class _RationalLinear(torch.autograd.Function):
                     grad, x, numerator, denominator, weight, call, ctx.kernel, needs_f, needs_weight
                 )
             a, b = _as_rows(numerator, denominator, call)
-            dx, da, db, dweight = _rational_linear_vjp(grad, x, a, b, weight, call.form, needs_f, needs_weight)
+            # Compiled autograd takes the operator; whatever else looks at operations sees the matrix products.
+            run = _fused_rational_linear_vjp if is_compiling() else _rational_linear_vjp
+            dx, da, db, dweight = run(grad, x, a, b, weight, call.form, needs_f, needs_weight)
             if da is not None and db is not None and needs_f:
                 da, db = da.reshape(numerator.shape), db.reshape(denominator.shape)
             return dx, da, db, dweight
