@@ -203,6 +203,12 @@ class TestConversion:
             with pytest.raises(ValueError, match=message):
                 convert(model)
 
+    def test_of_what_fabric_has_set_up(self):
+        fabric = type("_FabricModule", (nn.Module,), {"module": property(lambda self: self._forward_module)})()
+        fabric._forward_module = self.model()
+        with pytest.raises(ValueError, match=r"because _FabricModule keeps .*; convert the module inside, \.module"):
+            grkan.convert_(fabric)
+
     def test_of_what_is_distributed(self):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

@@ -16,6 +16,7 @@ _WRAPPERS = {
     "AveragedModel": "module",
     "ModelEmaV2": "module",
     "ModelEmaV3": "module",
+    "_FabricModule": "module",  # Lightning Fabric's
 }
 
 # These wrappers do not depend on the parameters that the model had when it was wrapped.
