@@ -333,6 +333,23 @@ def test_the_recipe_of_a_model_with_compiled_parts():
         assert torch.equal(again(data()), model(data()))
 
 
+@pytest.mark.parametrize("calibration", [None, data()])
+def test_nothing_is_compiled_during_a_conversion(calibration):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(
+        torch.compile(MLP(), backend=backend), nn.LayerNorm(16), torch.compile(MLP(), backend=backend)
+    )
+    grkan.convert_(model, calibration=calibration)
+    assert not compiled
+    model(data())
+    assert compiled
+
+
 def test_a_container_that_is_built_anew_is_noticed(tmp_path):
     class Model(nn.Module):
         def __init__(self):

@@ -131,8 +131,9 @@ def convert_(
     if not max_error > 0:
         raise GrkanValueError(f"max_error must be above 0; got {max_error!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    # In inference mode the coefficients could never be trained.
-    with torch.inference_mode(False), ExitStack() as temporary:
+    # In inference mode the coefficients could never be trained. Compiled parts run uncompiled: compiling them anew for
+    # the modules that watch them takes long, and they would be tried on inputs that do not fit.
+    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"), ExitStack() as temporary:
         return _convert(
             temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init,
             max_error, forward,
