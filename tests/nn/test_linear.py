@@ -331,3 +331,11 @@ def test_a_replaced_call_of_all_modules_sees_the_linear_layer(owner, name, make,
     monkeypatch.setattr(owner, name, call, raising=False)
     layer(torch.randn(2, 16))
     assert seen.count(nn.Linear) == sum(isinstance(module, nn.Linear) for module in layer.modules())
+
+
+def test_a_function_is_not_shared_by_layers_of_different_widths():
+    act = GroupRational(4, "gelu")
+    layers = [RationalLinear.around(act, nn.Linear(16, out)) for out in (8, 12)]
+    with pytest.raises(ValueError, match=r"act must be a function for the 8 inputs .* with 16 channels"):
+        RationalLinear.around(act, nn.Linear(8, 16))
+    assert [layer(torch.randn(2, 16)).shape[1] for layer in layers] == [8, 12]

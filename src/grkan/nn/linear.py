@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
+from ..errors import GrkanValueError
 from ..rational.arguments import check_flag, check_groups, check_positive
 from ..rational.op import rational_linear_of_vectors
 from .init import initial_gain, remember_start
@@ -91,7 +92,16 @@ class RationalLinear(nn.Module):
         Args:
             act: a function whose groups divide the inputs of the layer, which are the last dimension.
             linear: an `nn.Linear`, or transformers' Conv1D.
+
+        Raises:
+            ValueError: the function is also that of a layer with another number of inputs.
         """
+        inputs = (linear_width(linear) or (0, 0))[0]
+        if act.width not in (None, inputs):
+            raise GrkanValueError(
+                f"act must be a function for the {inputs} inputs of the linear layer; got one that belongs to a layer "
+                f"with {act.width} channels"
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._hold(act, linear)
