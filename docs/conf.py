@@ -38,14 +38,6 @@ html_theme_options = {
 }
 
 
-def list_guides(app: Any, page: str, source: list[str]) -> None:
-    """Put the pages that index.md does not name among its guides, so that none is forgotten."""
-    if page == "index":
-        listed = {"index", *source[0].split()}
-        more = "".join(f"{name}\n" for name in sorted(app.env.found_docs) if name not in listed)
-        source[0] = source[0].replace("in_other_hands\n", f"in_other_hands\n{more}")
-
-
 def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Let |x| and x* in a docstring be what they say, and no markup of reStructuredText."""
     for i, line in enumerate(lines):
@@ -55,5 +47,4 @@ def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
 def setup(app: Any) -> None:
     """Sphinx calls this."""
-    app.connect("source-read", list_guides)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon adds markup of its own
