@@ -339,3 +339,20 @@ def test_a_function_is_not_shared_by_layers_of_different_widths():
     with pytest.raises(ValueError, match=r"act must be a function for the 8 inputs .* with 16 channels"):
         RationalLinear.around(act, nn.Linear(8, 16))
     assert [layer(torch.randn(2, 16)).shape[1] for layer in layers] == [8, 12]
+
+
+def test_pytorchs_attention_refuses_it():
+    attention = nn.MultiheadAttention(16, 2)
+    before = attention.out_proj
+    with pytest.raises(TypeError, match=r"out_proj of nn\.MultiheadAttention must stay a linear layer"):
+        attention.out_proj = RationalLinear(16, 16)
+    assert attention.out_proj is before
+
+    class Calling(nn.MultiheadAttention):
+        def forward(self, x):
+            return self.out_proj(x)
+
+    own = Calling(16, 2)
+    own.out_proj = RationalLinear(16, 16)
+    x = torch.randn(3, 16)
+    assert torch.equal(own(x), own.out_proj(x))

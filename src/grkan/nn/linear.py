@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
-from ..errors import GrkanValueError
+from ..errors import GrkanTypeError, GrkanValueError
 from ..rational.arguments import check_flag, check_groups, check_positive
 from ..rational.op import rational_linear_of_vectors
 from .init import initial_gain, remember_start
@@ -39,7 +39,9 @@ class RationalLinear(nn.Module):
 
     The children are `act`, a `GroupRational`, and `linear`, a plain `nn.Linear`; changes to either take effect. The
     class is not an `nn.Linear`, because other code would then take it for x -> W x + b. But its dtype, device and sizes
-    can be read and set as on a linear layer: weight, bias, in_features and out_features are those of `linear`.
+    can be read and set as on a linear layer: weight, bias, in_features and out_features are those of `linear`. Do not
+    put it in place of a layer whose weight its model passes to `F.linear`: F would be left out. `nn.MultiheadAttention`
+    does so, and refuses it.
 
     The initial weights preserve the variance: b = 0 and W ~ N(0, alpha / in_features), where alpha is the function's
     `grkan.variance_gain`. A state dict may have weight and bias instead of linear.weight and linear.bias, like one of a
@@ -169,6 +171,18 @@ class RationalLinear(nn.Module):
             if prefix + name in state_dict and inner not in state_dict:
                 state_dict[inner] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_attention(module: nn.Module, name: str, child: Any) -> None:
+    """Raise if PyTorch's attention gets a RationalLinear: it computes with the weights of its parts, without F."""
+    if isinstance(child, RationalLinear) and type(module).forward is nn.MultiheadAttention.forward:
+        raise GrkanTypeError(
+            f"{name} of nn.MultiheadAttention must stay a linear layer; got a RationalLinear, whose function the "
+            "attention would leave out, because it takes the weight and does not call the layer"
+        )
+
+
+nn.modules.module.register_module_module_registration_hook(_refuse_attention)
 
 
 def rational_then_linear(act: Any, linear: Any, x: Tensor) -> Tensor:
