@@ -216,8 +216,9 @@ class Amplifier(nn.Module):
 
 def test_a_model_that_amplifies_is_returned_with_a_warning():
     model, x = Amplifier(), data(64, 16)
-    with pytest.warns(UserWarning, match=r"off by [0-9.]+, above max_error=0.05, although each MLP"):
+    with pytest.warns(UserWarning, match=r"off by [0-9.]+, above max_error=0.05, although each MLP") as warned:
         report = convert_(model, calibration=x)
+    assert warned[0].filename == __file__  # where the user calls it
     assert report.relative_error > 0.05
     assert isinstance(model.mlp[1], GroupRational)
     assert len(recipe_of(model).layers) == 1

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, islice
@@ -123,7 +124,7 @@ def convert_(
     order, form = check_order(order), check_form(form)
     if order[0] < 1:
         raise GrkanValueError(f"order must be (m, n) with m >= 1, for the identity in front of the MLP; got {order}")
-    from_scratch = check_choice("start", start, tuple(_ACT_INIT)) == "scratch"
+    check_choice("start", start, tuple(_ACT_INIT))
     act_init = _check_act_init(_ACT_INIT[start] if act_init is None else act_init)
     check_forward(forward)
     if not isinstance(max_error, (int, float)) or isinstance(max_error, bool):
@@ -131,103 +132,103 @@ def convert_(
     if not max_error > 0:
         raise GrkanValueError(f"max_error must be above 0; got {max_error!r}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    wanted = _Wanted(
+        start == "scratch", num_groups, order, form, included, excluded or [], act_init, max_error, forward
+    )
     # In inference mode the coefficients could never be trained. Compiled parts run uncompiled: compiling them anew for
     # the modules that watch them takes long, and they would be tried on inputs that do not fit.
     with torch.inference_mode(False), torch.compiler.set_stance("force_eager"), ExitStack() as temporary:
-        return _convert(
-            temporary, model, from_scratch, calibration, num_groups, order, form, included, excluded, act_init,
-            max_error, forward,
-        )  # fmt: skip
+        return _convert(model, calibration, wanted, temporary)
 
 
-def _convert(
-    temporary: ExitStack,
-    model: nn.Module,
-    from_scratch: bool,
-    calibration: Any,
-    num_groups: int,
-    order: tuple[int, int],
-    form: str,
-    included: list[str] | None,
-    excluded: list[str] | None,
-    act_init: tuple[Any, Any],
-    max_error: float,
-    forward: Forward,
-) -> ConversionReport:
-    batches, trial = _trial(model, calibration, forward)
-    seen, unseen = _observe(model, trial)
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `convert_`, checked."""
+
+    from_scratch: bool
+    num_groups: int
+    order: tuple[int, int]
+    form: str
+    included: list[str] | None
+    excluded: list[str]
+    act_init: tuple[Any, Any]
+    max_error: float
+    forward: Forward
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The conversion of one MLP, before it is carried out."""
+
+    site: Site
+    entry: LayerRecipe
+    layer: dict[str, Any]
+    """Its element of `ConversionReport.layers`."""
+    fits: list[GroupFit]
+
+
+_Skipped = list[tuple[str, str]]  # as `ConversionReport.skipped`: (name, reason)
+
+
+def _convert(model: nn.Module, calibration: Any, wanted: _Wanted, temporary: ExitStack) -> ConversionReport:
+    """Convert the model. `temporary` keeps changes that the search for activations needs."""
+    batches, trial = _trial(model, calibration, wanted.forward)
+    sites, skipped = _find(model, trial, wanted, temporary)
+    histograms = [Histogram(largest_divisor(s.width, wanted.num_groups), s.width, s.channel_dim) for s in sites]
+    kept = KeptBatches(model, partial(run_on, forward=wanted.forward))
+    if calibration is not None:
+        _calibrate(kept, sites, histograms, batches)
+    names = {id(module): name for name, module in model.named_modules()}
+    plans = []
+    for site, histogram in zip(sites, histograms, strict=True):
+        plan, problems = _plan(site, histogram, calibration is not None, names, wanted)
+        plans += [] if plan is None else [plan]
+        skipped += problems
+    if not plans:
+        raise _nothing_to_convert(model, skipped)
+
+    temporary.close()
+    recipe = Recipe(tuple(plan.entry for plan in plans))
+    undo = apply_recipe(model, recipe)
+    try:
+        cosine, error = (None, None) if wanted.from_scratch else kept.compare()
+    except BaseException:
+        undo()
+        raise
+    if error is not None and error > wanted.max_error and wanted.act_init == _ACT_INIT["pretrained"]:
+        undo()
+        _check_mlps(kept, plans, error, wanted.max_error)
+        apply_recipe(model, recipe)
+    whole = recipe_of(model)
+    assert whole is not None
+    fits = [fit for plan in plans for fit in plan.fits]
+    return ConversionReport([plan.layer for plan in plans], skipped, cosine, error, whole.to_dict(), fits)
+
+
+def _find(
+    model: nn.Module, trial: Callable[[], Any] | None, wanted: _Wanted, temporary: ExitStack
+) -> tuple[list[Site], _Skipped]:
+    """Return the activations to convert, and the others with the reasons."""
+    seen, skipped = _observe(model, trial)
     reference = None if seen is None or trial is None else _run(model, trial)[1]
-    sites, skipped = find_sites(model, seen, included or (), temporary)
-    skipped += unseen
+    sites, not_found = find_sites(model, seen, wanted.included or (), temporary)
+    skipped = not_found + skipped
     if not sites:
         raise _nothing_to_convert(model, skipped)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}.union(*(site.modules for site in sites))
-    for argument, patterns in (("include", included), ("exclude", excluded)):
+    for argument, patterns in (("include", wanted.included), ("exclude", wanted.excluded)):
         if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
             raise GrkanValueError(
                 f"{argument} must match the name of a module, such as {sites[0].name!r}; {patterns} matches none"
             )
-    chosen, left_out = choose(sites, included, excluded or [])
+    sites, left_out = choose(sites, wanted.included, wanted.excluded)
     skipped += left_out
-    if not chosen:
-        raise _nothing_to_convert(model, skipped)
-
-    if seen is not None and trial is not None:
-        chosen, problems = _replaceable(model, chosen, seen, trial, reference)
+    if sites and seen is not None and trial is not None:
+        sites, problems = _replaceable(model, sites, seen, trial, reference)
         skipped += problems
-        if not chosen:
-            raise _nothing_to_convert(model, skipped)
-    histograms = [Histogram(largest_divisor(s.width, num_groups), s.width, s.channel_dim) for s in chosen]
-    kept = KeptBatches(model, partial(run_on, forward=forward))
-    if calibration is not None:
-        _calibrate(kept, chosen, histograms, batches)
-    names_of = {id(module): name for name, module in model.named_modules()}
-    layers, entries, fits, converted = [], [], [], []
-    for site, histogram in zip(chosen, histograms, strict=True):
-        reason = histogram.problem or (
-            "" if histogram.samples or calibration is None else "no calibration batch reaches it"
-        )
-        if not reason and site.layout == "activation" and site.doubt:
-            reason = site.doubt
-        if not reason and not site.activation.alike(histogram.groups):
-            reason = "its channels have different functions; a larger num_groups gives each its own"
-        if reason:
-            skipped.append((site.parts["act"] or site.name, f"{site.activation.name}: {reason}"))
-            continue
-        first, second, found = _functions(site, histogram, act_init, from_scratch, num_groups, order, form)
-        layer = _describe(site, histogram, second, found)
-        if found and not layer["output_error"] <= max_error:
-            skipped.append((site.name, _too_far(layer, max_error)))
-            continue
-        fits += found
-        layers.append(layer)
-        drawn = gains(site, first, second) if from_scratch else []
-        if from_scratch and not drawn:
-            skipped.append(
-                (site.name, "its weights are not redrawn, because it is unclear which linear layers belong to it")
-            )
-        named = {f"{names_of[id(module)]}.{weight}".strip("."): gain for module, weight, gain in drawn}
-        linear = None if first is None else site.parts["fc1"]
-        act = site.parts["act"] or ""
-        entries.append(LayerRecipe(site.name, site.layout, linear, act, first, second, named, site.call))
-        converted.append(site)
-    if not entries:
+    if not sites:
         raise _nothing_to_convert(model, skipped)
-
-    temporary.close()
-    undo = apply_recipe(model, Recipe(tuple(entries)))
-    try:
-        cosine, error = (None, None) if from_scratch else kept.compare()
-    except BaseException:
-        undo()
-        raise
-    if error is not None and error > max_error and act_init == _ACT_INIT["pretrained"]:
-        undo()
-        _check_mlps(kept, converted, entries, error, max_error)
-        apply_recipe(model, Recipe(tuple(entries)))
-    whole = recipe_of(model)
-    assert whole is not None
-    return ConversionReport(layers, skipped, cosine, error, whole.to_dict(), fits)
+    return sites, skipped
 
 
 def _trial(model: nn.Module, calibration: Any, forward: Forward) -> tuple[Iterator[Any], Callable[[], Any] | None]:
@@ -243,7 +244,7 @@ def _trial(model: nn.Module, calibration: Any, forward: Forward) -> tuple[Iterat
     return chain(first, batches), run if first else None
 
 
-def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observation | None, list[tuple[str, str]]]:
+def _observe(model: nn.Module, trial: Callable[[], Any] | None) -> tuple[Observation | None, _Skipped]:
     """Observe a run of the model. Returns None if there is no run or it fails, and an entry for `skipped` if it fails.
 
     A batch that the model does not accept fails again in the calibration, which raises the error.
@@ -277,7 +278,7 @@ def _run(model: nn.Module, trial: Callable[[], Any], sites: Sequence[Site] = ())
 
 def _replaceable(
     model: nn.Module, sites: list[Site], seen: Observation, trial: Callable[[], Any], reference: Any
-) -> tuple[list[Site], list[tuple[str, str]]]:
+) -> tuple[list[Site], _Skipped]:
     """Return the sites at which a module can take the place of the activation, and a (name, reason) for the others.
 
     A model may use more of an activation than its output: its class, or its effect on its input. And it may call a
@@ -343,7 +344,7 @@ def _patterns(name: str, value: str | Sequence[str] | None) -> list[str] | None:
     return list(patterns)
 
 
-def _nothing_to_convert(model: nn.Module, skipped: list[tuple[str, str]]) -> GrkanValueError:
+def _nothing_to_convert(model: nn.Module, skipped: _Skipped) -> GrkanValueError:
     reasons = [f"{name or 'itself'}: {reason}" for name, reason in skipped[:3]]
     if any(isinstance(module, GroupRational) for module in model.modules()):
         reasons.append("its other functions are already rational")
@@ -364,11 +365,10 @@ def _too_far(layer: dict[str, Any], max_error: float) -> str:
     return f"{found}; {best} is off by {layer['best_relative_error']:.2g} on these inputs"
 
 
-def _check_mlps(
-    kept: KeptBatches, sites: list[Site], entries: list[LayerRecipe], error: float, max_error: float
-) -> None:
+def _check_mlps(kept: KeptBatches, plans: list[_Plan], error: float, max_error: float) -> None:
     """Check the MLPs of a model that is off by more than max_error: raise if an MLP alone is off too, else warn."""
-    alone = errors_alone(kept.model, sites, entries, kept.kept[0][1], kept.run)
+    sites = [plan.site for plan in plans]
+    alone = errors_alone(kept.model, sites, [plan.entry for plan in plans], kept.kept[0][1], kept.run)
     wrong = [f"{site.name or '(model)'}: {e:.2g}" for site, e in zip(sites, alone, strict=True) if not e <= max_error]
     if wrong:
         raise GrkanValueError(
@@ -379,7 +379,7 @@ def _check_mlps(
         f"the converted model's output is off by {error:.2g}, above max_error={max_error:g}, although each "
         "MLP converted alone stays within it: the model amplifies small differences, for example when it selects "
         "experts or tokens",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -422,6 +422,30 @@ def _settle(sites: list[Site], watched: list[Watched]) -> None:
             site.keep_linear()
 
 
+def _plan(
+    site: Site, histogram: Histogram, calibrated: bool, names: dict[int, str], wanted: _Wanted
+) -> tuple[_Plan | None, _Skipped]:
+    """Return how to convert an MLP, or None; and what is not done, with the reason."""
+    reason = histogram.problem or ("no calibration batch reaches it" if calibrated and not histogram.samples else "")
+    if not reason and site.layout == "activation" and site.doubt:
+        reason = site.doubt
+    if not reason and not site.activation.alike(histogram.groups):
+        reason = "its channels have different functions; a larger num_groups gives each its own"
+    if reason:
+        return None, [(site.parts["act"] or site.name, f"{site.activation.name}: {reason}")]
+    first, second, fits = _functions(site, histogram, wanted)
+    layer = _describe(site, histogram, second, fits)
+    if fits and not layer["output_error"] <= wanted.max_error:
+        return None, [(site.name, _too_far(layer, wanted.max_error))]
+    drawn = gains(site, first, second) if wanted.from_scratch else []
+    kept_weights = "its weights are not redrawn, because it is unclear which linear layers belong to it"
+    problems = [(site.name, kept_weights)] if wanted.from_scratch and not drawn else []
+    named = {f"{names[id(module)]}.{weight}".strip("."): gain for module, weight, gain in drawn}
+    linear = None if first is None else site.parts["fc1"]
+    entry = LayerRecipe(site.name, site.layout, linear, site.parts["act"] or "", first, second, named, site.call)
+    return _Plan(site, entry, layer, fits), problems
+
+
 def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: str) -> list[GroupFit]:
     predicted = histogram if histogram.samples else expected(site, histogram.groups)
     counts, histogram.guessed = predicted.counts, predicted.guessed
@@ -442,22 +466,17 @@ def _fit_site(site: Site, histogram: Histogram, order: tuple[int, int], form: st
 
 
 def _functions(
-    site: Site,
-    histogram: Histogram,
-    act_init: tuple[Any, Any],
-    from_scratch: bool,
-    num_groups: int,
-    order: tuple[int, int],
-    form: str,
+    site: Site, histogram: Histogram, wanted: _Wanted
 ) -> tuple[FunctionRecipe | None, FunctionRecipe, list[GroupFit]]:
     """Return the functions in front of the first linear layer and in place of the activation, and the latter's fits."""
+    order, form = wanted.order, wanted.form
     first = None
     if site.layout != "activation":
         inputs = (linear_width(site.first) or (0, 0))[0]
-        groups = largest_divisor(inputs, num_groups)
-        first = _function(act_init[0], inputs, groups, order, form, site.channel_dim)
-    activation, init, width = site.activation, act_init[1], None if site.shared else site.width
-    if init is not None or from_scratch:
+        groups = largest_divisor(inputs, wanted.num_groups)
+        first = _function(wanted.act_init[0], inputs, groups, order, form, site.channel_dim)
+    activation, init, width = site.activation, wanted.act_init[1], None if site.shared else site.width
+    if init is not None or wanted.from_scratch:
         if init is None:  # without data to weight a fit: take the table's function, if there is one
             init = activation.name if activation.name in table.NAMES else activation.function
         return first, _function(init, width, histogram.groups, order, form, site.channel_dim), []
