@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from grkan import convert_
+from grkan.convert.activation import as_activation
 from grkan.convert.batches import real_tokens
 from grkan.convert.calibrate import Histogram, _filled, expected, fit_group, largest_divisor
-from grkan.convert.structure import as_activation, find_sites
+from grkan.convert.structure import find_sites
 
 
 def moments(histogram):

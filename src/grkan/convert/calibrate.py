@@ -43,8 +43,9 @@ from torch import Tensor
 from ..nn.kinds import is_conv1d
 from ..rational import table
 from ..rational.fit import Rational, RationalFit, local_fits, measured, np
+from .activation import Activation
 from .batches import selected_rows
-from .structure import Activation, Site
+from .site import Site
 
 # The low bits of float32 that a bin's number ignores, and the number of bins per sign.
 _SHIFT = 18

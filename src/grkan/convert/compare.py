@@ -16,7 +16,7 @@ from ..nn.modes import evaluating
 from .batches import real_tokens
 from .calibrate import GroupFit, Histogram
 from .recipe import LayerRecipe, Recipe, apply_recipe
-from .structure import Site
+from .site import Site
 
 # A few batches are kept, spread over all of them: at least _FEW, else a quarter, but at most _MANY and _BYTES.
 _FEW, _MANY, _BYTES = 4, 64, 2**25

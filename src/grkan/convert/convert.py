@@ -30,8 +30,10 @@ from .observe import Observation
 from .recipe import FunctionRecipe, LayerRecipe, Recipe, apply_recipe, recipe_of
 from .report import ConversionReport
 from .scratch import gains
-from .structure import Site, Watched, choose, find_sites
+from .site import Site
+from .structure import choose, find_sites
 from .trial import trial_run
+from .watch import Watched
 
 # The default of `act_init`.
 _ACT_INIT = {"pretrained": ("identity", None), "scratch": ("identity", "swish")}

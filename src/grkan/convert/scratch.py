@@ -20,7 +20,7 @@ from torch import nn
 from ..nn.init import variance_gain
 from ..nn.kinds import linear_width
 from .recipe import FunctionRecipe, is_drawable, is_stack
-from .structure import Site
+from .site import Site
 
 
 def gains(site: Site, act1: FunctionRecipe | None, act2: FunctionRecipe) -> list[tuple[nn.Module, str, Any]]:

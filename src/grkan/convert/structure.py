@@ -6,119 +6,29 @@ guess is tested too if a module can be run on its own, and again with calibratio
 feed-forward part is replaced in place, without its linear layers.
 """
 
-import contextlib
-import copy
-import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..nn import GRKAN, GroupRational, RationalLinear
 from ..nn.kinds import linear_kind, linear_width
-from ..nn.modes import evaluating
 from ..rational import table
 from . import observe
+from .activation import Activation, Called, as_activation, reaches_tensor
 from .calls import CallRecipe, lift
 from .observe import Observation, Seen
 from .recipe import TIMM_ORDER
+from .site import NotFoundError, Site
+from .watch import runs_its_parts, try_alone
 
 # Gates: their output is a weight for the output of other layers.
 _GATES = ("sigmoid", "hardsigmoid", "softplus", "Hardsigmoid", "LogSigmoid", "logsigmoid", "hard_sigmoid")
-
-# The most modules that an activation may consist of. StarReLU, for example, has several.
-_MOST_PARTS = 8
-
-
-@dataclass
-class Activation:
-    """An elementwise function."""
-
-    name: str
-    """The name that `grkan.fit` has for the function, or else the name of its class."""
-    function: Callable[[Tensor], Tensor]
-    """A pure function of float64 tensors on the CPU."""
-    channels: tuple[Callable[[Tensor], Tensor], ...] = ()
-    """One function per channel, if the channels have their own parameters."""
-
-    def of_group(self, group: int, groups: int) -> "Activation":
-        """Return the function of one group. All channels of a group share it."""
-        return replace(self, function=self.channels[group * len(self.channels) // groups]) if self.channels else self
-
-    def alike(self, groups: int) -> bool:
-        """Return whether all channels of each group have the same function."""
-        if not self.channels:
-            return True
-        if len(self.channels) % groups:
-            return False
-        x = torch.linspace(-6.0, 6.0, 25, dtype=torch.float64, device="cpu")
-        y = torch.stack([function(x) for function in self.channels]).reshape(groups, -1, len(x))
-        return bool(((y - y[:, :1]).abs() <= 1e-3 * y.abs().amax((1, 2), keepdim=True)).all())
-
-
-@dataclass
-class Site:
-    """An activation that can become rational, and the linear layers around it."""
-
-    name: str
-    layout: str
-    """One of `convert.recipe.LAYOUTS`."""
-    parts: dict[str, str | None]
-    """Full names of the parts in the model, keyed by the part names of `GRKAN`; `act` is the activation."""
-    parent: nn.Module
-    slot: str
-    """The attribute of `parent` that holds the activation."""
-    activation: Activation
-    first: nn.Module | None
-    second: nn.Module | None
-    width: int
-    """The number of channels of the activation."""
-    channel_dim: int = -1
-    shared: bool = False
-    """Whether the channels are unknown, so that one function serves all of them. `width` is then 1."""
-    call: CallRecipe | None = None
-    """The call in `forward`, if the activation is a function."""
-    doubt: str = ""
-    """Why this may not belong to a feed-forward part. Ignored if linear layers turn out to be next to it."""
-    norms: list[nn.Module] = field(default_factory=list)
-    """The norms that may come before the first linear layer."""
-
-    @property
-    def modules(self) -> list[str]:
-        """The names of the parts that exist."""
-        return [name for name in self.parts.values() if name is not None]
-
-    def keep_linear(self) -> None:
-        """Leave the first linear layer unchanged, because the MLP around the activation is not known well enough."""
-        self.layout, self.parts = "activation", {"act": self.parts["act"]}
-
-    def share(self) -> None:
-        """Use one function for all channels."""
-        self.keep_linear()
-        self.shared, self.width, self.channel_dim = True, 1, -1
-
-    def place(self, channels: tuple[int, int] | None, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Correct the site after a run: `channels` are (dimension, number) or None, `shapes` those of the inputs."""
-        other = [s for s in shapes if s and (len(s) <= self.channel_dim or s[self.channel_dim] != self.width)]
-        if self.layout == "activation" or other:
-            self.keep_linear()
-            if channels is None:
-                self.share()
-            else:
-                self.shared, (self.channel_dim, self.width) = False, channels
-
-
-class _NotFoundError(Exception):
-    """The reason why an activation is not converted."""
 
 
 def find_sites(
@@ -190,176 +100,9 @@ def _activations(parent: nn.Module, attributes: Any = ()) -> Iterator[tuple[str,
             continue
         of_torch = str(getattr(value, "__module__", None)).startswith("torch")
         if "act" in slot.lower() or of_torch or (id(parent), slot) in attributes:
-            found = None if _reaches_tensor(value) else as_activation(value, parent)
+            found = None if reaches_tensor(value) else as_activation(value, parent)
             if found is not None:
                 yield slot, found
-
-
-def as_activation(candidate: Any, owner: nn.Module | None = None) -> Activation | None:
-    """Return the activation that `candidate` computes, or None if it is not one.
-
-    The candidate is tried on a few numbers. It must map each number independently, also in training, and must not be a
-    straight line. Its backward must give its slope, unlike that of a straight-through estimator. A module may have
-    parameters: each either a single number or one number per channel.
-
-    Args:
-        owner: the module that holds the candidate, if that is a function: it may ask for its mode.
-    """
-    channels: tuple[Callable[[Tensor], Tensor], ...] = ()
-    if isinstance(candidate, nn.Module):
-        label = type(candidate).__name__
-        if any(True for _ in candidate.children()) or candidate._parameters or candidate._buffers:
-            if (parts := _of_parameters(candidate)) is None:
-                return None
-            candidate, channels = parts
-        run = candidate.forward
-        held = (value for part in candidate.modules() for value in vars(part).values() if callable(value))
-        if not isinstance(candidate, _Called) and any(map(_reaches_tensor, held)):
-            return None
-    else:
-        run, label = candidate, getattr(candidate, "__name__", type(candidate).__name__)
-
-    def function(x: Tensor) -> Tensor:
-        return run(x.clone())
-
-    whole = candidate if isinstance(candidate, nn.Module) else owner
-    modes = {} if whole is None else {module: module.training for module in whole.modules()}
-    try:
-        _set_modes(modes, False)
-        with torch.no_grad(), torch.random.fork_rng([]):
-            x = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
-            y = function(x)
-            if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
-                return None
-            if torch.allclose(y.diff(n=2), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, or the identity
-                return None
-            if modes:
-                _set_modes(modes, True)
-                if not torch.equal(function(x), y):  # it has dropout, or another random part
-                    return None
-                _set_modes(modes, False)
-            square = function(x[:96].flip(0).reshape(2, 3, 4, 4))
-            if square.shape != (2, 3, 4, 4) or not torch.allclose(square.flatten(), y[:96].flip(0), 1e-9, 1e-12):
-                return None
-            if not _has_its_slope(function, x):
-                return None
-            name = next((n for n in table.NAMES if torch.allclose(table.exact(n)(x), y, 1e-7, 1e-9)), label)
-    except Exception:  # it needs a different input, or more than one tensor
-        return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return Activation(name, function, channels)
-
-
-def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
-    for module in modules:
-        module.training = training
-
-
-def _has_its_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Return whether the gradient that autograd gives for a function is its slope; also True if there is none."""
-    try:
-        with torch.enable_grad():
-            z = x.clone().requires_grad_()
-            y = function(z)
-            if not y.requires_grad:
-                return True
-            (gradient,) = torch.autograd.grad(y.sum(), z)
-    except Exception:  # a function for inference alone
-        return True
-    step = 1e-3
-    slope = (function(x + step) - function(x - step)) / (2 * step)
-    same = torch.isclose(gradient, slope, 1e-2, 1e-2)
-    return int(same.sum()) >= 0.9 * len(x)  # not at its kinks
-
-
-def _reaches_tensor(function: Any, depth: int = 4) -> bool:
-    """Return whether a function uses a tensor that it holds, such as a learned factor, which may change."""
-    if isinstance(function, Tensor):
-        return True
-    if depth == 0 or isinstance(function, (type, nn.Module)):
-        return False
-    if isinstance(function, (list, tuple)):
-        held = list(function)
-    elif isinstance(function, dict):
-        held = list(function.values())
-    elif isinstance(function, functools.partial):
-        held = [function.func, *function.args, *function.keywords.values()]
-    else:
-        code = getattr(function, "__code__", None)
-        names = () if code is None else code.co_names
-        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-        defaults = [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__kwdefaults__", None) or {}]
-        own = {} if isinstance(function, ModuleType) else getattr(function, "__dict__", {})
-        held = [*cells, getattr(function, "__self__", None), *defaults, *own.values()]
-        # It may use more of a module than it calls, as in lambda x: x * self.beta.
-        for module in [value for value in held if isinstance(value, nn.Module)]:
-            held += [value for name in names if isinstance(value := getattr(module, name, None), Tensor)]
-    return any(_reaches_tensor(value, depth - 1) for value in held)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # its variable has no value
-        return False
-
-
-def _of_parameters(module: nn.Module) -> tuple[nn.Module, tuple[Callable[[Tensor], Tensor], ...]] | None:
-    """Reduce a module with parameters to a single channel, and return it with one function per channel if they differ.
-
-    Returns None if the parameters do not belong to channels, or if the module has more parts than an activation.
-    """
-    parts = list(module.modules())
-    if len(parts) > _MOST_PARTS or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return None
-    if any(isinstance(part, (_DropoutNd, GroupRational)) or "Norm" in type(part).__name__ for part in parts):
-        return None
-    states = [*module.parameters(), *module.buffers()]
-    if any(t.is_meta or max(t.shape, default=1) != t.numel() for t in states):
-        return None
-    sizes = {t.numel() for t in states if t.is_floating_point()} - {1}
-    if len(sizes) > 1:
-        return None
-    try:
-        whole = copy.deepcopy(module).requires_grad_(False).to("cpu", torch.float64).eval()
-        if not sizes:
-            return whole, ()
-        width = next(iter(sizes))
-        x = torch.linspace(-6.0, 6.0, 5, dtype=torch.float64, device="cpu")[:, None].repeat(1, width)
-        y = whole(x.clone())
-        if torch.allclose(y.diff(n=2, dim=0), torch.zeros(1, dtype=y.dtype), atol=1e-9):  # a scale, a norm
-            return None
-        ones = [_single(whole, channel) for channel in range(width)]
-        x += torch.linspace(0.0, 1.0, width, dtype=torch.float64, device="cpu")
-        alone = torch.stack([one(x[:, i].clone()) for i, one in enumerate(ones)], 1)
-        if not torch.allclose(whole(x.clone()), alone, 1e-9, 1e-12):
-            return None
-    except Exception:  # whatever its forward does
-        return None
-    return ones[0], tuple(lambda x, one=one: one(x.clone()) for one in ones)
-
-
-def _single(module: nn.Module, channel: int) -> nn.Module:
-    """Return a copy of the module for one channel."""
-    one = copy.deepcopy(module)
-    for tensor in (*one.parameters(), *one.buffers()):
-        if tensor.numel() > 1:
-            tensor.data = tensor.data.flatten()[channel : channel + 1].clone()
-    return one
-
-
-class _Called(nn.Module):
-    """A child module that wraps a function called in `forward`."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function: Any = function
-
-    def forward(self, x: Tensor) -> Any:
-        """Call the function."""
-        return self.function(x)
 
 
 class _Finder:
@@ -401,7 +144,7 @@ class _Finder:
                 continue
             slot = next(s for s in ("act", *(f"act_{i}" for i in range(2, 99))) if not hasattr(place.owner, s))
             try:
-                lift(place.owner, place.call, slot, _Called(place.function), undo)
+                lift(place.owner, place.call, slot, Called(place.function), undo)
             except ValueError as error:
                 place.problem = str(error)
                 continue
@@ -415,7 +158,7 @@ class _Finder:
         """Add an activation to `sites` or to `skipped`."""
         full = _join(name, slot)
         call, label, places = self.lifted.get((id(parent), slot), (None, activation.name, []))
-        if activation.name == _Called.__name__:
+        if activation.name == Called.__name__:
             activation.name = label
         if self.seen is not None and call is None:
             child = parent._modules.get(slot)
@@ -424,7 +167,7 @@ class _Finder:
         reason = ""
         try:
             site = self.site(name, parent, slot, activation)
-        except _NotFoundError as error:
+        except NotFoundError as error:
             reason = str(error)
         if places:
             site = site or self.alone(name, parent, slot, activation)
@@ -473,7 +216,7 @@ class _Finder:
 
     def why_left(self, place: Seen) -> str:
         held = None if place.slot is None else vars(place.owner).get(place.slot)
-        if held is not None and _reaches_tensor(held):
+        if held is not None and reaches_tensor(held):
             return "it uses a tensor, which may change; to convert it, make it a module with parameters"
         if held is not None and as_activation(held, place.owner) is None:
             return "it is not an elementwise function of one tensor, or something else in training"
@@ -497,8 +240,8 @@ class _Finder:
         around = [child for child in parent.children() if linear_width(child) is not None]
         odd = sorted({type(child).__name__ for child in around if linear_kind(child) is None})
         if odd and not any(isinstance(child, nn.Conv2d) for child in around):
-            raise _NotFoundError(f"the layers next to it are not plain linear layers but {', '.join(odd)}")
-        raise _NotFoundError("no two linear layers around it have matching widths")
+            raise NotFoundError(f"the layers next to it are not plain linear layers but {', '.join(odd)}")
+        raise NotFoundError("no two linear layers around it have matching widths")
 
     def as_grkan(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
         """Match a module that consists only of fc1, act, drop1, norm, fc2, drop2: timm's Mlp."""
@@ -515,7 +258,7 @@ class _Finder:
         if list(inspect.signature(parent.forward).parameters) != ["x"] or _has_more_than_forward(type(parent)):
             return None
         conv = isinstance(first, nn.Conv2d)
-        if conv is not isinstance(second, nn.Conv2d) or not _computes(parent, parts, inner[0], conv):
+        if conv is not isinstance(second, nn.Conv2d) or not runs_its_parts(parent, parts, inner[0], conv):
             return None
         full = {part: None if child is None else _join(name, child) for part, child in parts.items()}
         return Site(name, "grkan", full, parent, slot, activation, first, second, outer[0], 1 if conv else -1)
@@ -551,10 +294,10 @@ class _Finder:
         before = keys[: keys.index(slot)][-1:]
         behind = [key for key in keys[keys.index(slot) + 1 :] if not _is_norm(children[key])][:1]
         if any(linear_kind(children[key]) is None for key in before + behind) or not (before and behind):
-            raise _NotFoundError("the layers next to it are not plain linear layers")
+            raise NotFoundError("the layers next to it are not plain linear layers")
         inner, outer = linear_width(children[before[0]]), linear_width(children[behind[0]])
         if inner is None or outer is None or inner[1] != outer[0]:
-            raise _NotFoundError("the widths of the linear layers around it do not match")
+            raise NotFoundError("the widths of the linear layers around it do not match")
         return self.linear(name, parent, slot, activation, _join(name, before[0]), _join(name, behind[0]))
 
     def in_convolutions(self, name: str, parent: nn.Module, slot: str, activation: Activation) -> Site | None:
@@ -577,7 +320,7 @@ class _Finder:
         if len(linears) != 1 or not name:
             return None
         if any(_is_norm(child) for child in parent.children()):
-            raise _NotFoundError("a norm lies between it and the next linear layer")
+            raise NotFoundError("a norm lies between it and the next linear layer")
         width = linear_width(parent._modules[linears[0]])
         above, _, own = name.rpartition(".")
         siblings = list(self.modules[above]._modules.items()) if above in self.modules else []
@@ -590,7 +333,7 @@ class _Finder:
                 inner = list(sibling._modules)
                 behind = [f"{key}.{k}" for k in inner if linear_kind(sibling._modules[k]) is not None]
                 if behind and any(_is_norm(sibling._modules[k]) for k in inner[: inner.index(behind[0].split(".")[1])]):
-                    raise _NotFoundError("a norm lies between it and the next linear layer")
+                    raise NotFoundError("a norm lies between it and the next linear layer")
             if len(behind) == 1 and width is not None:
                 second = _join(above, behind[0])
                 outer = linear_width(self.modules.get(second))
@@ -699,160 +442,3 @@ def _has_more_than_forward(kind: type) -> bool:
 
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
-
-
-def _probe(first: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """Return an input for a module that begins with `first`, or None if `first` has no usable weight."""
-    weight = getattr(first, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        return None
-    generator = torch.Generator().manual_seed(0)  # the global one is the user's
-    return torch.randn(shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
-
-
-def _computes(parent: nn.Module, parts: dict[str, str | None], width: int, conv: bool) -> bool:
-    """Return whether a module's `forward` runs its parts in timm's order; also True if that cannot be tried.
-
-    It must run the same operations as its parts. Equal results would not be enough: a limit, for example, may change
-    nothing on the input that is tried.
-    """
-    x = _probe(parent._modules["fc1"], (2, width, 3, 3) if conv else (2, 3, width))
-    if x is None:
-        return True
-    with evaluating(parent), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        try:
-            given, again = x.clone(), x.clone()
-            with _Operations() as whole:
-                y = parent(given)
-            with _Operations() as of_parts:
-                for key in parts.values():
-                    x = x if key is None else parent._modules[key](x)  # type: ignore[misc]
-            # Its parts stay in eval mode; what differs now is in its forward, such as dropout.
-            parent.training = True
-            with _Operations() as in_training:
-                trained = parent(again)
-        except Exception:  # the forward of another class may need anything
-            return False
-        if not whole.names == of_parts.names == in_training.names:
-            return False
-        if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(x, y, 1e-3, 1e-5):
-            return False
-        return torch.allclose(y, trained, 1e-3, 1e-5)
-
-
-class _Operations(TorchDispatchMode):
-    """A context manager that notes the names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def try_alone(site: Site, around: Sequence[nn.Module]) -> bool | None:
-    """Run the modules around a site by themselves until one of them calls the activation.
-
-    Returns:
-        Whether the input of the second linear layer is the output of the activation; None if nothing was seen.
-
-    Raises:
-        _NotFoundError: the activation also gets inputs of another width.
-    """
-    inputs = (linear_width(site.first) or (0, 0))[0]
-    for module in around:
-        for shape in [(1, 2, inputs), (2, inputs)] if site.channel_dim == -1 else [(1, inputs, 3, 2)]:
-            x = _probe(site.first, shape)
-            if x is None:
-                return None
-            seen: list[Tensor] = []
-            watched = Watched(site, seen.append)
-            with contextlib.suppress(Exception), evaluating(module), watched:  # it may need more arguments
-                module(x)
-            if any(x.dim() < -site.channel_dim or x.shape[site.channel_dim] != site.width for x in seen):
-                raise _NotFoundError(f"it is also used for inputs of other shapes: {tuple(seen[-1].shape)}")
-            if watched.calls and (site.second is None or watched.followed or watched.strangers):
-                return watched.agrees
-    return None
-
-
-def _equal(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors hold the same numbers in the same order."""
-    if x is y or x.numel() != y.numel():
-        return x is y
-    if x.is_nested or y.is_nested:
-        return x.is_nested and y.is_nested and all(map(torch.equal, x.unbind(), y.unbind()))
-    return torch.equal(x.reshape(-1), y.reshape(-1))
-
-
-class Watched(nn.Module):
-    """A context manager that puts this module in the place of an activation, which it calls, and watches the tensors.
-
-    Args:
-        site: the site of the activation.
-        record: called with every input of the activation.
-        keeps_input: whether an activation that works in place gets a copy, as if a rational function took its place.
-    """
-
-    def __init__(
-        self, site: Site, record: Callable[[Tensor], object] = lambda _: None, keeps_input: bool = False
-    ) -> None:
-        super().__init__()
-        self.site, self.record, self.keeps_input = site, record, keeps_input
-        self.calls = self.followed = self.strangers = 0
-        self.output: Tensor | None = None
-        self.watching = True
-        vars(self)["activation"] = getattr(site.parent, site.slot)  # not a child, because it belongs to the model
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the activation."""
-        if isinstance(x, Tensor):
-            self.record(x.reshape(-1, 1) if self.site.shared and not x.is_nested else x)
-        y = vars(self)["activation"](x.clone() if self.keeps_input else x, *args, **kwargs)
-        if self.watching:
-            self.calls, self.output = self.calls + 1, y
-        return y
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether every output went to the second linear layer and nothing else did; None if there was no call."""
-        return self.calls == self.followed and not self.strangers if self.calls else None
-
-    def stop_watching(self) -> None:
-        """Stop comparing."""
-        self.watching, self.output = False, None
-
-    def compare(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Compare the second linear layer's input with the activation's output. A forward pre-hook of that layer."""
-        if not self.watching:
-            return
-        x, y, self.output = inputs[0] if inputs else None, self.output, None
-        same = isinstance(x, Tensor) and isinstance(y, Tensor) and _equal(x, y)
-        self.followed += same
-        self.strangers += not same
-
-    def __enter__(self) -> "Watched":
-        parent, slot = self.site.parent, self.site.slot
-        self.in_children = slot in parent._modules
-        vars(parent).pop(slot, None)
-        parent._modules[slot] = self
-        self.fast_path = getattr(parent, "activation_relu_or_gelu", None)
-        if self.fast_path:  # PyTorch's encoder layer calls none of its parts on this path
-            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
-        second = self.site.second
-        self.hook = None if second is None else second.register_forward_pre_hook(self.compare)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        parent, slot = self.site.parent, self.site.slot
-        if self.in_children:
-            parent._modules[slot] = vars(self)["activation"]
-        else:
-            del parent._modules[slot]
-            vars(parent)[slot] = vars(self)["activation"]
-        if self.fast_path:
-            parent.activation_relu_or_gelu = self.fast_path
-        if self.hook is not None:
-            self.hook.remove()
