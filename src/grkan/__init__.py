@@ -12,7 +12,8 @@ from ._version import __version__
 from .errors import GrkanImportError
 from .integrations.imports import when_imported
 from .nn import GRKAN, GroupRational, RationalLinear, no_weight_decay, param_groups, variance_gain
-from .rational.op import group_rational, rational_linear, set_backend
+from .rational.dispatch import set_backend
+from .rational.op import group_rational, rational_linear
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_

@@ -9,7 +9,7 @@ import torch
 from grkan import cli
 from grkan.bench import kernels, run, run_suite, suites
 from grkan.bench.rivals import TRAINING
-from grkan.rational import op
+from grkan.rational import dispatch
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -58,7 +58,7 @@ def test_on_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
-    monkeypatch.setattr(op, "find_kernel", lambda device: op.REFERENCE)
+    monkeypatch.setattr(dispatch, "find_kernel", lambda device: dispatch.REFERENCE)
     path = tmp_path / "ops.json"
     assert cli.main(["bench", "ops", "--device=cuda", "--rounds=1", "--json", str(path)]) == 0
     assert waits

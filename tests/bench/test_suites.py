@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 from grkan.bench import deploy, rivals, suites
 from grkan.bench.contest import hold
 from grkan.bench.rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
-from grkan.rational import op
+from grkan.rational import dispatch
 
 OPS = [
     "clone", "GELU", "SiLU", "ReLU squared", "SwiGLU", "PolyNorm", "xIELU", "powers in a loop", "powers at once",
@@ -124,8 +124,8 @@ def test_all_is_on_the_device(suite):
 
 
 def test_without_the_kernel(monkeypatch):
-    monkeypatch.setattr(op, "KERNELS", {})
-    monkeypatch.setattr(op, "_noticed", {"cpu"})
+    monkeypatch.setattr(dispatch, "KERNELS", {})
+    monkeypatch.setattr(dispatch, "_noticed", {"cpu"})
     suite = suites.ops(shapes=((2, 16),), dtypes=(torch.float32,))
     assert "no native kernel: grkan is plain PyTorch here" in suite.notes[0]
     for contest in suite.contests:

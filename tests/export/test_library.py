@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import grkan
-from grkan.rational import cpu, op
+from grkan.rational import cpu, dispatch
 from grkan.rational.reference import FORMS, rational
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime", minversion="1.18")
 helper = onnx.helper
 
-needs_library = pytest.mark.skipif("cpu" not in op.KERNELS, reason="the CPU kernel is not built")
+needs_library = pytest.mark.skipif("cpu" not in dispatch.KERNELS, reason="the CPU kernel is not built")
 
 TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
 

@@ -14,7 +14,7 @@ from torch import nn
 import grkan.models.kat
 from grkan.models.kat import MimeticAttention, twin_of
 from grkan.nn import GRKAN, no_weight_decay, variance_gain
-from grkan.rational.op import set_backend
+from grkan.rational.dispatch import set_backend
 
 KATS = timm.list_models("kat_*")
 TWINS = timm.list_models("grkan_vit_micro_*")

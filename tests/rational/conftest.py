@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from grkan.rational import cpu, op
+from grkan.rational import cpu, dispatch
 
 CAPABILITIES = ("avx2", "default")
 
@@ -14,7 +14,7 @@ CAPABILITIES = ("avx2", "default")
 @pytest.fixture(scope="session")
 def instruction_sets(tmp_path_factory):
     """By name, context managers in which `cpu` computes with an instruction set: this machine's, and lesser ones."""
-    if "cpu" not in op.KERNELS:
+    if "cpu" not in dispatch.KERNELS:
         return {}
     torch.backends.cpu.get_cpu_capability()  # PyTorch reads the variable, too, in its first operation
     found = {"this machine's": contextlib.nullcontext}

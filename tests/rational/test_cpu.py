@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grkan.rational import cpu, op
+from grkan.rational import cpu, dispatch
 from grkan.rational.reference import FORMS, rational, rational_backward
 
-pytestmark = pytest.mark.skipif("cpu" not in op.KERNELS, reason="the CPU kernel is not built")
+pytestmark = pytest.mark.skipif("cpu" not in dispatch.KERNELS, reason="the CPU kernel is not built")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-9}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import grkan
-from grkan.rational import op
+from grkan.rational import dispatch
 from grkan.rational.reference import FORMS
 
 Long = np.longdouble
@@ -310,7 +310,7 @@ def _compute(case: Case, backend: str, device: str) -> dict[str, Tensor]:
         )
     found = {"y": y.detach().reshape(x.shape), "dx": dx.reshape(x.shape), "da": da, "db": db}
     if backend == "native":
-        of_backward = op.KERNELS[device].backward(grad, x, *coefficients, case.form, width, True)
+        of_backward = dispatch.KERNELS[device].backward(grad, x, *coefficients, case.form, width, True)
         found["y2"] = of_backward[3]
         for name, tensor in zip(("dx", "da", "db"), of_backward, strict=False):
             assert torch.equal(found[name].nan_to_num(7), tensor.nan_to_num(7)), f"{name}: other bits with y"
@@ -320,7 +320,7 @@ def _compute(case: Case, backend: str, device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("first", range(0, CASES, FEW))
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_random_inputs(backend, first):
-    if backend == "native" and "cpu" not in op.KERNELS:
+    if backend == "native" and "cpu" not in dispatch.KERNELS:
         pytest.skip("the CPU kernel is not built")
     for seed in range(first, first + FEW):
         case = draw(seed, backend)

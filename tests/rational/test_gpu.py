@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grkan
-from grkan.rational import op, table
+from grkan.rational import dispatch, table
 from grkan.rational.reference import FORMS, rational, rational_backward
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -302,7 +302,7 @@ def test_sums_beyond_float32():
 def door(monkeypatch):
     """`grkan`'s functions call these kernels: on a GPU as they are, in the interpreter for tensors on the CPU."""
     if INTERPRETED:
-        monkeypatch.setitem(op.KERNELS, "cpu", op.Kernel(gpu.forward, gpu.backward))
+        monkeypatch.setitem(dispatch.KERNELS, "cpu", dispatch.Kernel(gpu.forward, gpu.backward))
     with grkan.set_backend("native"):
         yield
 
@@ -511,10 +511,10 @@ def test_narrow_vectors_compile(stats):
 @pytest.fixture
 def unloaded(monkeypatch):
     """As if no tensor on a GPU had come yet."""
-    monkeypatch.setattr(op, "KERNELS", {"cpu": op.REFERENCE})
-    monkeypatch.setattr(op, "_gpu_kernel_wanted", False)
-    monkeypatch.setattr(op, "_why_no_gpu_kernel", "")
-    monkeypatch.setattr(op, "_noticed", set())
+    monkeypatch.setattr(dispatch, "KERNELS", {"cpu": dispatch.REFERENCE})
+    monkeypatch.setattr(dispatch, "_gpu_kernel_wanted", False)
+    monkeypatch.setattr(dispatch, "_why_no_gpu_kernel", "")
+    monkeypatch.setattr(dispatch, "_noticed", set())
     monkeypatch.delitem(sys.modules, "grkan.rational.gpu", raising=False)
     monkeypatch.delattr(sys.modules["grkan.rational"], "gpu", raising=False)
 
@@ -540,14 +540,14 @@ def test_a_triton_that_cannot_be_used_is_named_and_replaced(unloaded, monkeypatc
     for name in [name for name in sys.modules if name.startswith("triton.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.warns(RuntimeWarning, match=f"no kernel for the GPU.*{message}.*pip install"):
-        op._check_backend("cuda")
+        dispatch.check_backend("cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert op._kernel("cuda") is op.REFERENCE
+        assert dispatch.kernel_for("cuda") is dispatch.REFERENCE
     with grkan.set_backend("native"), pytest.raises(RuntimeError, match=f"on device cuda.*{message}.*pip install"):
-        op._check_backend("cuda")
+        dispatch.check_backend("cuda")
     if kind == "missing":  # without the kernel for the CPU, too, nothing is left
-        monkeypatch.setattr(op, "KERNELS", {})
+        monkeypatch.setattr(dispatch, "KERNELS", {})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(RuntimeError, match=f"not available.*for the GPU, {message}.*pip install"):
             grkan.set_backend("native")
@@ -564,8 +564,8 @@ def test_a_kernel_that_does_not_run_is_named_and_replaced(unloaded, monkeypatch)
     monkeypatch.setattr(gpu, "try_out", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.warns(RuntimeWarning, match="Triton does not work: RuntimeError: Failed to find C compiler"):
-        op._check_backend("cuda")
-    assert "cuda" not in op.KERNELS
+        dispatch.check_backend("cuda")
+    assert "cuda" not in dispatch.KERNELS
 
 
 @needs_triton
@@ -583,8 +583,8 @@ def test_a_kernel_that_fails_once_is_tried_again(unloaded, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        op._check_backend("cuda")
-    assert op.KERNELS["cuda"].forward is gpu.forward
+        dispatch.check_backend("cuda")
+    assert dispatch.KERNELS["cuda"].forward is gpu.forward
 
 
 def test_import_does_not_load_triton():

@@ -1,11 +1,7 @@
 """The door: one grid that every backend passes, and everything that PyTorch can do with a function."""
 
-import contextlib
 import io
 import itertools
-import subprocess
-import sys
-import threading
 import warnings
 from typing import ClassVar
 
@@ -17,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grkan
-from grkan.rational import op
+from grkan.rational import dispatch, op
 from grkan.rational.reference import FORMS, rational
 
 # What the grid runs on: the operators and autograd functions around the definition, plain operations, and the kernel,
@@ -36,10 +32,10 @@ TOLERANCE = {
 def backend(request, monkeypatch):
     name = request.param
     if name == "no kernel":
-        monkeypatch.setattr(op, "KERNELS", {})
-        monkeypatch.setattr(op, "_noticed", {"cpu"})
+        monkeypatch.setattr(dispatch, "KERNELS", {})
+        monkeypatch.setattr(dispatch, "_noticed", {"cpu"})
         name = "auto"
-    elif name == "native" and "cpu" not in op.KERNELS:
+    elif name == "native" and "cpu" not in dispatch.KERNELS:
         pytest.skip("the CPU kernel is not built")
     with grkan.set_backend(name):
         yield request.param
@@ -819,9 +815,9 @@ def test_export_with_as_many_rows_as_the_data_say(backend, strict):
 
 
 def test_the_first_call_compiled_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(op, "KERNELS", {})
-    monkeypatch.setattr(op, "find_kernel", lambda _: None)
-    monkeypatch.setattr(op, "_noticed", set())
+    monkeypatch.setattr(dispatch, "KERNELS", {})
+    monkeypatch.setattr(dispatch, "find_kernel", lambda _: None)
+    monkeypatch.setattr(dispatch, "_noticed", set())
     torch.compiler.reset()
     layer, x = grkan.GRKAN(8, 16), torch.randn(4, 8)
     with pytest.warns(RuntimeWarning, match="this installation of grkan has no kernel for the CPU"):
@@ -1106,119 +1102,6 @@ def test_bad_options(options, error, message):
         grkan.group_rational(X, A, B, **options)
 
 
-def test_set_backend():
-    assert op._backend() == "auto"
-    with grkan.set_backend("reference"):
-        assert op._backend() == "reference"
-        with grkan.set_backend("auto"):
-            assert op._backend() == "auto"
-        assert op._backend() == "reference"
-    assert op._backend() == "auto"
-    grkan.set_backend("reference")
-    assert op._backend() == "reference"
-    grkan.set_backend("auto")
-    with pytest.raises(ValueError, match="backend must be 'auto' or 'reference' or 'native'; got 'fast'"):
-        grkan.set_backend("fast")
-    assert op._backend() == "auto"
-
-
-def in_another_thread(f):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(f()))
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-def test_a_block_is_of_its_thread_and_a_call_of_the_process():
-    with grkan.set_backend("reference"):
-        assert in_another_thread(op._backend) == "auto"
-    try:
-        grkan.set_backend("reference")
-        assert in_another_thread(op._backend) == "reference"
-        with grkan.set_backend("auto"):
-            assert (op._backend(), in_another_thread(op._backend)) == ("auto", "reference")
-    finally:
-        grkan.set_backend("auto")
-    held = grkan.set_backend("reference")
-    assert op._backend() == "reference"
-    with held:
-        assert (op._backend(), in_another_thread(op._backend)) == ("reference", "auto")
-    assert op._backend() == "auto"
-
-
-def test_overlapping_blocks_leave_nothing_behind():
-    """Entered and left in turn, by two threads, and made before either is entered."""
-    steps = [threading.Event() for _ in range(4)]
-    seen = []
-
-    def other():
-        block = grkan.set_backend("reference")
-        steps[0].set()
-        steps[1].wait(10)
-        with block:
-            seen.append(op._backend())
-            steps[2].set()
-            steps[3].wait(10)
-        seen.append(op._backend())
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    steps[0].wait(10)
-    with contextlib.ExitStack() as stack:
-        mine = grkan.set_backend("native" if op.KERNELS else "auto")
-        stack.enter_context(mine)
-        steps[1].set()
-        steps[2].wait(10)
-        assert op._backend() == mine.name
-    steps[3].set()
-    thread.join()
-    assert seen == ["reference", "auto"]
-    assert op._backend() == "auto"
-
-
-def test_many_calls_of_set_backend_are_not_kept():
-    for _ in range(100):
-        grkan.set_backend("auto")
-    assert len(op._calls) < 20
-
-
-def test_a_compiled_function_follows_the_backend_of_its_thread():
-    torch.compiler.reset()
-    a, b = (c.detach() for c in coefficients(4, (5, 4)))
-    graphs = []
-
-    def record(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return graph.forward
-
-    @torch.compile(fullgraph=True, backend=record)
-    def f(x):
-        return grkan.group_rational(x, a, b)
-
-    f(X)
-    assert "grkan.group_rational.default" in graphs[0] or "grkan.group_rational" in graphs[0]
-    with grkan.set_backend("reference"):
-        in_another_thread(lambda: f(X))
-        assert len(graphs) == 1
-        f(X)
-        assert len(graphs) == 2
-    f(X)
-    assert len(graphs) == 2
-
-
-def test_the_backward_uses_what_the_forward_used(monkeypatch):
-    """Whatever the backend is by then."""
-    calls = []
-    kernel = op.Kernel(op.REFERENCE.forward, lambda *args: calls.append(1) or op.REFERENCE.backward(*args))
-    monkeypatch.setitem(op.KERNELS, "cpu", kernel)
-    x, a, b = X.clone().requires_grad_(), *coefficients(4, (5, 4))
-    y, z = grkan.group_rational(x, a, b), grkan.rational_linear(x, a, b, torch.randn(5, 8))
-    with grkan.set_backend("reference"):
-        (y.sum() + z.sum()).backward()
-    assert len(calls) == 2
-
-
 def test_a_call_like_an_earlier_one_is_checked_all_the_same():
     """Earlier calls are remembered by all that was checked."""
     weight, bias = torch.randn(5, 8), torch.randn(5)
@@ -1244,17 +1127,6 @@ def test_a_call_like_an_earlier_one_is_checked_all_the_same():
         grkan.group_rational(X, A, B, form=["abs_of_sum"])
 
 
-def test_native_backend_fails_loudly_without_a_kernel(monkeypatch):
-    monkeypatch.setattr(op, "KERNELS", {})
-    with pytest.raises(RuntimeError, match="backend 'native' is not available"):
-        grkan.set_backend("native")
-    assert op._backend() == "auto"
-    # A kernel for one device does not serve another.
-    monkeypatch.setattr(op, "KERNELS", {"cuda": op.REFERENCE})
-    with grkan.set_backend("native"), pytest.raises(RuntimeError, match=r"no kernel for x on device cpu.*\['cuda'\]"):
-        grkan.group_rational(X, A, B)
-
-
 @pytest.mark.parametrize("name", layouts())
 def test_a_kernel_sees_one_layout(name, monkeypatch):
     """Memory without gaps, as [rows, groups, width]; a dense x is used as it lies, without a copy."""
@@ -1269,8 +1141,8 @@ def test_a_kernel_sees_one_layout(name, monkeypatch):
 
         return wrapper
 
-    kernel = op.Kernel(record(op.REFERENCE.forward, 1), record(op.REFERENCE.backward, 2))
-    monkeypatch.setitem(op.KERNELS, "cpu", kernel)
+    kernel = dispatch.Kernel(record(dispatch.REFERENCE.forward, 1), record(dispatch.REFERENCE.backward, 2))
+    monkeypatch.setitem(dispatch.KERNELS, "cpu", kernel)
     with grkan.set_backend("native"):
         assert_agrees(x, *coefficients(4, (5, 4)), channel_dim=channel_dim)
     assert len(seen) == 3  # x; grad and x
@@ -1291,34 +1163,3 @@ def test_every_pair_of_shared_rows():
     for rows_a, rows_b in itertools.product((1, 4), repeat=2):
         a, b = torch.randn(rows_a, 6), torch.randn(rows_b, 4)
         assert_agrees(x, a.requires_grad_(), b.requires_grad_())
-
-
-# Without a kernel.
-
-
-def test_a_library_that_cannot_be_loaded_is_reported_and_replaced(tmp_path):
-    """Built for another machine, say: the reference computes, and a warning says what to do."""
-    broken = tmp_path / "libgrkan.so"
-    broken.write_bytes(b"no library")
-    program = (
-        "import warnings; from pathlib import Path; from grkan.rational import cpu\n"
-        f"cpu.LIBRARY = Path({str(broken)!r})\n"
-        "from grkan.rational import op\n"
-        "op.KERNELS.clear()\n"
-        "with warnings.catch_warnings(record=True) as found:\n"
-        "    warnings.simplefilter('always'); op._load_cpu_kernel()\n"
-        "print(len(op.KERNELS), found[0].message)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("0 grkan's kernel cannot be loaded")
-    assert "pip install --force-reinstall" in result.stdout
-
-
-def test_without_a_kernel_the_reference_computes_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(op, "KERNELS", {})
-    monkeypatch.setattr(op, "_noticed", set())
-    with pytest.warns(RuntimeWarning, match="no kernel for the CPU.*pip install --force-reinstall"):
-        op.group_rational(X, A, B)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        op.group_rational(X, A, B)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import GrkanImportError, GrkanRuntimeError
-from ..rational import op
+from ..rational import dispatch
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -199,14 +199,14 @@ def _gpu() -> ModuleType:
     try:
         import triton
 
-        if problem := op.why_too_old(triton.__version__):
+        if problem := dispatch.why_too_old(triton.__version__):
             raise GrkanImportError(problem)
         if triton.knobs.runtime.interpret:
             raise GrkanRuntimeError("Triton's interpreter is on, and compiles nothing; unset TRITON_INTERPRET")
         from ..rational import gpu
     except ImportError as error:
         raise GrkanImportError(
-            f"grkan bench kernels needs Triton; install it with: {op.TRITON_COMMAND} ({error})"
+            f"grkan bench kernels needs Triton; install it with: {dispatch.TRITON_COMMAND} ({error})"
         ) from error
     return gpu
 

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from .._version import __version__
-from ..rational import op
+from ..rational import dispatch
 from ..writing import write_bytes
 from .contest import Ratio, Result
 from .kernels import PUBLISHED, RATES, Stats
@@ -39,7 +39,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "native kernel": op.find_kernel(device) is not None,
+        "native kernel": dispatch.find_kernel(device) is not None,
         "grkan": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..models.operations import count_operations
 from ..models.spline import GRID, ORDER, SplineKAN, cubic_bases
 from ..nn import GRKAN
-from ..rational import op, table
+from ..rational import dispatch, table
 from ..rational.op import group_rational
 from .contest import Rival, bytes_kept
 
@@ -267,7 +267,7 @@ def single_calls(device: str, pass_: str) -> dict[str, Rival]:
     x, grad = torch.randn(2, 1, 192, device=device)
     x.requires_grad_()
     a, b = learned = _swish((5, 4), device)
-    kernel = op.find_kernel(device) or op.REFERENCE
+    kernel = dispatch.find_kernel(device) or dispatch.REFERENCE
 
     def alone() -> None:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..errors import GrkanValueError
-from ..rational import op
+from ..rational import dispatch
 from . import rivals
 from .contest import Contest
 from .rivals import FORWARD, INFERENCE, TRAIN_STEP, TRAINING
@@ -143,9 +143,9 @@ def deploy(
 
 
 def _notes(device: str) -> list[str]:
-    if op.find_kernel(device):
+    if dispatch.find_kernel(device):
         return []
-    command = op.BUILD_COMMAND if device == "cpu" else op.TRITON_COMMAND
+    command = dispatch.BUILD_COMMAND if device == "cpu" else dispatch.TRITON_COMMAND
     return [f"this installation has no native kernel: grkan is plain PyTorch here; to get it: {command}"]
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import GrkanRuntimeError
-from ..rational import cpu, op
+from ..rational import cpu, dispatch
 
 
 def onnx_library() -> Path:
@@ -25,6 +25,7 @@ def onnx_library() -> Path:
     if not cpu.LIBRARY.exists():
         raise GrkanRuntimeError(
             "this installation of grkan has no compiled kernel, and therefore no library for ONNX Runtime, which can "
-            f"also run the model without it; to build it, run this in the folder of grkan's source: {op.BUILD_COMMAND}"
+            "also run the model without it; to build it, run this in the folder of grkan's source: "
+            f"{dispatch.BUILD_COMMAND}"
         )
     return cpu.LIBRARY

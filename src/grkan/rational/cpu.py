@@ -63,7 +63,7 @@ def functions_of(path: Path) -> tuple[Callable[..., bytes | None], Callable[...,
 
 
 def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
-    """Compute F(x), see `op.Kernel`."""
+    """Compute F(x), see `dispatch.Kernel`."""
     if not _are_readable(numerator, denominator):
         numerator, denominator = _readable(numerator), _readable(denominator)
     y = torch.empty_like(x)
@@ -90,7 +90,7 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
 def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute the gradients and, if `output` is true, F(x) in the same pass over x; see `op.Kernel`."""
+    """Compute the gradients and, if `output` is true, F(x) in the same pass over x; see `dispatch.Kernel`."""
     if grad.shape != x.shape or grad.dtype != x.dtype or not grad.is_cpu:
         raise GrkanValueError(
             f"grad must be like x, {x.dtype} of shape {tuple(x.shape)} on the CPU; "

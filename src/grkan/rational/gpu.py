@@ -497,7 +497,7 @@ def sum_kernel(
 
 
 def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
-    """F(x), see `op.Kernel`."""
+    """F(x), see `dispatch.Kernel`."""
     a, b, y = _readable(numerator), _readable(denominator), torch.empty_like(x)
     if x.numel():
         programs, sizes, options = plan(x, a, b, form, width, gradient=False)
@@ -509,7 +509,7 @@ def forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width:
 def backward(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients and, if `output`, F(x) from the same pass over x. See `op.Kernel`."""
+    """The gradients and, if `output`, F(x) from the same pass over x. See `dispatch.Kernel`."""
     a, b, dx = _readable(numerator), _readable(denominator), torch.empty_like(x)
     y = torch.empty_like(x) if output else None
     if not x.numel():

@@ -1,4 +1,4 @@
-"""Entry points of the rational function: checks, layout, dispatch and autograd.
+"""Entry points of the rational function: checks, layout and autograd; `dispatch.py` has the kernels.
 
 `group_rational` and `rational_linear` are Python functions that choose between three ways to compute the same result,
 because no single mechanism of PyTorch covers every case:
@@ -21,11 +21,7 @@ import contextlib
 import functools
 import math
 import sys
-import threading
-import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,239 +32,14 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..errors import GrkanRuntimeError, GrkanTypeError, GrkanValueError
-from . import cpu, reference
-from .arguments import check_choice, check_form, check_integer
+from ..errors import GrkanTypeError, GrkanValueError
+from . import dispatch, reference
+from .arguments import check_form, check_integer
+from .dispatch import Kernel
 from .reference import FORMS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BACKENDS = ("auto", "reference", "native")
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-TRITON = (3, 6)
-"""The oldest Triton that the GPU kernel works with: the one of the oldest PyTorch that grkan supports."""
-
-_TRITON = ".".join(map(str, TRITON))
-TRITON_COMMAND = f'pip install "triton>={_TRITON}"'
-BUILD_COMMAND = "pip install --force-reinstall --no-deps ."
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """F and its gradients on one device type.
-
-    forward(x, numerator, denominator, form, width) returns F(x).
-    backward(grad, x, numerator, denominator, form, width, output) returns the gradients of x, numerator and
-    denominator, and as a fourth result F(x) if `output` is true, else None.
-
-    x and grad may have any shape, but both lie in memory as [rows, groups, width], without gaps. Results of their shape
-    have the strides of `empty_like(x)`. The number of groups is the larger number of rows of the coefficients.
-    """
-
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-
-
-KERNELS: dict[str, Kernel] = {}
-"""Native kernels by device type: "cpu" and "cuda" (PyTorch's name for AMD's GPUs, too). Other devices use the
-reference. "xpu" is left out: extreme x are computed in float64, which not all of Intel's GPUs have."""
-
-_gpu_kernel_wanted = False
-_why_no_gpu_kernel = ""
-_noticed: set[str] = set()  # the device types for which a missing kernel was reported
-
-
-class _Thread(threading.local):
-    """The backend of the innermost `with set_backend(...)` block of a thread."""
-
-    def __init__(self) -> None:
-        self.backend: str | None = None
-
-
-_thread = _Thread()
-_backend_of_process = "auto"
-_calls: list["set_backend"] = []  # of set_backend outside of `with`; the last one applies to the process
-_CALLS_KEPT = 16
-
-
-# The kernels.
-
-
-def _reference_forward(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int) -> Tensor:
-    groups = max(numerator.shape[0], denominator.shape[0])
-    y = reference.rational(_canonical(x, groups, width), numerator, denominator, form)
-    return y.as_strided(x.shape, x.stride())
-
-
-def _reference_backward(
-    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, width: int, output: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    groups = max(numerator.shape[0], denominator.shape[0])
-    grad, z = (_canonical(t, groups, width) for t in (grad, x))
-    dx, da, db = reference.rational_backward(grad, z, numerator, denominator, form)
-    y = _reference_forward(x, numerator, denominator, form, width) if output else None
-    return dx.as_strided(x.shape, x.stride()), da, db, y
-
-
-def _canonical(t: Tensor, groups: int, width: int) -> Tensor:
-    rows = t.numel() // max(groups * width, 1)
-    return t.as_strided((rows, groups, width), (groups * width, width, 1))
-
-
-REFERENCE = Kernel(_reference_forward, _reference_backward)
-
-
-def _load_cpu_kernel() -> None:
-    try:
-        if cpu.load():
-            KERNELS["cpu"] = Kernel(cpu.forward, cpu.backward)
-    except OSError as error:
-        warnings.warn(
-            f"grkan's kernel cannot be loaded, so plain PyTorch operations compute F: {error}; to rebuild the kernel, "
-            f"run this in the folder of grkan's source: {BUILD_COMMAND}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-_load_cpu_kernel()
-
-
-def _load_gpu_kernel() -> None:
-    global _why_no_gpu_kernel
-    try:
-        import triton
-
-        _why_no_gpu_kernel = why_too_old(triton.__version__)
-        if _why_no_gpu_kernel:
-            return
-        from . import gpu
-
-        if torch.cuda.is_available():
-            _persist(gpu.try_out)
-    except Exception as error:  # Triton calls compilers and drivers, and each can fail in its own way
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-        problem = "Triton is missing" if missing else f"Triton does not work: {type(error).__name__}: {error}"
-        _why_no_gpu_kernel = f"{problem}; version {_TRITON} or newer is needed"
-    else:
-        KERNELS["cuda"] = Kernel(gpu.forward, gpu.backward)
-
-
-def _persist(act: Callable[[], None]) -> None:
-    """Call `act` up to three times: it can fail while other processes compile the same kernel into Triton's cache."""
-    for pause in (0.2, 1.0):
-        try:
-            return act()
-        except Exception:
-            time.sleep(pause)
-    return act()
-
-
-def why_too_old(triton_version: str) -> str:
-    """Return the reason why a Triton older than TRITON is refused, or an empty string for a newer one."""
-    old = tuple(int(part) for part in triton_version.split(".")[:2]) < TRITON
-    return f"Triton is version {triton_version}, and {_TRITON} or newer is needed" if old else ""
-
-
-def find_kernel(device_type: str) -> Kernel | None:
-    """Return the kernel of a device type, or None. Load the GPU kernel on first use: importing Triton takes 0.5 s."""
-    global _gpu_kernel_wanted
-    if device_type == "cuda" and not _gpu_kernel_wanted:
-        _gpu_kernel_wanted = True
-        _load_gpu_kernel()
-    return KERNELS.get(device_type)
-
-
-# Which kernel computes.
-
-
-class set_backend:
-    """Choose what computes the rational function: for the process, or in a `with` block for the thread that runs it.
-
-    A plain call applies to every thread from then on. A `with` block overrides it in its own thread until the block
-    ends.
-
-    Args:
-        name: "auto", the native kernel where there is one and the reference elsewhere; "reference", plain PyTorch
-            operations, differentiated by autograd, which any exporter understands; "native", the kernel or an error.
-
-    Raises:
-        TypeError, ValueError: for another name.
-        RuntimeError: for "native" if this installation has no kernel. With "native", computing on a device without a
-            kernel raises it, too.
-    """
-
-    def __init__(self, name: str) -> None:
-        check_choice("backend", name, _BACKENDS)
-        if name == "native" and not KERNELS and not (torch.cuda.is_available() and find_kernel("cuda")):
-            for_gpu = f"; for the GPU, {_why_no_gpu_kernel}: {TRITON_COMMAND}" if torch.cuda.is_available() else ""
-            raise GrkanRuntimeError(
-                "backend 'native' is not available: this installation of grkan has no compiled kernel; use 'auto' or "
-                f"'reference', or build the kernel: run this in the folder of grkan's source: {BUILD_COMMAND}{for_gpu}"
-            )
-        self.name = name
-        # Until `__enter__` runs, a block looks like a plain call. Then it removes itself, whatever other threads do.
-        _calls.append(self)
-        del _calls[1:-_CALLS_KEPT]
-        _settle()
-
-    def __enter__(self) -> "set_backend":
-        if self in _calls:
-            _calls.remove(self)
-            _settle()
-        self._outer, _thread.backend = _thread.backend, self.name
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _thread.backend = self._outer
-
-
-def _settle() -> None:
-    """Apply the last call. torch.compile could not trace a lock: a thread that wrote an outdated name writes again."""
-    global _backend_of_process
-    while _backend_of_process != _calls[-1].name:
-        _backend_of_process = _calls[-1].name
-
-
-set_backend("auto")  # is never removed
-
-
-def _backend() -> str:
-    # Do not read the list here: a compiled graph would be guarded by its length.
-    return _thread.backend or _backend_of_process
-
-
-def _check_backend(device_type: str) -> None:
-    # For a GPU, do not check while compiling: the graph would be guarded by whether the GPU kernel is loaded. The
-    # operator in the graph checks when it runs.
-    if device_type == "meta" or _backend() == "reference" or (device_type != "cpu" and is_compiling()):
-        return
-    _kernel(device_type, stacklevel=5)
-
-
-def _kernel(device_type: str, stacklevel: int = 2) -> Kernel:
-    """Return the native kernel, or else the reference: with a warning if that is slow, an error for "native"."""
-    kernel = find_kernel(device_type)
-    if kernel is not None:
-        return kernel
-    how = f"; {_why_no_gpu_kernel}: {TRITON_COMMAND}" if device_type == "cuda" and _why_no_gpu_kernel else ""
-    if _backend() == "native":
-        raise GrkanRuntimeError(
-            f"backend 'native' has no kernel for x on device {device_type}; it has kernels for {sorted(KERNELS)}{how}"
-        )
-    unnoticed = device_type in ("cpu", "cuda") and device_type not in _noticed and not is_compiling()
-    if unnoticed and _backend() == "auto":
-        _noticed.add(device_type)
-        if device_type == "cpu":
-            how = f"; to build it, you need a C++ compiler; run this in the folder of grkan's source: {BUILD_COMMAND}"
-        warnings.warn(
-            f"this installation of grkan has no kernel for the {'CPU' if device_type == 'cpu' else 'GPU'}, so plain "
-            f"PyTorch operations compute F, about ten times slower{how}",
-            RuntimeWarning,
-            stacklevel=stacklevel,
-        )
-    return REFERENCE
-
 
 # Which of the three ways to take. These two functions use private interfaces of PyTorch, as there are no public ones.
 
@@ -656,14 +427,14 @@ def _linear_gradients(
 
 def _group_rational_operator(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int) -> Tensor:
     call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None, None)
-    return _evaluate(x, numerator, denominator, call, _kernel(call.device_type))
+    return _evaluate(x, numerator, denominator, call, dispatch.kernel_for(call.device_type))
 
 
 def _group_rational_backward_operator(
     grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, form: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _known_call(*_properties(x, numerator, denominator), form, dim, None, None, None)
-    return _gradients(grad, x, numerator, denominator, call, _kernel(call.device_type))[:3]
+    return _gradients(grad, x, numerator, denominator, call, dispatch.kernel_for(call.device_type))[:3]
 
 
 def _rational_linear_operator(
@@ -684,7 +455,7 @@ def _rational_linear_backward_operator(
 ) -> tuple[Tensor, ...]:
     """Compute the gradients. Those not needed are empty tensors, as an operator must return tensors."""
     call = _known_call(*_properties(x, numerator, denominator), form, -1, None, None, None)
-    kernel = _kernel(call.device_type)
+    kernel = dispatch.kernel_for(call.device_type)
     gradients = _linear_gradients(grad, x, numerator, denominator, weight, call, kernel, needs_f, needs_weight)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -1021,7 +792,7 @@ def _group_rational(
     # A small tensor takes 2 us, so the time of the checks before it matters.
     if form not in FORMS or type(channel_dim) is not int:
         form, channel_dim = check_form(form), check_integer("channel_dim", channel_dim)
-    if _is_eager(x, numerator, denominator) and _backend() != "reference":
+    if _is_eager(x, numerator, denominator) and dispatch.backend() != "reference":
         call = _known_call(
             x.shape,
             x.dtype,
@@ -1039,7 +810,7 @@ def _group_rational(
             num_groups,
             group_width,
         )
-        kernel = KERNELS.get(call.device_type) or _kernel(call.device_type, stacklevel=4)
+        kernel = dispatch.KERNELS.get(call.device_type) or dispatch.kernel_for(call.device_type, stacklevel=4)
         if torch.is_grad_enabled():
             return _GroupRational.apply(x, numerator, denominator, call, kernel)
         return _evaluate(x, numerator, denominator, call, kernel)
@@ -1053,7 +824,7 @@ def _group_rational(
     call = _untraced(
         lambda: _call(*_properties(x, numerator, denominator), form, channel_dim, order, num_groups, group_width)
     )
-    _check_backend(call.device_type)
+    dispatch.check_backend(call.device_type)
     numerator, denominator = _as_rows(numerator, denominator, call)
     if composite := _plain_operations():
         return composite(x, numerator, denominator, form, call.dim, (call.groups, call.channels))
@@ -1127,7 +898,7 @@ def _rational_linear(
     options = check_form(form), -1, order, num_groups, group_width
     # A tool may have replaced F.linear; the fused backward is for PyTorch's.
     plain = type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN) and F.linear is _LINEAR
-    eager = plain and _is_eager(x, numerator, denominator) and _backend() != "reference"
+    eager = plain and _is_eager(x, numerator, denominator) and dispatch.backend() != "reference"
     if not eager:
         _check_tensors(x=x, numerator=numerator, denominator=denominator, weight=weight)
         if bias is not None:
@@ -1149,13 +920,13 @@ def _rational_linear(
     dtype = _autocast_dtype(x)
     if eager:
         call = call_of(_known_linear_call, dtype)
-        kernel = KERNELS.get(call.device_type) or _kernel(call.device_type, stacklevel=4)
+        kernel = dispatch.KERNELS.get(call.device_type) or dispatch.kernel_for(call.device_type, stacklevel=4)
         if dtype is not None:
             x, weight, bias = x.to(dtype), _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
         run = _RationalLinear.apply if torch.is_grad_enabled() else _evaluate_linear
         return run(x, numerator, denominator, weight, bias, call, kernel)
     call = _untraced(lambda: call_of(_linear_call, dtype))
-    _check_backend(call.device_type)
+    dispatch.check_backend(call.device_type)
     numerator, denominator = _as_rows(numerator, denominator, call)
     if dtype is not None:
         x = x.to(dtype)
@@ -1179,7 +950,7 @@ def _plain_operations() -> Callable[..., Tensor] | None:
     traced = torch.jit.is_tracing() or is_exporting()
     if traced and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         return _exported
-    return _composite if _backend() == "reference" or _composite_needed() else None
+    return _composite if dispatch.backend() == "reference" or _composite_needed() else None
 
 
 def _over_nested(function: Callable[[Tensor, int], Tensor], x: Any, channel_dim: int) -> Tensor:
