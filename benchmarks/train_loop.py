@@ -19,8 +19,8 @@ import torch
 from grkan.train import loop
 from grkan.train.checkpoint import RunLock
 from grkan.train.config import make_config
-from grkan.train.data import batches_on
 from grkan.train.interruption import Notice
+from grkan.train.loading import batches_on
 from grkan.train.progress import Reporter
 
 

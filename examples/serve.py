@@ -25,8 +25,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from PIL import Image
 
 import grkan
-from grkan.train.data import evaluation_transform
 from grkan.train.images import open_image
+from grkan.train.loading import evaluation_transform
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 40_000_000

@@ -18,7 +18,7 @@ from PIL import Image
 import grkan
 from grkan import cli
 from grkan.cli import main
-from grkan.train import data
+from grkan.train import loading
 
 TINY = [
     "--data=digits",
@@ -414,7 +414,7 @@ def test_memory_that_is_not_there_is_told_in_one_line(error, line, capsys, monke
 
 
 def test_a_killed_loading_process_is_told_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr(data._Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loading._Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     line = _fails(capsys, ["eval", run, "--data=digits", "--workers=1"])
     assert line == "grkan: a process that loads images was killed, perhaps because memory ran out; try fewer --workers"
 

@@ -344,8 +344,9 @@ def _set_way_on(options: argparse.Namespace, folder: str) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import math
 
-    from .train.data import UnreadableImages, describe, find_source
+    from .train.data import describe, find_source
     from .train.evaluate import Details, data_for, loader_for, score
+    from .train.loading import UnreadableImages
     from .train.model import load_trained
     from .train.progress import evaluation_bar
 
@@ -454,7 +455,7 @@ def _convert(options: argparse.Namespace) -> None:
     from .convert import convert_
     from .models.files import save_model
     from .rational.arguments import check_choice
-    from .train.data import calibration_images
+    from .train.loading import calibration_images
     from .train.model import load_original
     from .writing import check_writable
 
@@ -521,8 +522,8 @@ def _plot(options: argparse.Namespace) -> None:
         _report(options)
         return
     from .plot import plot_functions, record_inputs, save_figure
-    from .train.data import UnreadableImages
     from .train.evaluate import data_for, first_images, loader_for
+    from .train.loading import UnreadableImages
     from .train.model import load_trained, load_weights
     from .writing import replacing
 
@@ -547,8 +548,8 @@ def _report(options: argparse.Namespace) -> None:
     """Run `grkan plot` for a page: the content of the picture, and everything else known about a run."""
     from .inspection import rationals, record_inputs
     from .report import make_report
-    from .train.data import UnreadableImages
     from .train.evaluate import Details, data_for, first_images, loader_for, score
+    from .train.loading import UnreadableImages
     from .train.metrics import read_metrics
     from .train.model import load_trained, load_weights
     from .train.progress import evaluation_bar

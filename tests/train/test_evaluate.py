@@ -8,8 +8,8 @@ from torch import nn
 
 from grkan import save_model
 from grkan.train import evaluate
-from grkan.train.data import UnreadableImages, evaluation_loader
 from grkan.train.evaluate import Details, find_images, first_images, predict, score
+from grkan.train.loading import UnreadableImages, evaluation_loader
 from grkan.train.model import load_trained
 
 PREPROCESSING = {"input_size": [1, 8, 8], "mean": [0.0], "std": [1.0], "interpolation": "bicubic", "crop_pct": 1.0}

@@ -15,19 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import GrkanValueError
-from .data import (
-    TEST_SPLITS,
-    TRAIN_SPLITS,
-    Batch,
-    ImageData,
-    UnreadableImages,
-    absolute,
-    evaluation_loader,
-    evaluation_transform,
-    find_source,
-    images_below,
-    match_classes,
-)
+from .data import TEST_SPLITS, TRAIN_SPLITS, ImageData, absolute, find_source, images_below, match_classes
+from .loading import Batch, UnreadableImages, evaluation_loader, evaluation_transform
 from .model import TrainedModel
 
 _TOP = 5

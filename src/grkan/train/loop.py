@@ -37,24 +37,19 @@ from ..nn import no_weight_decay
 from ..writing import remove_leftovers, replacing, write_bytes
 from .checkpoint import RunLock, State, load_state, save_state
 from .config import RESUMABLE, Config, make_config, read_yaml, to_dict, to_yaml
-from .data import (
+from .data import ImageData, Source, absolute, describe, find_source, match_classes
+from .evaluate import Score, first_images, score
+from .interruption import Notice, TrainingStopped
+from .loading import (
     Batch,
-    ImageData,
-    Source,
     TrainingSampler,
     UnreadableImages,
-    absolute,
     batches_on,
-    describe,
     evaluation_loader,
     evaluation_transform,
-    find_source,
-    match_classes,
     training_loader,
     training_transform,
 )
-from .evaluate import Score, first_images, score
-from .interruption import Notice, TrainingStopped
 from .metrics import MetricsLog, Running, read_metrics
 from .model import make_model, resolve_model
 from .optimisation import (

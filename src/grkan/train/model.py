@@ -24,7 +24,8 @@ from ..models.metadata import NOT_ARCHITECTURE, Preprocessing
 from ..models.operations import count_operations
 from ..nn import no_weight_decay
 from .config import Config, make_config, nearest, read_yaml, to_yaml
-from .data import ImageData, calibration_batches, evaluation_transform, find_source
+from .data import ImageData, find_source
+from .loading import calibration_batches, evaluation_transform
 from .metrics import read_metrics
 from .randomness import derive_seed
 from .start import find_start, fit_weights_, is_model_file, load_start, model_file, read_state
