@@ -14,7 +14,7 @@ import numpy as np
 
 from grkan.inspection import interval_of, rationals, record_inputs
 from grkan.nn import GroupRational
-from grkan.train.data import UnreadableImages
+from grkan.train.loading import UnreadableImages
 from grkan.train.evaluate import data_for, first_images, loader_for
 from grkan.train.model import load_trained
 
