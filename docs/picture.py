@@ -14,8 +14,8 @@ import numpy as np
 
 from grkan.inspection import interval_of, rationals, record_inputs
 from grkan.nn import GroupRational
-from grkan.train.loading import UnreadableImages
 from grkan.train.evaluate import data_for, first_images, loader_for
+from grkan.train.loading import UnreadableImages
 from grkan.train.model import load_trained
 
 WIDTH, HEIGHT = 830, 378
