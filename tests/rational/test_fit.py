@@ -394,13 +394,28 @@ def test_any_fit_is_finite_true_to_its_word_and_repeatable(target, low, width, o
     found = fit(target, order, form=form, interval=(low, high), samples=samples)
     far = np.array([0.0, 1e-300, 1e-3, 1.0, 1e3, 1e10, 1e30])
     assert np.isfinite(found(np.concatenate([-far, far]))).all()
-    error = evaluate(found.numerator, found.denominator, form, x) - target(x)
+
+    def error(x):
+        return evaluate(found.numerator, found.denominator, form, x) - target(x)
+
     floor = 1e-9 * (1 + peak)
-    assert found.max_error == pytest.approx(np.abs(error).max(), rel=1e-3, abs=floor)
-    assert found.rms_error == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-3, abs=floor)
+    assert found.rms_error == pytest.approx(np.sqrt(np.mean(error(x) ** 2)), rel=1e-3, abs=floor)
+    worst = x[np.abs(error(x)).argmax()]
+    around = np.clip(worst + np.linspace(-1, 1, 2001) * (x[1] - x[0]), low, high)  # it may be the peak of a steep kink
+    assert found.max_error == pytest.approx(np.abs(error(around)).max(), rel=1e-3, abs=floor)
     again = fit(target, order, form=form, interval=(low, high), samples=samples)
-    exact = 1e-13 * (1 + peak)  # then SciPy's MINPACK, with the same residuals, goes different ways
-    assert same_bits(found, again) or max(found.max_error, again.max_error) < exact
+    assert same_bits(found, again)
+
+
+def test_what_lies_in_freed_memory_does_not_matter():
+    """It did: SciPy's MINPACK read past the end of a Jacobian whose columns are nearly alike."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=400) / 2
+    first = fit("silu", (7, 6), samples=samples)
+    for _ in range(20):
+        junk = [np.full(rng.integers(1, 5000), rng.choice([0.0, 1.0, 1e300, math.nan])) for _ in range(50)]
+        del junk[::2]
+        assert same_bits(fit("silu", (7, 6), samples=samples), first)
 
 
 kinds = {"t": np.tanh, "s": np.sin, "g": lambda u: np.exp(-u * u), "a": np.abs, "p": lambda u: u**3 - u}

@@ -121,8 +121,7 @@ def fit(
     """Find the rational function of an order that is closest to a target; it has no poles, in either form.
 
     Without samples, minimise the largest error on the interval; with samples, sum_i weights_i (F(x_i) - f(x_i))^2.
-    The same arguments give the same bits, unless F is exact within rounding: then SciPy's Levenberg-Marquardt may end
-    at any of several F that are equally close.
+    On one machine, the same arguments give the same bits.
 
     Args:
         target: a name ("gelu", "silu" = "swish", "tanh", ...; `grkan.rational.table.NAMES` has all), or a callable
@@ -540,7 +539,7 @@ class _SumOfSquares:
         self.a = self.powers[1][:, : self.basis.n] @ p[self.basis.m + 1 :]
         self.q = 1.0 + np.abs(self.a)
         self.f = self.powers[0] @ p[: self.basis.m + 1] / self.q
-        return self._padded(self.roots * (self.f - self.y))
+        return self.roots * (self.f - self.y)
 
     def signed(self, z: Array) -> Array:
         """Return z with absolute values for the coefficients of A if those must be positive."""
@@ -553,12 +552,7 @@ class _SumOfSquares:
         of_a = slope[:, None] * of_a
         if self.positive:
             of_a = np.where(z[self.basis.m + 1 :] < 0, -1.0, 1.0) * of_a
-        return self._padded(self.roots[:, None] * np.hstack([of_p / self.q[:, None], of_a]))
-
-    def _padded(self, rows: Array) -> Array:
-        """Pad with zeros: Levenberg-Marquardt needs at least as many residuals as coefficients."""
-        missing = len(self.basis.matrix) - len(rows)
-        return rows if missing <= 0 else np.pad(rows, ((0, missing), (0, 0))[: rows.ndim])
+        return self.roots[:, None] * np.hstack([of_p / self.q[:, None], of_a])
 
     def __call__(self, z: Array) -> float:
         with np.errstate(all="ignore"):
@@ -573,8 +567,27 @@ class _SumOfSquares:
         return [self.signed(z) for z, is_new in zip(found, new, strict=True) if is_new]
 
     def _descended(self, z: Array, steps: int) -> Array:
+        """Take steps of Levenberg-Marquardt's method.
+
+        MINPACK gets one more residual, 1e-150 times one more coefficient. Without them, its `qrfac` in SciPy 1.17 reads
+        past the last column if columns of the Jacobian are nearly alike, and what lies there decides the way.
+        """
+        m, n = len(self.y), len(z)
+        rows = max(m, n) + 1  # there must be at least as many residuals as coefficients
+
+        def residuals(longer: Array) -> Array:
+            padded = np.zeros(rows)
+            padded[:m], padded[-1] = self.residuals(longer[:-1]), 1e-150 * longer[-1]
+            return padded
+
+        def jacobian(longer: Array) -> Array:
+            padded = np.zeros((rows, n + 1))
+            padded[:m, :n], padded[-1, -1] = self.jacobian(longer[:-1]), 1e-150
+            return padded
+
         options: dict[str, Any] = {"ftol": 1e-9, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": steps}
-        return least_squares(self.residuals, z, jac=self.jacobian, x_scale="jac", method="lm", **options).x
+        start = np.append(z, 0.0)
+        return least_squares(residuals, start, jac=jacobian, x_scale="jac", method="lm", **options).x[:-1]
 
 
 def _linearised(basis: _Basis, u: Array, y: Array, weights: Array) -> list[Array]:
