@@ -569,20 +569,20 @@ class _SumOfSquares:
     def _descended(self, z: Array, steps: int) -> Array:
         """Take steps of Levenberg-Marquardt's method.
 
-        MINPACK gets one more residual, 1e-150 times one more coefficient. Without them, its `qrfac` in SciPy 1.17 reads
-        past the last column if columns of the Jacobian are nearly alike, and what lies there decides the way.
+        MINPACK gets one more residual, a tiny multiple of one more coefficient. Without them, its `qrfac` in SciPy 1.17
+        reads past the last column if columns of the Jacobian are nearly alike, and what lies there decides the way.
         """
-        m, n = len(self.y), len(z)
+        m, n, tiny = len(self.y), len(z), 1e-150
         rows = max(m, n) + 1  # there must be at least as many residuals as coefficients
 
         def residuals(longer: Array) -> Array:
             padded = np.zeros(rows)
-            padded[:m], padded[-1] = self.residuals(longer[:-1]), 1e-150 * longer[-1]
+            padded[:m], padded[-1] = self.residuals(longer[:-1]), tiny * longer[-1]
             return padded
 
         def jacobian(longer: Array) -> Array:
             padded = np.zeros((rows, n + 1))
-            padded[:m, :n], padded[-1, -1] = self.jacobian(longer[:-1]), 1e-150
+            padded[:m, :n], padded[-1, -1] = self.jacobian(longer[:-1]), tiny
             return padded
 
         options: dict[str, Any] = {"ftol": 1e-9, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": steps}
