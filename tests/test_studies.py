@@ -139,7 +139,8 @@ def test_the_workers_end_with_a_killed_study(tmp_path):
     (tmp_path / "program.py").write_text(STUDY_WITHOUT_END.format(studies=str(STUDIES), output=str(tmp_path)))
 
     def states():
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+        # Not the temporary files, whose names begin with a dot: they are renamed at any moment.
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*.pt")}
 
     program = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.DEVNULL)
     try:
